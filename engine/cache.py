@@ -1,0 +1,150 @@
+"""What a sequence leaves behind in every layer: window ring, compressed entries, compressor state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.config import CSA_RATIO, Config
+from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.step import Step
+
+
+class CompressorState:
+    """The open window (and, at ratio 4, the previous one) of every sequence, float32.
+
+    kv, score [b, slots, w]; unused slots hold 0 and -inf (the -inf is no alarm).
+    """
+
+    def __init__(self, batch: int, ratio: int, dim: int, device: torch.device) -> None:
+        slots, width = (2 * ratio, 2 * dim) if ratio == CSA_RATIO else (ratio, dim)
+        self.kv = torch.zeros(batch, slots, width, device=device)
+        self.score = torch.full((batch, slots, width), -torch.inf, device=device)
+
+
+class LayerCache:
+    """One layer's cache for `batch` sequences.
+
+    ring [b*window, hd]: position p is in slot p % window. entries [b, capacity, hd] and, in CSA
+    layers, index_entries [b, capacity, id]: entry j in row j. Rows past the last entry are unused.
+    """
+
+    def __init__(
+        self, config: Config, layer: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.ratio = config.ratio(layer)
+        self.ring = torch.zeros(
+            batch * config.sliding_window, config.head_dim, dtype=dtype, device=device
+        )
+        self.entries: Tensor | None = None
+        self.index_entries: Tensor | None = None
+        self.state: CompressorState | None = None
+        self.index_state: CompressorState | None = None
+        if self.ratio:
+            self.entries = self.ring.new_zeros(batch, 0, config.head_dim)
+            self.state = CompressorState(batch, self.ratio, config.head_dim, device)
+        if self.ratio == CSA_RATIO:
+            self.index_entries = self.ring.new_zeros(batch, 0, config.index_head_dim)
+            self.index_state = CompressorState(batch, self.ratio, config.index_head_dim, device)
+
+    def reserve(self, length: int) -> None:
+        """Make room for the entries of sequences of `length` tokens; grows by doubling."""
+        if not self.ratio:
+            return
+        needed = length // self.ratio
+        for name in ("entries", "index_entries"):
+            pool = getattr(self, name)
+            if pool is None or pool.shape[1] >= needed:
+                continue
+            grown = pool.new_zeros(pool.shape[0], max(needed, 2 * pool.shape[1], 16), pool.shape[2])
+            grown[:, : pool.shape[1]] = pool
+            setattr(self, name, grown)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything stored, by name; the live tensors, not copies."""
+        named = {
+            "ring": self.ring,
+            "entries": self.entries,
+            "index_entries": self.index_entries,
+            "state.kv": self.state and self.state.kv,
+            "state.score": self.state and self.state.score,
+            "index_state.kv": self.index_state and self.index_state.kv,
+            "index_state.score": self.index_state and self.index_state.score,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of everything stored, for `restore`."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Go back to `snapshot`, which stays usable."""
+        for name, tensor in snapshot.items():
+            owner, _, field = name.rpartition(".")
+            target = getattr(self, owner) if owner else self
+            setattr(target, field, tensor.to(self.ring.device, copy=True))
+
+
+class Cache:
+    """The caches of all layers and the length of every sequence."""
+
+    def __init__(
+        self,
+        config: Config,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.lengths = [0] * batch
+        self.layers = [
+            LayerCache(config, layer, batch, dtype, self.device)
+            for layer in range(config.num_hidden_layers)
+        ]
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> Step:
+        """Plan a forward call that appends `tokens[b]` (at least one) to sequence b.
+
+        Raises DSV4Error for a wrong batch size, an empty piece or an id outside the vocabulary.
+        """
+        if len(tokens) != len(self.lengths):
+            raise DSV4Error(f"{len(tokens)} sequences given, the cache holds {len(self.lengths)}")
+        for b, piece in enumerate(tokens):
+            if not len(piece):
+                raise DSV4Error(f"sequence {b}: no tokens", "a prompt needs at least one token")
+            check_token_ids(piece, self.config.vocab_size)
+        for layer in self.layers:
+            longest = (start + len(p) for start, p in zip(self.lengths, tokens, strict=True))
+            layer.reserve(max(longest))
+        flat = torch.tensor([t for piece in tokens for t in piece], device=self.device)
+        lengths = tuple(len(piece) for piece in tokens)
+        return Step(flat, tuple(self.lengths), lengths, self.config.sliding_window)
+
+    def advance(self, step: Step) -> None:
+        """Count `step`'s tokens as cached; call it once all layers have run."""
+        self.lengths = [a + b for a, b in zip(step.starts, step.lengths, strict=True)]
+
+    def snapshot(self) -> dict[str, object]:
+        return {"lengths": list(self.lengths), "layers": [c.snapshot() for c in self.layers]}
+
+    def restore(self, snapshot: dict[str, object]) -> None:
+        self.lengths = list(snapshot["lengths"])  # type: ignore[call-overload]
+        for layer, saved in zip(self.layers, snapshot["layers"], strict=True):  # type: ignore[call-overload]
+            layer.restore(saved)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
+
+
+def check_token_ids(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise DSV4Error for the first id outside [0, vocab_size), naming it and its position."""
+    for position, token in enumerate(tokens):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise DSV4Error(
+                f"token id {token!r} at position {position} is not in the vocabulary",
+                f"ids are integers from 0 to {vocab_size - 1}",
+            )

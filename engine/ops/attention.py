@@ -1,0 +1,63 @@
+"""Sparse attention with a sink over window rows and compressed entries (MODEL.md 5.7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.registry import op
+
+_GATHER_BLOCK = 1 << 24  # float32 elements of gathered keys kept at once
+
+
+def gather_rows(pool: Tensor, index: Tensor) -> Tensor:
+    """pool [r, hd], index [n, k] -> [n, k, hd] float32; index -1 gives zeros and reads nothing."""
+    rows = pool[index.clamp(min=0)].float() if pool.shape[0] else pool.new_zeros(*index.shape, 1)
+    return torch.where((index >= 0)[..., None], rows, 0.0)  # not a product: the pool may hold NaN
+
+
+def _flops(a: dict[str, Any]) -> int:
+    n, heads, dim = a["q"].shape
+    index = a.get("entry_index")
+    keys = a["window_index"].shape[1] + (index.shape[1] if index is not None else 0)
+    return 4 * n * heads * dim * keys
+
+
+@op("attention", outputs=("o", "lse"), flops=_flops)
+def attention(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    *,
+    sink: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o = softmax(scale q.k, sink) k with K = V: one 512-wide vector a key, shared by all heads.
+
+    q [n, h, hd]; window [r, hd] and entries [e, hd] are pools of keys, window_index [n, w] and
+    entry_index [n, k] int32 rows in them, -1 for none. sink [h] float32, already in the scaled
+    domain: it adds exp(sink) to the denominator and has no value. Returns o [n, h, hd] in q's
+    dtype and lse [n, h] float32 = log(sum exp(logits) + exp(sink)).
+    """
+    outs, lses = [], []
+    width = window_index.shape[1] + (entry_index.shape[1] if entry_index is not None else 0)
+    block = max(1, _GATHER_BLOCK // (max(width, 1) * q.shape[2]))
+    for first in range(0, q.shape[0], block):
+        part = slice(first, first + block)
+        keys = gather_rows(window, window_index[part])
+        valid = window_index[part] >= 0
+        if entries is not None and entry_index is not None and entry_index.shape[1]:
+            keys = torch.cat((keys, gather_rows(entries, entry_index[part])), dim=1)
+            valid = torch.cat((valid, entry_index[part] >= 0), dim=1)
+        logits = (q[part].float() @ keys.transpose(1, 2)) * scale  # [s, h, w + k]
+        logits = logits.masked_fill(~valid[:, None], -torch.inf)
+        extended = torch.cat((logits, sink.float().expand(len(logits), -1)[..., None]), dim=-1)
+        lse = torch.logsumexp(extended, dim=-1)  # [s, h]
+        p = torch.exp(logits - lse[..., None]).to(q.dtype).float()
+        outs.append((p @ keys).to(q.dtype))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)

@@ -1,0 +1,30 @@
+"""Moving KV rows: into the caches, and together for one attention call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.registry import op
+
+
+@op("cache_write", outputs=(), mutates=("cache",))
+def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
+    """cache[slots[i]] = rows[i], in place: rows [m, d], slots [m] int64 in [0, r), cache [r, d].
+
+    A slot of -1 is skipped (a prefill longer than the window writes only its last rows).
+    """
+    if bool((slots < 0).any()):
+        keep = slots >= 0
+        rows, slots = rows[keep], slots[keep]
+    cache[slots] = rows.to(cache.dtype)
+
+
+@op("gather_swa", outputs=("window",))
+def gather_swa(ring: Tensor, kv: Tensor) -> Tensor:
+    """The rows a chunk's sliding windows can reach: ring [r, hd] and kv [n, hd] -> [r + n, hd].
+
+    Row i < r is ring slot i (tokens before this chunk), row r + i is the chunk's token i;
+    `Step.window_rows` indexes it.
+    """
+    return torch.cat((ring, kv.to(ring.dtype)))
