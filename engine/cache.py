@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv4_bench.engine.config import CSA_RATIO, Config
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.step import Step
+from dsv4_bench.engine.tokens import check_token_ids
 
 
 class CompressorState:
@@ -64,15 +65,14 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything stored, by name; the live tensors, not copies."""
-        named = {
+        named: dict[str, Tensor | None] = {
             "ring": self.ring,
             "entries": self.entries,
             "index_entries": self.index_entries,
-            "state.kv": self.state and self.state.kv,
-            "state.score": self.state and self.state.score,
-            "index_state.kv": self.index_state and self.index_state.kv,
-            "index_state.score": self.index_state and self.index_state.score,
         }
+        for name, state in (("state", self.state), ("index_state", self.index_state)):
+            if state is not None:
+                named.update({f"{name}.kv": state.kv, f"{name}.score": state.score})
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -138,13 +138,3 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
-
-
-def check_token_ids(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise DSV4Error for the first id outside [0, vocab_size), naming it and its position."""
-    for position, token in enumerate(tokens):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise DSV4Error(
-                f"token id {token!r} at position {position} is not in the vocabulary",
-                f"ids are integers from 0 to {vocab_size - 1}",
-            )

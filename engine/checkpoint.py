@@ -61,7 +61,11 @@ class Checkpoint:
         self.problems: list[str] = []
         self.matrices: dict[str, Matrix] = {}
         self.plain: dict[str, TensorInfo] = {}
-        self._by_name = {canonical(info.key): info for info in self.shards}
+        self._by_name: dict[str, TensorInfo] = {}
+        for info in self.shards:
+            other = self._by_name.setdefault(canonical(info.key), info)
+            if other is not info:
+                self.problems.append(f"the same tensor twice: {other.key} and {info.key}")
         self._used: set[str] = set()
         for item in expected_tensors(self.config):
             self._place(item)
@@ -202,7 +206,7 @@ class Checkpoint:
         if bad is not None:
             row, column, value = bad
             raise BadCheckpoint(
-                f"{info.key} [{row}, {column}] is {value}", "scales are finite and not negative"
+                f"{info.key} [{row}, {column}] is {value}", "block scales are finite and not negative"
             )
         return scale
 
@@ -212,11 +216,9 @@ class Checkpoint:
             return 1.0
         stored = self.shards.read(info.key).float().reshape(-1)
         value = float(stored[0])
-        if not math.isfinite(value) or value < 0:
-            raise BadCheckpoint(f"{info.key} is {value}", "scales are finite and not negative")
+        if bad_global(value):
+            raise BadCheckpoint(f"{info.key} is {value}", "global scales are finite and positive")
         if matrix.layout == "compressed-tensors":  # stored as a reciprocal
-            if value == 0:
-                raise BadCheckpoint(f"{info.key} is 0", "it is a reciprocal scale")
             return float((1.0 / stored[0].double()).float())
         return value
 
@@ -283,6 +285,8 @@ def _decide_format(matrix: Matrix) -> str | None:
     else:
         with_scale = f" with scale {scale.dtype}" if scale else ""
         return f"unknown format: {data.key} is {data.dtype}{with_scale}"
+    if matrix.name == "embed" and matrix.format != "dense":
+        return f"wrong dtype: {data.key} is {data.dtype}, expected BF16"
     if data.shape != stored:
         return _mis_shaped(data, stored)
     if scales is not None:
@@ -311,6 +315,11 @@ def _decide_layout(matrix: Matrix) -> str | None:
 
 def _mis_shaped(info: TensorInfo, wanted: tuple[int, ...]) -> str:
     return f"wrong shape: {info.key} is {list(info.shape)}, expected {list(wanted)}"
+
+
+def bad_global(value: float) -> bool:
+    """Whether a global scale cannot be used: NaN, infinite, negative or zero."""
+    return not (math.isfinite(value) and value > 0)
 
 
 def bad_scales(scale: Tensor) -> tuple[int, int, float] | None:

@@ -125,7 +125,9 @@ class Indexer:
     def __call__(self, u: Tensor, qr: Tensor, cache: LayerCache, step: Step) -> Tensor:
         assert cache.index_state is not None and cache.index_entries is not None
         self.compressor(u, cache.index_state, cache.index_entries, step)
-        q = self.rope(self.wq_b(qr).unflatten(-1, (-1, self.head_dim)), step.positions)  # [n, ih, id]
+        q = self.rope(
+            self.wq_b(qr).unflatten(-1, (-1, self.head_dim)), step.positions
+        )  # [n, ih, id]
         weights = self.weights_proj(u)  # [n, ih]
         score = self.score(q, cache.index_entries, weights, step)  # [n, T]
         return self.topk(score, step.visible(CSA_RATIO))  # [n, min(topk, T)]
@@ -299,6 +301,21 @@ class Transformer:
 
     def new_cache(self, batch: int = 1) -> Cache:
         return Cache(self.config, batch, self.dtype, self.device)
+
+    def schedule(self, step: Step) -> list[str]:
+        """The paths of the sites that `step` runs, in order."""
+        return [path for path, site in self.sites.items() if self._runs(site, step)]
+
+    def _runs(self, site: Site, step: Step) -> bool:
+        if site.op == "gather_swa":
+            return not step.is_decode
+        if "/compressor/" in site.path and site.path.endswith(("/norm", "/rope", "/write")):
+            assert site.layer is not None
+            ratio = self.config.ratio(site.layer)
+            return any(
+                step.entries_of(b, ratio) > start // ratio for b, start in enumerate(step.starts)
+            )
+        return True
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: Cache, last_only: bool = False) -> Tensor:

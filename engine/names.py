@@ -48,6 +48,8 @@ _LAYER = re.compile(r"^(layers\.\d+\.)(.*)$")
 def canonical(key: str) -> str:
     """The original name of a stored tensor, whatever spelling its file uses."""
     name = key.removeprefix("model.")
+    if ".ffn.experts." in name and "_proj" not in name and not name.endswith("_inv"):
+        return name  # nine keys of ten, and already original
     for theirs, ours in _TOP.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)

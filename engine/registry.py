@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Implementation:
     def unavailable(self, context: Context) -> str | None:
         return self.requires(context) if self.requires else None
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """First 12 hex digits of the hash of the code that runs."""
         return hashlib.sha256(self._identity().encode()).hexdigest()[:12]
@@ -206,7 +207,7 @@ class Site:
     set, takes over the call; see probes/tap.py.
     """
 
-    __slots__ = ("function", "layer", "op", "params", "path", "spec", "stamp", "tap")
+    __slots__ = ("function", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")
 
     def __init__(self, path: str, spec: OpSpec, params: dict[str, Any], layer: int | None) -> None:
         self.path = path
@@ -215,8 +216,7 @@ class Site:
         self.params = params
         self.layer = layer
         self.tap: Callable[[Site, tuple[Any, ...]], Any] | None = None
-        self.stamp = Stamp()
-        self.function = spec.reference
+        self.use(IMPLEMENTATIONS[spec.name]["reference"])
 
     def __call__(self, *args: Any) -> Any:
         if self.tap is not None:
@@ -230,6 +230,7 @@ class Site:
 
     def use(self, impl: Implementation, note: str = "") -> None:
         """Switch to `impl`; the stamp starts over."""
+        self.impl = impl
         self.function = impl.function
         self.stamp = Stamp(impl.name, impl.hash, 0, note)
 
@@ -323,4 +324,6 @@ def apply_route(sites: Iterable[Site], entries: Sequence[RouteEntry], context: C
         if entry.explicit and entry.name != "kernel" and all(notes):
             raise CannotAnswer(f"route {entry}: {notes[0]}", "see `dsv4-bench kernels`")
     for site in table:
-        site.use(*plan[site.path])
+        impl, note = plan[site.path]
+        if site.impl is not impl or site.stamp.note != note:
+            site.use(impl, note)

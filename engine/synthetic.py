@@ -2,27 +2,33 @@
 
 Values are drawn per tensor from (seed, name), so a tensor does not depend on the layout, the order
 of writing or the number of layers. They are made to exercise kernels: row scales that differ, zero
-blocks, gate and up with unequal global scales, pre-activations beyond the clamp, sinks of both
-signs, asymmetric mHC mixing.
+blocks and blocks whose NVFP4 scale is at the subnormal end, gate and up with unequal global scales,
+pre-activations beyond the clamp, sinks of both signs, asymmetric mHC mixing.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4_bench.engine.config import Config
-from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, did_you_mean
 from dsv4_bench.engine.formats import quantize_fp8_block, quantize_mxfp4, quantize_nvfp4
 from dsv4_bench.engine.names import Expected, expected_tensors
+from dsv4_bench.engine.shards import INDEX
 
 LAYOUTS = {
     "nvfp4": "ModelOpt: routed experts NVFP4, dense FP8 128x128",
@@ -48,26 +54,29 @@ def make_tensor(config: Config, item: Expected, seed: int) -> Tensor:
         return order[:, : item.shape[1]].contiguous()
     if item.kind == "matrix":
         return _matrix(item, rng)
-    return _plain(item, rng)
+    return _plain(item, config.hc_mult, rng)
 
 
 def _matrix(item: Expected, rng: torch.Generator) -> Tensor:
     n, k = item.shape
     leaf = item.name.rsplit(".", 1)[-1]
+    weight = torch.randn(n, k, generator=rng)
     if leaf == "embed":
-        return torch.randn(n, k, generator=rng)
+        return weight
     gain = {"w1": 2.0, "w3": 1.25, "wgate": 1.5, "gate": 2.0}.get(leaf, 1.0)
-    rows = torch.exp(0.3 * torch.randn(n, 1, generator=rng))  # channels of different strength
-    weight = torch.randn(n, k, generator=rng) * rows * (gain / k**0.5)
+    weight *= torch.exp(0.3 * torch.randn(n, 1, generator=rng))  # channels of different strength
+    weight *= gain / k**0.5
     if leaf in ("w1", "w3"):
         weight[torch.randint(n, (max(1, n // 64),), generator=rng)] *= 4.0  # beyond the clamp
     if k % 32 == 0 and leaf in ("w1", "w2", "w3", "wq_b", "wo_b"):
         blocks = weight.view(n, k // 32, 32)
-        blocks[torch.rand(n, k // 32, generator=rng) < 0.01] = 0.0
+        chance = torch.rand(n, k // 32, generator=rng)
+        blocks[chance < 0.01] = 0.0
+        blocks[chance > 0.998] *= 2.0**-16  # NVFP4 block scales at 2^-9, the smallest there is
     return weight
 
 
-def _plain(item: Expected, rng: torch.Generator) -> Tensor:
+def _plain(item: Expected, hc: int, rng: torch.Generator) -> Tensor:
     value = torch.randn(item.shape, generator=rng)
     leaf = item.name.rsplit(".", 1)[-1]
     if leaf == "weight":
@@ -83,8 +92,8 @@ def _plain(item: Expected, rng: torch.Generator) -> Tensor:
     if leaf.endswith("_scale"):
         return 0.5 + 0.2 * value.abs()
     base = value * 0.7
-    if item.shape[0] == 24:  # mHC: streams mostly keep themselves, and the mixing is not symmetric
-        base[8:] += 2.0 * torch.eye(4).flatten() + torch.triu(torch.ones(4, 4), 1).flatten()
+    if item.shape[0] > hc:  # mHC: streams mostly keep themselves, and the mixing is not symmetric
+        base[2 * hc :] += (2.0 * torch.eye(hc) + torch.triu(torch.ones(hc, hc), 1)).flatten()
     return base
 
 
@@ -185,87 +194,167 @@ def transformers_name(name: str) -> str:
 def write_checkpoint(
     folder: Path, config: Config, layout: str, seed: int = 0, progress: Progress | None = None
 ) -> Path:
-    """Write a synthetic checkpoint to `folder`, which must not exist; shards of about 2 GB.
+    """Write a synthetic checkpoint to `folder`, which must not exist; shards of at most 2 GiB.
 
-    Written beside it and renamed, so an interrupted run leaves nothing. Raises DSV4Error if the
-    folder exists or the layout is unknown, CannotAnswer if the disk is full.
+    Written beside it and renamed, so an interrupted run leaves nothing. One matrix is made at a
+    time and one shard held in memory (layout `transformers`: one layer's experts). `progress` gets
+    (what, tensors done, total) a few times a second. Raises DSV4Error if the folder exists or the
+    layout is unknown, CannotAnswer if the place cannot be written or has not enough space.
     """
     if layout not in LAYOUTS:
-        raise DSV4Error(f"unknown layout {layout!r}", f"known: {', '.join(LAYOUTS)}")
-    if folder.exists():
+        raise DSV4Error(f"unknown layout {layout!r}", did_you_mean(layout, LAYOUTS))
+    if folder.exists() or folder.is_symlink():
         raise DSV4Error(f"{folder} exists", "choose a new folder; nothing is overwritten")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise CannotAnswer(f"cannot write {folder}: {error.strerror}") from None
+        raise _cannot_write(folder, error) from None
     try:
+        _check_space(folder, config, layout)
         _write_shards(scratch, config, layout, seed, progress)
         (scratch / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
         write_tokenizer(scratch / "tokenizer.json", config.vocab_size)
-        scratch.chmod(0o755)
+        _share(scratch)
         scratch.rename(folder)
-    except OSError as error:
-        raise CannotAnswer(
-            f"cannot write {folder}: {error.strerror or error}", "free some disk space"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(folder, error) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _stored(config: Config, layout: str, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor, by the name the layout gives it."""
-    stack: dict[str, list[Tensor]] = {}
+def _cannot_write(folder: Path, error: OSError | SafetensorError) -> DSV4Error:
+    """What to say about a failed write; safetensors reports a full disk in its text only."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOTEMPTY, errno.EEXIST):  # somebody made the folder meanwhile
+        return DSV4Error(f"{folder} exists", "choose a new folder; nothing is overwritten")
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    hint = "free some disk space, or choose another disk" if full else "choose another place"
+    return CannotAnswer(f"cannot write {folder}: {text}", hint)
+
+
+def _share(folder: Path) -> None:
+    """Give folder and files the permissions that the user's umask grants; they are made private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+
+
+_BITS = {"dense": 16.0, "fp8_block": 8.0, "mxfp4": 4.25, "nvfp4": 4.5}  # a value, with block scales
+
+
+def estimated_bytes(config: Config, layout: str) -> int:
+    """About how large the checkpoint will be: the values and block scales of all tensors."""
+    bits = 0.0
     for item in expected_tensors(config):
-        for name, tensor in encode(item, make_tensor(config, item, seed), layout).items():
-            if layout != "transformers":
-                yield name, tensor
-                continue
-            prefix, found, rest = name.partition(".ffn.experts.")
-            if not found:
-                yield transformers_name(name), tensor
-                continue
-            expert, leaf = rest.split(".")[:2]
-            stack.setdefault(leaf, []).append(tensor)
-            if leaf == "w3" and int(expert) == config.n_routed_experts - 1:
-                pairs = zip(stack["w1"], stack["w3"], strict=True)
-                gate_up = torch.stack([torch.cat(pair) for pair in pairs])
-                yield f"model.{prefix}.mlp.experts.gate_up_proj", gate_up
-                yield f"model.{prefix}.mlp.experts.down_proj", torch.stack(stack["w2"])
-                stack.clear()
+        width = 64.0 if item.kind == "ids" else 32.0
+        if item.kind == "matrix":
+            width = _BITS[_matrix_format(item.name, layout)]
+        bits += width * math.prod(item.shape)
+    return int(bits / 8)
+
+
+def _check_space(folder: Path, config: Config, layout: str) -> None:
+    needed, free = estimated_bytes(config, layout), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise CannotAnswer(
+            f"cannot write {folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            "fewer layers, a smaller preset, or another disk",
+        )
+
+
+def _stored(item: Expected, config: Config, layout: str, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of one expected tensor, by the name the layout gives them."""
+    for name, tensor in encode(item, make_tensor(config, item, seed), layout).items():
+        yield (transformers_name(name) if layout == "transformers" else name), tensor
+
+
+class _Stack:
+    """Collects the routed experts of a layer into transformers' two stacked tensors."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.gate_up = self.down = torch.empty(0)
+
+    def add(self, item: Expected, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Take one expert matrix; yields the stacked tensors once the layer is complete."""
+        prefix, _, rest = item.name.partition(".ffn.experts.")
+        number, leaf = rest.split(".")
+        expert, count = int(number), self.config.n_routed_experts
+        i, d = self.config.moe_intermediate_size, self.config.hidden_size
+        if not self.down.numel():
+            self.gate_up = torch.empty(count, 2 * i, d, dtype=torch.bfloat16)
+            self.down = torch.empty(count, d, i, dtype=torch.bfloat16)
+        rows = {"w1": self.gate_up[:, :i], "w3": self.gate_up[:, i:], "w2": self.down}[leaf]
+        rows[expert] = value.bfloat16()
+        if leaf == "w3" and expert == count - 1:
+            yield f"model.{prefix}.mlp.experts.gate_up_proj", self.gate_up
+            yield f"model.{prefix}.mlp.experts.down_proj", self.down
+            self.gate_up = self.down = torch.empty(0)
+
+
+class _Shards:
+    """Writes tensors to safetensors files of at most `limit` bytes, and their index."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.total = self._size = 0
+        self._pending: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []  # the keys of each file
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._size + tensor.nbytes > self.limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._size += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}"
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self._files)), metadata={"format": "pt"})
+        self._files.append(list(self._pending))
+        self._pending.clear()
+        self._size = 0
+
+    def finish(self) -> None:
+        """Name the files after their number, which is known only now, and write the index."""
+        if self._pending:
+            self._flush()
+        weight_map = {}
+        for number, keys in enumerate(self._files):
+            name = f"model-{number + 1:05d}-of-{len(self._files):05d}.safetensors"
+            self._part(number).rename(self.folder / name)
+            weight_map.update(dict.fromkeys(keys, name))
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=0) + "\n")
 
 
 def _write_shards(
     folder: Path, config: Config, layout: str, seed: int, progress: Progress | None
 ) -> None:
-    shard: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-    size = total = files = 0
-
-    def flush() -> None:
-        nonlocal size, files
-        files += 1
-        name = f"model-{files:05d}.safetensors"
-        save_file(shard, folder / name)
-        weight_map.update(dict.fromkeys(shard, name))
-        shard.clear()
-        size = 0
-
-    layer = -1
-    for name, tensor in _stored(config, layout, seed):
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-        if progress and f".{layer + 1}." in name and "layers." in name:
-            layer += 1
-            progress("layer", layer + 1, config.num_hidden_layers)
-        if size >= _SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    items = list(expected_tensors(config))
+    shards, stack = _Shards(folder, _SHARD_BYTES), _Stack(config)
+    shown = -math.inf
+    for done, item in enumerate(items):
+        if progress and time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            progress("writing tensors", done, len(items))
+        if layout == "transformers" and ".ffn.experts." in item.name:
+            stored = stack.add(item, make_tensor(config, item, seed))
+        else:
+            stored = _stored(item, config, layout, seed)
+        for name, tensor in stored:
+            shards.add(name, tensor)
+    shards.finish()
+    if progress:
+        progress("writing tensors", len(items), len(items))
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:

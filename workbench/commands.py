@@ -2,8 +2,8 @@
 
 A *session command* is a line of text, such as ``step 3`` or ``break */core own_error > limit``. The
 same line is what a key press sends, what the palette offers, what a script file holds and what the
-session logs. To add one: a row here, and a method `do_<name>` in debugger.py (where="worker") or
-in session.py (where="client").
+session logs. To add one: a row here, and a method `do_<name>` in engine_commands.py (where="worker")
+or in session.py (where="client").
 """
 
 from __future__ import annotations
@@ -51,37 +51,137 @@ _REST = Argument("expression", "rest")
 
 SESSION_COMMANDS: tuple[SessionCommand, ...] = (
     # -- move
-    SessionCommand("step", "run the next op (n of them)", _n(), ("s", "f11"), runs=True, group="Move"),
-    SessionCommand("next", "next op on this level: runs over a deeper group", _n(), ("n", "f10"), runs=True, group="Move"),
+    SessionCommand(
+        "step", "run the next op (n of them)", _n(), ("s", "f11"), runs=True, group="Move"
+    ),
+    SessionCommand(
+        "next",
+        "next op on this level: runs over a deeper group",
+        _n(),
+        ("n", "f10"),
+        runs=True,
+        group="Move",
+    ),
     SessionCommand("finish", "run to the end of this group", (), ("f",), runs=True, group="Move"),
-    SessionCommand("layer", "run to the end of this layer (n layers)", _n(), ("l",), runs=True, group="Move"),
-    SessionCommand("continue", "run until a breakpoint or the end", (), ("c", "f5"), runs=True, group="Move"),
-    SessionCommand("until", "run until a site (glob) has run", (Argument("site", "site"),), ("t",), runs=True, group="Move"),
+    SessionCommand(
+        "layer", "run to the end of this layer (n layers)", _n(), ("l",), runs=True, group="Move"
+    ),
+    SessionCommand(
+        "continue", "run until a breakpoint or the end", (), ("c", "f5"), runs=True, group="Move"
+    ),
+    SessionCommand(
+        "until",
+        "run until a site (glob) has run",
+        (Argument("site", "site"),),
+        ("t",),
+        runs=True,
+        group="Move",
+    ),
     SessionCommand("back", "go back n ops within the layer", _n(), ("N",), runs=True, group="Move"),
-    SessionCommand("rerun", "re-run this layer from its snapshot up to here", (), ("r",), runs=True, group="Move"),
-    SessionCommand("goto", "go to the end of a layer, forward or back", (Argument("layer", "int"),), ("g",), runs=True, group="Move"),
-    SessionCommand("reset", "start over: empty cache, first token", (), (), group="Move"),
+    SessionCommand(
+        "rerun",
+        "re-run this layer from its snapshot up to here",
+        (),
+        ("r",),
+        runs=True,
+        group="Move",
+    ),
+    SessionCommand(
+        "goto",
+        "go to the end of a layer, forward or back",
+        (Argument("layer", "int"),),
+        ("g",),
+        runs=True,
+        group="Move",
+    ),
+    SessionCommand(
+        "reset", "start over: empty cache, first token", (), (), runs=True, group="Move"
+    ),
     SessionCommand("pause", "stop at the next op", (), ("space",), logged=False, group="Move"),
     # -- change
-    SessionCommand("route", "switch implementations: SITE_GLOB=IMPL or IMPL", (Argument("entry", "rest", True),), (), group="Change"),
-    SessionCommand("toggle", "switch this site (or glob) between reference and kernel", (_SITE,), ("k",), group="Change"),
-    SessionCommand("shadow", "run the other route on the same inputs: on, off, or a glob", (Argument("what", "word", True),), ("x",), group="Change"),
-    SessionCommand("probes", "choose probes: all, none, or names", (Argument("names", "rest", True),), (), group="Change"),
-    SessionCommand("restart", "start a new worker at the last layer snapshot", (), ("R",), where="client", group="Change"),
+    SessionCommand(
+        "route",
+        "switch implementations: SITE_GLOB=IMPL or IMPL",
+        (Argument("entry", "rest", True),),
+        (),
+        group="Change",
+    ),
+    SessionCommand(
+        "toggle",
+        "switch this site (or glob) between reference and kernel",
+        (_SITE,),
+        ("k",),
+        group="Change",
+    ),
+    SessionCommand(
+        "shadow",
+        "run the other route on the same inputs: on, off, or a glob",
+        (Argument("what", "word", True),),
+        ("x",),
+        group="Change",
+    ),
+    SessionCommand(
+        "probes",
+        "choose probes: all, none, or names",
+        (Argument("names", "rest", True),),
+        (),
+        group="Change",
+    ),
+    SessionCommand(
+        "restart",
+        "start a new worker at the last layer snapshot",
+        (),
+        ("R",),
+        where="client",
+        group="Change",
+    ),
     # -- breakpoints
-    SessionCommand("break", "stop at SITE_GLOB, at a reading (nan > 0), or at both", (Argument("condition", "rest", True),), ("b",), group="Break"),
+    SessionCommand(
+        "break",
+        "stop at SITE_GLOB, at a reading (nan > 0), or at both",
+        (Argument("condition", "rest", True),),
+        ("b",),
+        group="Break",
+    ),
     SessionCommand("breaks", "list breakpoints", (), ("B",), group="Break"),
-    SessionCommand("delete", "delete breakpoint n", (Argument("number", "int"),), (), group="Break"),
+    SessionCommand(
+        "delete", "delete breakpoint n", (Argument("number", "int"),), (), group="Break"
+    ),
     # -- look
     SessionCommand("status", "where we are", (), (), logged=False),
-    SessionCommand("op", "inputs, outputs, statistics, route, error and time of an op", (_SITE,), (), logged=False),
+    SessionCommand(
+        "op",
+        "inputs, outputs, statistics, route, error and time of an op",
+        (_SITE,),
+        (),
+        logged=False,
+    ),
     SessionCommand("sites", "every site with state, route, time and error", (), (), logged=False),
-    SessionCommand("readings", "what the probes read: [SITE_GLOB] [PROBE]", (_SITE, Argument("probe", "word", True)), ()),
+    SessionCommand(
+        "readings",
+        "what the probes read: [SITE_GLOB] [PROBE]",
+        (_SITE, Argument("probe", "word", True)),
+        (),
+    ),
     SessionCommand("print", "values: print o[0,:8]", (_REST,), ("p",)),
-    SessionCommand("eval", "a torch expression over the current inputs and outputs", (_REST,), ("e",)),
-    SessionCommand("watch", "evaluate an expression at every stop; no argument lists", (Argument("expression", "rest", True),), ("w",)),
+    SessionCommand(
+        "eval", "a torch expression over the current inputs and outputs", (_REST,), ("e",)
+    ),
+    SessionCommand(
+        "watch",
+        "evaluate an expression at every stop; no argument lists",
+        (Argument("expression", "rest", True),),
+        ("w",),
+    ),
     SessionCommand("stamps", "what really ran at each site", (), ()),
-    SessionCommand("save", "save the session so far as a script", (Argument("file", "rest"),), ("ctrl+s",), where="client", logged=False),
+    SessionCommand(
+        "save",
+        "save the session so far as a script",
+        (Argument("file", "rest"),),
+        ("ctrl+s",),
+        where="client",
+        logged=False,
+    ),
     SessionCommand("quit", "end the session", (), ("q",), where="client", logged=False),
 )
 

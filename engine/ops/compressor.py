@@ -9,7 +9,12 @@ from dsv4_bench.engine.registry import op
 from dsv4_bench.engine.step import Step
 
 
-@op("compressor", outputs=("pooled",), mutates=("kv_state", "score_state"), nonfinite=("score_state",))
+@op(
+    "compressor",
+    outputs=("pooled",),
+    mutates=("kv_state", "score_state"),
+    nonfinite=("score_state",),
+)
 def compressor(
     kv: Tensor,
     score: Tensor,

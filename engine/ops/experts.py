@@ -66,7 +66,9 @@ def _flops(a: dict[str, Any]) -> int:
 
 
 @op("experts", outputs=("y",), flops=_flops)
-def experts(x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float) -> Tensor:
+def experts(
+    x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
+) -> Tensor:
     """y = sum over the k chosen experts of routing * expert(x), float32 [n, d].
 
     x [n, d], routing [n, k] float32, experts [n, k] int32.

@@ -38,7 +38,11 @@ def rope_frequencies(config: Config, layer: int) -> Tensor:
     return freqs * (1 - ramp) + (freqs / yarn.factor) * ramp
 
 
-@op("rope", outputs=("y",), flops=lambda a: 6 * a["x"].numel() // a["x"].shape[-1] * a["freqs"].numel())
+@op(
+    "rope",
+    outputs=("y",),
+    flops=lambda a: 6 * a["x"].numel() // a["x"].shape[-1] * a["freqs"].numel(),
+)
 def rope(x: Tensor, positions: Tensor, *, freqs: Tensor, inverse: bool) -> Tensor:
     """Rotate the pairs (2i, 2i+1) of the last rd dims by +-position * freqs[i]; a new tensor.
 

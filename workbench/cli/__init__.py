@@ -36,7 +36,7 @@ COMMANDS: tuple[CliCommand, ...] = (
     CliCommand("inspect", "offline census of a checkpoint: formats, shapes, scales"),
     CliCommand("profile", "time per site of one layer, reference beside kernel"),
     CliCommand("kernels", "every op x implementation: available or why not", checkpoint=False),
-    CliCommand("script", "run a session script without a screen"),
+    CliCommand("script", "run a session script without a screen", checkpoint=False),
     CliCommand("make-checkpoint", "write a synthetic checkpoint", checkpoint=False),
     CliCommand("doctor", "environment report for bug reports", checkpoint=False),
     CliCommand("worker", "the session protocol on stdin/stdout", checkpoint=False),

@@ -32,7 +32,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table, padded so that it also reads well in a terminal; numbers to the right."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max([len(h), *(len(r[i]) for r in cells)]) for i, h in enumerate(header)]
-    right = [bool(cells) and all(_numeric(r[i]) for r in cells) for i in range(len(header))]
+    right = [
+        any(r[i] for r in cells) and all(_numeric(r[i]) for r in cells) for i in range(len(header))
+    ]
 
     def line(row: Sequence[str]) -> str:
         padded = (

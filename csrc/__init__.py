@@ -1,0 +1,1 @@
+"""Sources of the compiled kernels, shipped as data; `engine.build` compiles them."""

@@ -1,0 +1,259 @@
+// Matrix products with weights in any format, decoded on the way: ops linear and grouped_linear.
+//
+// Few rows (a decode step): one stream over the weight, each row decoded once in registers.
+// Many rows: a block of weight rows is decoded to float32 in cache and used for all of them.
+
+#include "matmul.h"
+
+#include "parallel.h"
+#include "vec.h"
+#include "weights.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kFewRows = 8;       // most rows for which the weight is decoded in registers
+constexpr int64_t kAhead = 4096;      // bytes of codes to prefetch ahead: two rows of k = 4096
+constexpr int64_t kRowsAtOnce = 512;  // activation rows held as float32 in the blocked path
+constexpr int64_t kBlockRows = 32;    // weight rows decoded at a time
+constexpr int64_t kBlockDepth = 1024; // columns of them
+
+// x [m, k] with row stride -> float32 [m, padded], zeros behind column k.
+void widen(Matrix x, int64_t first, int64_t m, int64_t k, int64_t padded, float* out) {
+    for (int64_t i = 0; i < m; i++, out += padded) {
+        int64_t start = (first + i) * x.stride;
+        if (x.dtype == DSV4_F32) convert(out, (const float*)x.data + start, k);
+        else convert(out, (const bf16*)x.data + start, k);
+        for (int64_t j = k; j < padded; j++) out[j] = 0;
+    }
+}
+
+void put(Matrix y, int64_t row, int64_t column, float value) {
+    int64_t at = row * y.stride + column;
+    if (y.dtype == DSV4_F32) ((float*)y.data)[at] = value;
+    else store_one((bf16*)y.data + at, value);
+}
+
+// ---------------------------------------------------------------- few rows
+
+// One weight row times M activation rows, any format. Two sums a row hide the FMA's latency.
+template <int M, class Row>
+void dot_row(const Row& row, int64_t k, const float* x, int64_t stride, float* out) {
+    f32v even[M] = {}, odd[M] = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= k; i += 2 * W) {
+        f32v a = row.at(i), b = row.at(i + W);
+        for (int r = 0; r < M; r++) {
+            even[r] += a * load(x + r * stride + i);
+            odd[r] += b * load(x + r * stride + i + W);
+        }
+    }
+    for (; i < k; i += W) {
+        f32v a = i + W <= k ? row.at(i) : row.tail(i, k - i);
+        for (int r = 0; r < M; r++) even[r] += a * load(x + r * stride + i);
+    }
+    for (int r = 0; r < M; r++) out[r] = sum(even[r] + odd[r]);
+}
+
+// 4-bit rows are read as words of eight codes, one word a lane: shifting all lanes by 4j brings up
+// code j of every word. So lane i of step j holds element 8i + j, and the activations are stored in
+// that order once (`interleave`). All codes of a lane share one scale.
+constexpr int64_t kCodes = 8 * W;  // elements of one such group
+
+template <int Block> f32v lane_scales(const uint8_t* scales) {
+    constexpr int lanes = Block / 8;  // lanes that share a scale
+    if constexpr (Block == 32) {
+        u32v code;
+        for (int i = 0; i < W; i++) code[i] = scales[i / lanes];
+        u32v bits = code == 0 ? u32v{} + 0x00400000 : code << 23;
+        return bits_as<f32v>(code == 255 ? u32v{} + 0x7fc00000 : bits);
+    } else {
+        i8v code;
+        for (int i = 0; i < W; i++) code[i] = int8_t(scales[i / lanes]);
+        return e4m3(__builtin_convertvector(code, i32v));
+    }
+}
+
+template <int M, int Block>
+inline void dot_group(const uint8_t* codes, const uint8_t* scales, const float* x, int64_t stride,
+                      f32v* sums) {
+    u32v words = load_raw<u32v>(codes);
+    f32v part[M] = {};
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        f32v value = e2m1(words >> (4 * j));
+        for (int r = 0; r < M; r++) part[r] += value * load(x + r * stride + j * W);
+    }
+    f32v scale = lane_scales<Block>(scales);
+    for (int r = 0; r < M; r++) sums[r] += part[r] * scale;
+}
+
+template <int M, int Block>
+void dot_row(const E2m1Row<Block>& row, int64_t k, const float* x, int64_t stride, float* out) {
+    f32v sums[M] = {};
+    int64_t i = 0;
+    for (; i + kCodes <= k; i += kCodes) {
+        __builtin_prefetch(row.codes + i / 2 + kAhead);
+        dot_group<M, Block>(row.codes + i / 2, row.scales + i / Block, x + i, stride, sums);
+    }
+    if (i < k) {  // the last codes and scales, with zeros behind them
+        uint8_t codes[kCodes / 2] = {}, scales[kCodes / Block] = {};
+        std::memcpy(codes, row.codes + i / 2, (k - i) / 2);
+        std::memcpy(scales, row.scales + i / Block, (k - i) / Block);
+        dot_group<M, Block>(codes, scales, x + i, stride, sums);
+    }
+    for (int r = 0; r < M; r++) out[r] = sum(sums[r]);
+}
+
+// Reorders rows of `padded` elements (a multiple of kCodes) in place for the 4-bit dot_row.
+void interleave(float* x, int64_t total) {
+    float group[kCodes];
+    for (int64_t first = 0; first < total; first += kCodes) {
+        std::memcpy(group, x + first, sizeof group);
+        for (int i = 0; i < W; i++)
+            for (int j = 0; j < 8; j++) x[first + j * W + i] = group[8 * i + j];
+    }
+}
+
+bool is_e2m1(const dsv4_weight& w) { return w.format == DSV4_NVFP4 || w.format == DSV4_MXFP4; }
+
+// m <= kFewRows. Activation row i of group g is row i * groups + g of `x`.
+void few_rows(const float* x, int64_t padded, int64_t m, const dsv4_weight& w, int64_t groups,
+              Matrix y, int threads) {
+    int64_t per_group = w.n / groups, stride = groups * padded;
+    parallel(threads, w.n, w.n * w.k, [&](int64_t first, int64_t last) {
+        with_format(w, [&](auto tag) {
+            for (int64_t n = first; n < last; n++) {
+                typename decltype(tag)::type row(w, n);
+                const float* xg = x + n / per_group * padded;
+                float out[kFewRows];
+                int64_t i = 0;
+                for (; i + 4 <= m; i += 4) dot_row<4>(row, w.k, xg + i * stride, stride, out + i);
+                if (m - i >= 2) {
+                    dot_row<2>(row, w.k, xg + i * stride, stride, out + i);
+                    i += 2;
+                }
+                if (i < m) dot_row<1>(row, w.k, xg + i * stride, stride, out + i);
+                for (int64_t r = 0; r < m; r++) put(y, r, n, out[r] * w.global_scale);
+            }
+        });
+    });
+}
+
+// ---------------------------------------------------------------- many rows
+
+#if defined(__AVX512F__)
+constexpr int kTileM = 6, kTileN = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int kTileM = 3, kTileN = 4;  // 12 of 16
+#endif
+
+// c [M, N] += a [M, k] b [N, k]^T, k a multiple of W.
+template <int M, int N>
+void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c,
+          int64_t ldc) {
+    f32v sums[M][N] = {};
+    for (int64_t l = 0; l < k; l += W) {
+        f32v right[N];
+        for (int j = 0; j < N; j++) right[j] = load(b + j * ldb + l);
+        for (int i = 0; i < M; i++) {
+            f32v left = load(a + i * lda + l);
+            for (int j = 0; j < N; j++) sums[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) c[i * ldc + j] += sum(sums[i][j]);
+}
+
+template <int M>
+void tile_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t n, int64_t k,
+                  float* c, int64_t ldc) {
+    int64_t j = 0;
+    for (; j + kTileN <= n; j += kTileN) tile<M, kTileN>(a, lda, b + j * ldb, ldb, k, c + j, ldc);
+    for (; j < n; j++) tile<M, 1>(a, lda, b + j * ldb, ldb, k, c + j, ldc);
+}
+
+// Decode weight rows [row, row + rows), and multiply them with m rows of x -> y columns from `row`.
+void block_rows(const float* x, int64_t stride, int64_t m, const dsv4_weight& w, int64_t row,
+                int64_t rows, float* block, float* c, Matrix y, int64_t y_row) {
+    for (int64_t i = 0; i < m * kBlockRows; i++) c[i] = 0;
+    for (int64_t depth = 0; depth < w.k; depth += kBlockDepth) {
+        int64_t count = min64(kBlockDepth, w.k - depth), padded = round_up(count, W);
+        with_format(w, [&](auto tag) {
+            for (int64_t n = 0; n < rows; n++) {
+                typename decltype(tag)::type reader(w, row + n);
+                dequantize(reader, depth, count, block + n * kBlockDepth);
+            }
+        });
+        int64_t i = 0;
+        const float* a = x + depth;
+        for (; i + kTileM <= m; i += kTileM)
+            tile_columns<kTileM>(a + i * stride, stride, block, kBlockDepth, rows, padded,
+                                 c + i * kBlockRows, kBlockRows);
+        for (; i < m; i++)
+            tile_columns<1>(a + i * stride, stride, block, kBlockDepth, rows, padded,
+                            c + i * kBlockRows, kBlockRows);
+    }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t n = 0; n < rows; n++)
+            put(y, y_row + i, row + n, c[i * kBlockRows + n] * w.global_scale);
+}
+
+void many_rows(const float* x, int64_t stride, int64_t m, const dsv4_weight& w, int64_t first_row,
+               int64_t n, Matrix y, int64_t y_row, int threads) {
+    int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
+    int64_t block_size = kBlockRows * kBlockDepth, c_size = m * kBlockRows;
+    float* memory = scratch_of(kWeightBlock, threads * (block_size + c_size));
+    parallel(threads, blocks, n * w.k, [&](int64_t first, int64_t last) {
+        float* block = memory + omp_get_thread_num() * (block_size + c_size);
+        for (int64_t b = first; b < last; b++) {
+            int64_t row = first_row + b * kBlockRows;
+            int64_t rows = min64(kBlockRows, first_row + n - row);
+            block_rows(x, stride, m, w, row, rows, block, block + block_size, y, y_row);
+        }
+    });
+}
+
+}  // namespace
+
+void matmul(Matrix x, int64_t m, const dsv4_weight& w, int64_t groups, Matrix y, int threads) {
+    int64_t k = w.k, n = w.n / groups;
+    if (m <= kFewRows) {
+        int64_t padded = round_up(k, kCodes);
+        float* xf = scratch_of(kActivations, m * groups * padded);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t size = x.dtype == DSV4_F32 ? sizeof(float) : sizeof(bf16);
+                Matrix part = {(char*)x.data + (i * x.stride + g * k) * size, x.stride, x.dtype};
+                widen(part, 0, 1, k, padded, xf + (i * groups + g) * padded);
+            }
+        if (is_e2m1(w)) interleave(xf, m * groups * padded);
+        few_rows(xf, padded, m, w, groups, y, threads);
+        return;
+    }
+    int64_t padded = round_up(k, W);
+    for (int64_t first = 0; first < m; first += kRowsAtOnce) {
+        int64_t rows = min64(kRowsAtOnce, m - first);
+        float* xf = scratch_of(kActivations, rows * padded);
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t size = x.dtype == DSV4_F32 ? sizeof(float) : sizeof(bf16);
+            Matrix part = {(char*)x.data + g * k * size, x.stride, x.dtype};
+            widen(part, first, rows, k, padded, xf);
+            many_rows(xf, padded, rows, w, g * n, n, y, first, threads);
+        }
+    }
+}
+
+}  // namespace dsv4
+
+using namespace dsv4;
+
+// x [m, groups * k] in x_dtype, y [m, n] in y_dtype, both contiguous (float32 or bfloat16).
+// groups = 1 is op linear, more is grouped_linear.
+DSV4_EXPORT int dsv4_linear(void* x, int x_dtype, int64_t m, const dsv4_weight* w, int64_t groups,
+                            void* y, int y_dtype, int threads) {
+    return guarded([&] {
+        matmul({x, groups * w->k, x_dtype}, m, *w, groups, {y, w->n, y_dtype}, threads);
+        return DSV4_OK;
+    });
+}

@@ -1,0 +1,93 @@
+"""Prefill, teacher-forced logits and decoding, on top of `Transformer.forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.cache import Cache
+from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.tokens import check_token_ids
+
+Progress = Callable[[int, int], None]
+
+
+def split(count: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """[0, count) in pieces of the given sizes, the last size repeating; no sizes: one piece."""
+    if any(size < 1 for size in chunks):
+        raise DSV4Error(f"chunk sizes must be positive, found {min(chunks)}")
+    sizes = list(chunks) or [count]
+    spans: list[tuple[int, int]] = []
+    start = 0
+    while start < count:
+        size = sizes[min(len(spans), len(sizes) - 1)]
+        spans.append((start, min(start + size, count)))
+        start += size
+    return spans
+
+
+def teacher_forced_logits(
+    model: Transformer,
+    tokens: Sequence[int],
+    chunks: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Tensor:
+    """Logits of every position of `tokens`, fed in pieces: float32 [T, v] on the CPU."""
+    check_token_ids(tokens, model.config.vocab_size)
+    cache = model.new_cache()
+    logits = torch.empty(len(tokens), model.config.vocab_size)
+    for start, stop in split(len(tokens), chunks):
+        logits[start:stop] = model.forward(cache.step([tokens[start:stop]]), cache)
+        if progress:
+            progress(stop, len(tokens))
+    return logits
+
+
+def prefill(
+    model: Transformer, cache: Cache, tokens: Sequence[int], chunks: Sequence[int]
+) -> Tensor:
+    """Feed `tokens`; the last position's logits, float32 [v]."""
+    logits = torch.empty(0)
+    for start, stop in split(len(tokens), chunks):
+        logits = model.forward(cache.step([tokens[start:stop]]), cache, last_only=True)
+    return logits[0]
+
+
+def generate(
+    model: Transformer,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chunks: Sequence[int] = (),
+) -> Iterator[int]:
+    """Yield new token ids until end-of-sentence or `max_new_tokens`; temperature 0 is greedy."""
+    if not tokens:
+        raise DSV4Error("the prompt is empty", "give at least one token")
+    generator = torch.Generator().manual_seed(seed)
+    cache = model.new_cache()
+    logits = prefill(model, cache, tokens, chunks)
+    for number in range(max_new_tokens):
+        token = sample(logits, temperature, generator)
+        yield token
+        if token == model.config.eos_token_id or number + 1 == max_new_tokens:
+            return
+        logits = model.forward(cache.step([[token]]), cache, last_only=True)[0]
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """One id from logits [v]. Raises DSV4Error if they are not finite: nothing to choose from."""
+    if not bool(torch.isfinite(logits).all()):
+        bad = int((~torch.isfinite(logits)).sum())
+        raise DSV4Error(
+            f"{bad} of {len(logits)} logits are NaN or infinite",
+            "`dsv4-bench tui`, then `break nan > 0` and `continue`, shows where it begins",
+            5,
+        )
+    if temperature <= 0:
+        return int(logits.argmax())
+    weights = (logits.float().cpu() / temperature).softmax(-1)
+    return int(torch.multinomial(weights, 1, generator=generator))

@@ -1,0 +1,76 @@
+"""The probe protocol and the table of probes.
+
+A probe is a small class; register it with `@probe`, from here or from a user's --plugin file:
+
+    from dsv4_bench.probes.base import Probe, probe
+
+    @probe
+    class Peak(Probe):
+        name = "peak"
+        help = "largest absolute output of every linear"
+
+        def wants(self, site):
+            return site.op == "linear"
+
+        def observe(self, call):
+            yield call.reading(self.name, "peak", float(call.outputs["y"].abs().max()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dsv4_bench.engine.errors import DSV4Error, did_you_mean
+from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.readings import Call, Reading
+
+
+class Probe:
+    """Looks at the ops it wants, after they ran. One instance lives as long as a session.
+
+    `reads` names its readings, so that a breakpoint on one of them can turn the probe on.
+    """
+
+    name = ""
+    help = ""
+    reads: tuple[str, ...] = ()
+
+    def wants(self, site: Site) -> bool:
+        raise NotImplementedError
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget what was seen; called when a session starts over."""
+
+
+PROBES: dict[str, type[Probe]] = {}
+
+
+def probe(cls: type[Probe]) -> type[Probe]:
+    """Register a probe class under its `name`."""
+    if not cls.name:
+        raise DSV4Error(f"probe class {cls.__name__} has no name", "set the class attribute `name`")
+    PROBES[cls.name] = cls
+    return cls
+
+
+def make_probes(names: Iterable[str]) -> list[Probe]:
+    """Instances of the named probes; ``all`` stands for every one. Raises for an unknown name."""
+    import dsv4_bench.probes.catalogue  # noqa: F401  (registers the built-in ones)
+
+    wanted = list(dict.fromkeys(names))
+    if "all" in wanted:
+        wanted = list(PROBES)
+    for name in wanted:
+        if name not in PROBES:
+            raise DSV4Error(f"unknown probe {name!r}", did_you_mean(name, PROBES))
+    return [PROBES[name]() for name in wanted]
+
+
+def probe_that_reads(reading: str) -> str | None:
+    """The probe that takes readings called `reading`."""
+    import dsv4_bench.probes.catalogue  # noqa: F401
+
+    return next((name for name, cls in PROBES.items() if reading in cls.reads), None)

@@ -1,0 +1,371 @@
+"""A scripted session: speaks the events and replies of the real one, computes nothing, has no clock.
+
+`FakeSession.die(...)`, `FakeSession.slow` (run commands stay running until `release()`), and
+`lines` (everything that was sent) are for tests. Run this file to look at the UI by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.workbench.commands import parse
+
+Event = dict[str, Any]
+KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
+COMPRESSOR = ("wkv", "wgate", "pool", "norm", "rope", "write")
+QUERY = ("hc_pre", "norm", "wq_a", "q_norm", "wq_b", "q_head_norm", "q_rope")
+OPS = {"core": "attention", "topk": "index_topk", "experts": "experts", "gate": "gate"}
+
+
+def site_entries(layers: int) -> list[Event]:
+    entries: list[Event] = [{"path": "embed", "op": "embed", "layer": None, "kind": None}]
+    for layer in range(layers):
+        kind = "SWA" if layer < 2 else "CSA" if layer % 2 == 0 else "HCA"
+        names = [f"attn/{name}" for name in (*QUERY, "wkv", "kv_norm", "kv_rope")]
+        if kind != "SWA":
+            names += [f"attn/compressor/{name}" for name in COMPRESSOR]
+        if kind == "CSA":
+            names += [f"attn/index/compressor/{name}" for name in COMPRESSOR]
+            names += [f"attn/index/{name}" for name in "wq_b rope weights_proj score topk".split()]
+        names += [
+            f"attn/{name}"
+            for name in "gather_swa window_write core o_rope wo_a wo_b hc_post".split()
+        ]
+        names += [f"ffn/{name}" for name in "hc_pre norm gate experts shared sum hc_post".split()]
+        for name in names:
+            leaf = name.rpartition("/")[2]
+            op = OPS.get(leaf, "linear" if leaf.startswith("w") else leaf)
+            entries.append({"path": f"L{layer}/{name}", "op": op, "layer": layer, "kind": kind})
+    for name in ("hc_head", "norm", "logits"):
+        entries.append({"path": f"head/{name}", "op": name, "layer": None, "kind": None})
+    return entries
+
+
+def tensor(name: str, shape: list[int], nan: int = 0, **more: Any) -> Event:
+    count = math.prod(shape)
+    stats = {"finite": count - nan, "nan": nan, "inf": 0, "absmax": 4.21, "rms": 0.998, "mean": 1e-3}
+    return {
+        "name": name, "shape": shape, "dtype": "float32", "device": "cpu", "bytes": count * 4,
+        "stats": stats, "format": None, "expected_nonfinite": False, **more,
+    }  # fmt: skip
+
+
+class FakeSession:
+    def __init__(self, on_event: Callable[[Event], None], layers: int = 16, opened: bool = True):
+        self.on_event = on_event
+        self.entries = site_entries(layers)
+        self.layers = layers
+        self.paths = [entry["path"] for entry in self.entries]
+        self.lines: list[str] = []
+        self.commands: list[str] = []
+        self.closed = False
+        self.slow = False
+        self.position = -1
+        self.forward = 0
+        self.breaks: list[Event] = []
+        self.watches: list[str] = []
+        self.shadow = "off"
+        self.reference: set[str] = set()
+        self.alarms: dict[str, str] = {}
+        self.state = "opening"
+        self._number = 0
+        self._held: tuple[int, str, Event] | None = None
+        if opened:
+            self.open()
+
+    # -- for tests
+
+    def open(self) -> None:
+        self.state = "ready"
+        self.on_event({
+            "event": "hello", "schema_version": 1, "pid": 123, "checkpoint": "checkpoints/demo",
+            "layout": "modelopt nvfp4", "config": {}, "device": "cpu", "dtype": "float32",
+            "sites": self.entries, "tokens": list(range(128)), "threads": 2,
+            "text": "The quick brown fox",
+        })  # fmt: skip
+        self._emit_state()
+
+    def die(self, site: str | None = None, signal: str | None = "SIGSEGV") -> None:
+        self.state = "dead"
+        self.on_event({
+            "event": "died", "site": site or self._site(), "signal": signal, "returncode": -11,
+            "stderr": ["attention_avx2: kv row 4096 of 4096", "Segmentation fault"],
+            "message": "the worker crashed inside a kernel",
+        })  # fmt: skip
+        self._emit_state()
+
+    def release(self) -> None:
+        """Let a slow run command end."""
+        assert self._held is not None
+        (number, line, result), self._held = self._held, None
+        self._settle(number, line, result)
+
+    def log(self, stream: str, text: str) -> None:
+        self.on_event({"event": "log", "stream": stream, "text": text})
+
+    # -- the session's interface
+
+    def send(self, line: str) -> int:
+        self._number += 1
+        self.lines.append(line)
+        if self.state == "dead" and not line.startswith("restart"):
+            self._reply(line, error=DSV4Error("the worker is gone", "restart starts a new one"))
+            return self._number
+        try:
+            parsed = parse(line)
+            handler = getattr(self, f"_do_{parsed.command.name}", None)
+            result = handler(**parsed.arguments) if handler else {}
+        except DSV4Error as error:
+            self._reply(line, error=error)
+            return self._number
+        if parsed.command.runs:
+            self._run(line, result)
+        else:
+            self._reply(line, result)
+        return self._number
+
+    def close(self) -> None:
+        self.closed = True
+
+    # -- how a run unfolds
+
+    def _run(self, line: str, target: int) -> None:
+        self.state = "running"
+        self._emit_state()
+        if self.slow:
+            self._held = (self._number, line, {"target": target})
+            self.on_event({"event": "enter", "site": self.paths[min(self.position + 1, target)]})
+            return
+        self._settle(self._number, line, {"target": target})
+
+    def _settle(self, number: int, line: str, result: Event) -> None:
+        target = result["target"]
+        for index in range(self.position + 1, target + 1):
+            path = self.paths[index]
+            self.on_event({"event": "enter", "site": path})
+            self.on_event(self._site_event(index, path))
+        self.position = target
+        self.state = "finished" if target == len(self.paths) - 1 else "stopped"
+        self._emit_state()
+        self._reply(line, self._status(), number=number)
+
+    def _site_event(self, index: int, path: str) -> Event:
+        own = 1e-7 * (1 + index % 7) if self.shadow != "off" else None
+        return {
+            "event": "site", "site": path, "seconds": self._seconds(index), "own_error": own,
+            "alarm": self.alarms.get(path, ""), "route": self._route(path),
+        }  # fmt: skip
+
+    def _seconds(self, index: int) -> float:
+        return 1e-5 * (1 + index * 37 % 113)
+
+    def _route(self, path: str) -> str:
+        return "reference" if path in self.reference else "cpu"
+
+    def _site(self) -> str | None:
+        return self.paths[self.position] if self.position >= 0 else None
+
+    def _status(self) -> Event:
+        site = self._site()
+        entry = self.entries[max(self.position, 0)]
+        return {
+            "state": self.state, "site": site, "op": entry["op"] if site else None,
+            "layer": entry["layer"] if site else None, "index": self.position + 1,
+            "of": len(self.paths), "forward": self.forward, "forwards": 5, "phase": "prefill",
+            "tokens": [0, 128], "why": "step", "seconds": 0.0123, "route": ["kernel"],
+            "shadow": self.shadow, "probes": ["stats", "residual"], "breaks": list(self.breaks),
+            "generated": [], "text": "", "top": [], "memory": {"rss": 734003200},
+        }  # fmt: skip
+
+    def _emit_state(self) -> None:
+        self.on_event({"event": "state", **self._status()})
+
+    def _reply(
+        self, line: str, result: Any = None, error: DSV4Error | None = None, number: int = 0
+    ) -> None:
+        event: Event = {"event": "reply", "id": number or self._number, "line": line}
+        event |= {"ok": False, "error": error.to_dict()} if error else {"ok": True, "result": result}
+        self.on_event(event)
+
+    # -- commands: those that run return the index of the site to stop after
+
+    def _do_step(self, n: int = 1) -> int:
+        return min(self.position + n, len(self.paths) - 1)
+
+    _do_next = _do_step
+
+    def _do_finish(self) -> int:
+        group = self.paths[min(self.position + 1, len(self.paths) - 1)].rpartition("/")[0]
+        inside = [i for i, path in enumerate(self.paths) if path.startswith(group + "/")]
+        return max(inside, default=self._do_step())
+
+    def _do_layer(self, n: int = 1) -> int:
+        top = self.paths[min(self.position + 1, len(self.paths) - 1)].partition("/")[0]
+        return max(i for i, path in enumerate(self.paths) if path.partition("/")[0] == top)
+
+    def _do_continue(self) -> int:
+        stops = {entry["text"] for entry in self.breaks}
+        for index in range(self.position + 1, len(self.paths)):
+            if self.paths[index] in stops:
+                return index
+        return len(self.paths) - 1
+
+    def _do_until(self, site: str) -> int:
+        if site not in self.paths:
+            raise DSV4Error(f"no site matches {site!r}", "sites lists them")
+        return self.paths.index(site)
+
+    def _do_back(self, n: int = 1) -> int:
+        return max(0, self.position - n)
+
+    def _do_rerun(self) -> int:
+        return self.position
+
+    def _do_goto(self, layer: int) -> int:
+        if not 0 <= layer < self.layers:
+            raise DSV4Error(f"goto: no layer {layer}", f"layers are 0 to {self.layers - 1}")
+        return self.paths.index(f"L{layer}/ffn/hc_post")
+
+    def _do_pause(self) -> Event:
+        return {}
+
+    def _do_status(self) -> Event:
+        return self._status()
+
+    def _do_restart(self) -> Event:
+        self.position = -1
+        self.open()
+        return self._status()
+
+    def _do_shadow(self, what: str = "on") -> Event:
+        self.shadow = {"on": "*"}.get(what, what)
+        self._emit_state()
+        return self._status()
+
+    def _do_toggle(self, site: str | None = None) -> Event:
+        path = site or self._site() or self.paths[0]
+        before = self._route(path)
+        self.reference ^= {path}
+        changed = {
+            "site": path, "before": {"implementation": before, "hash": "a1b2"},
+            "after": {"implementation": self._route(path), "hash": "c3d4"}, "effect": "",
+        }  # fmt: skip
+        return {"changed": [changed], "route": ["kernel"], "state": self._status()}
+
+    def _do_break(self, condition: str = "") -> Event:
+        number = max((entry["number"] for entry in self.breaks), default=0) + 1
+        self.breaks.append({"number": number, "text": condition, "hits": 0})
+        self._emit_state()
+        return {"breaks": list(self.breaks), "text": f"breakpoint {number}: {condition}"}
+
+    def _do_breaks(self) -> Event:
+        return {"breaks": list(self.breaks)}
+
+    def _do_delete(self, number: int) -> Event:
+        self.breaks = [entry for entry in self.breaks if entry["number"] != number]
+        self._emit_state()
+        return {"breaks": list(self.breaks)}
+
+    def _do_print(self, expression: str) -> Event:
+        if expression.startswith("missing"):
+            raise DSV4Error("print: no tensor 'missing' here", "here: q, window, o")
+        text = "tensor([[ 0.1212, -0.4410,  1.0021],\n        [ 0.3321,  0.0000, -2.1200]])"
+        return {"expression": expression, "text": text, "shape": [2, 3], "dtype": "float32"}
+
+    _do_eval = _do_print
+
+    def _do_watch(self, expression: str = "") -> Event:
+        self.watches += [expression] if expression else []
+        return {"watches": [{"expression": e, "text": "tensor(1.0021)"} for e in self.watches]}
+
+    def _do_sites(self) -> Event:
+        stops = {entry["text"] for entry in self.breaks}
+        return {"sites": [self._site_row(i, e, stops) for i, e in enumerate(self.entries)]}
+
+    def _site_row(self, index: int, entry: Event, stops: set[str]) -> Event:
+        state = "done" if index < self.position else "pending"
+        path, ran = entry["path"], index <= self.position
+        return {
+            "path": path, "op": entry["op"], "layer": entry["layer"], "route": self._route(path),
+            "note": "", "state": "current" if index == self.position else state,
+            "seconds": self._seconds(index) if ran else None,
+            "own_error": 1e-7 * (1 + index % 7) if ran and self.shadow != "off" else None,
+            "alarm": self.alarms.get(path, "") if ran else "", "break": path in stops,
+        }  # fmt: skip
+
+    def _do_op(self, site: str | None = None) -> Event:
+        path = site or self._site()
+        if path not in self.paths:
+            raise DSV4Error(f"no site {path!r}")
+        index = self.paths.index(path)
+        held = index == self.position
+        nan = 3 if path in self.alarms else 0
+        view: Event = {
+            "site": path, "op": self.entries[index]["op"], "layer": self.entries[index]["layer"],
+            "doc": "Attention over window and selected entries.\n\nq [n, h, hd], window [n, w, hd].",
+            "inputs": [], "params": [], "outputs": [], "route": self._route(path),
+            "stamp": {"implementation": self._route(path), "hash": "a1b2c3d4e5", "launches": 1,
+                      "note": ""},
+            "alternatives": [
+                {"name": "reference", "available": True, "reason": ""},
+                {"name": "cpu", "available": True, "reason": ""},
+                {"name": "sm90", "available": False, "reason": "needs sm_90, this is cpu"},
+            ],
+            "times": {"cpu": 0.00012, "reference": 0.0005}, "own_error": None, "effect": "",
+            "readings": self._readings_at(path), "held": held,
+            "state": "current" if held else "done" if index < self.position else "pending",
+        }  # fmt: skip
+        if held:
+            view["inputs"] = [tensor("q", [128, 8, 512]), tensor("window", [256, 512])]
+            view["outputs"] = [tensor("o", [128, 8, 512], nan)]
+            view["params"] = [tensor("weight", [1024, 4096], format="nvfp4", stats=None)]
+        if self.shadow != "off":
+            over = path in self.alarms
+            view["own_error"] = {
+                "against": "reference", "relative_l2": 0.31 if over else 1.2e-7, "max_abs": 1e-6,
+                "coordinate": [0, 3, 17], "ours": 1.25, "theirs": 1.2500012, "limit": 2e-5,
+                "verdict": "over" if over else "ok",
+            }  # fmt: skip
+        return view
+
+    def _readings_at(self, path: str) -> list[Event]:
+        def reading(probe: str, name: str, value: Any, **more: Any) -> Event:
+            layer = self.entries[self.paths.index(path)]["layer"]
+            base = {"unit": "", "limit": None, "verdict": "ok", "forward": 0, "detail": ""}
+            keys = {"site": path, "probe": probe, "name": name, "value": value, "layer": layer}
+            return {**keys, **base, **more}
+
+        leaf = path.rpartition("/")[2]
+        if leaf == "core":
+            return [
+                reading("softmax", "sink_mass", 0.12),
+                reading("softmax", "entropy", 3.4, unit="nat", verdict="info"),
+                reading("softmax", "row_sum", 1.0000001, limit=1.001),
+            ]
+        if leaf == "hc_post":
+            layer = int(path[1:].partition("/")[0])
+            norm = 1.0 + 0.35 * layer + 0.4 * math.sin(layer * 1.7)
+            return [
+                reading("residual", "norm", [norm, norm * 0.8, norm * 0.9, norm * 0.7]),
+                reading("residual", "growth", 1.03, unit="ratio"),
+            ]
+        if leaf == "gate":
+            return [reading("load", "expert", [3, 9, 0, 12, 8], unit="tokens", verdict="info")]
+        return []
+
+    def _do_readings(self, site: str = "*", probe: str = "") -> Event:
+        readings: list[Event] = []
+        prefix = site.partition("*")[0]
+        for path in self.paths[: self.position + 1]:
+            if path.startswith(prefix) and (not site.endswith("hc_post") or "hc_post" in path):
+                readings += [r for r in self._readings_at(path) if probe in ("", r["probe"])]
+        return {"readings": readings}
+
+
+if __name__ == "__main__":
+    from dsv4_bench.workbench.tui.app import run_tui
+
+    raise SystemExit(run_tui(None, FakeSession))  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dsv4_bench.engine.errors import DSV4Error
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--route, --dtype, --device: how the engine runs."""
+    parser.add_argument(
+        "--route",
+        action="append",
+        metavar="R",
+        help="SITE_GLOB=IMPL or IMPL (kernel, reference, cpu, ...); repeatable, later wins",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the activations")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """--prompt or --tokens, and --chunks."""
+    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--tokens", metavar="FILE", help="a JSON list of token ids")
+    parser.add_argument(
+        "--chunks", metavar="N,N,...", help="feed the prompt in these pieces; the last size repeats"
+    )
+
+
+def parse_chunks(text: str | None) -> tuple[int, ...]:
+    """``128,1,1`` -> (128, 1, 1). Raises DSV4Error."""
+    if not text:
+        return ()
+    try:
+        sizes = tuple(int(part) for part in text.replace("...", "").split(",") if part.strip())
+    except ValueError:
+        sizes = ()
+    if not sizes or any(size < 1 for size in sizes):
+        raise DSV4Error(f"--chunks {text!r}: sizes are positive integers", "e.g. --chunks 128,1,1")
+    return sizes
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The dictionary `load_model` takes."""
+    return {
+        "checkpoint": args.checkpoint,
+        "route": args.route or ["kernel"],
+        "dtype": args.dtype,
+        "device": args.device,
+        "plugins": args.plugin,
+    }
+
+
+def read_tokens(path: str | None) -> list[int] | None:
+    """The ids in FILE, without importing the engine."""
+    if path is None:
+        return None
+    from dsv4_bench.engine.tokens import read_token_file
+
+    return read_token_file(path)
+
+
+def add_session_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything a session can be opened with."""
+    add_engine_arguments(parser)
+    add_prompt_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=8, metavar="N")
+    parser.add_argument("--probes", metavar="a,b", help="all, none, or names (default: most)")
+    parser.add_argument("--shadow", metavar="GLOB", help="run the other route too: on, or a glob")
+    parser.add_argument(
+        "--connect",
+        metavar="CMD",
+        help='start the worker by this, e.g. "ssh gpubox dsv4-bench worker"',
+    )
+
+
+def session_options(args: argparse.Namespace) -> Any:
+    """SessionOptions from parsed arguments."""
+    from dsv4_bench.workbench.session import SessionOptions
+
+    if args.max_new_tokens < 0:
+        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens} is negative")
+    fields: dict[str, Any] = {}
+    if args.probes is not None:
+        names = args.probes.replace(",", " ").split()
+        fields["probes"] = () if names == ["none"] else tuple(names)
+    return SessionOptions(
+        checkpoint=args.checkpoint,
+        prompt=args.prompt,
+        tokens=read_tokens(args.tokens),
+        chunks=parse_chunks(args.chunks),
+        max_new_tokens=args.max_new_tokens,
+        route=tuple(args.route or ["kernel"]),
+        dtype=args.dtype,
+        device=args.device,
+        plugins=tuple(args.plugin),
+        shadow=args.shadow or "",
+        connect=args.connect,
+        **fields,
+    )

@@ -1,0 +1,81 @@
+"""`dsv4-bench generate`: prefill and decode."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.workbench.cli import common, output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_engine_arguments(parser)
+    common.add_prompt_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_new_tokens < 1:
+        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens}: at least 1 is needed")
+    if not 0 <= args.temperature < float("inf"):
+        raise DSV4Error(f"--temperature {args.temperature} must be 0 or more")
+    tokens = common.read_tokens(args.tokens)
+    chunks = common.parse_chunks(args.chunks)
+
+    from dsv4_bench.workbench.loading import load_model, prompt_tokens
+
+    loaded = load_model(common.engine_options(args))
+    for note in loaded.notes:
+        output.narrate(f"note: {note}")
+    prompt = prompt_tokens(loaded, args.prompt, tokens)
+    result = _decode(loaded, prompt, chunks, args)
+    if args.json:
+        output.print_json(result)
+    else:
+        rate = f"{result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else ""
+        output.narrate(
+            f"{len(prompt)} prompt tokens in {result['prefill_seconds']:.2f} s, "
+            f"{len(result['tokens'])} new {rate}"
+        )
+    return 0
+
+
+def _decode(
+    loaded: Any, prompt: list[int], chunks: tuple[int, ...], args: argparse.Namespace
+) -> dict[str, Any]:
+    from dsv4_bench.engine.generate import generate
+
+    started = time.perf_counter()
+    first: float | None = None
+    new: list[int] = []
+    shown = ""
+    for token in generate(
+        loaded.model, prompt, args.max_new_tokens, args.temperature, args.seed, chunks
+    ):
+        first = first or time.perf_counter()
+        new.append(token)
+        text = loaded.tokenizer.decode(new) if loaded.tokenizer else " ".join(map(str, new))
+        if not args.json and not text.endswith("\ufffd"):  # not in the middle of a character
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    if not args.json:
+        print(text[len(shown) :])
+    ended = time.perf_counter()
+    assert first is not None
+    decoding = ended - first
+    return {
+        "prompt_tokens": prompt,
+        "tokens": new,
+        "text": text,
+        "prefill_seconds": first - started,
+        "seconds": ended - started,
+        "tokens_per_second": (len(new) - 1) / decoding if len(new) > 1 and decoding > 0 else None,
+        "route": [str(entry) for entry in loaded.model.route],
+        "notes": loaded.notes,
+    }

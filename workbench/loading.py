@@ -1,0 +1,132 @@
+"""Opening a checkpoint for a command: device, dtype, plugins, route, tokenizer, prompt."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.demo import resolve_checkpoint
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import parse_route
+from dsv4_bench.engine.tokens import check_token_ids
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_PROMPT = (
+    "A residual stream carries what every layer adds. Attention reads the last tokens from a "
+    "window and older ones from compressed entries; experts do the rest. If one kernel is wrong, "
+    "this is where you see it."
+)
+
+
+@dataclass
+class Loaded:
+    """An open model with what belongs to it."""
+
+    model: Transformer
+    tokenizer: Any = None
+    layout: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.model.checkpoint.folder
+
+
+def load_plugins(files: list[str]) -> None:
+    """Import users' files. Raises DSV4Error with the exception when one fails."""
+    for number, file in enumerate(files):
+        path = Path(file)
+        if not path.is_file():
+            raise DSV4Error(f"no such plugin file: {file}")
+        spec = importlib.util.spec_from_file_location(f"dsv4_plugin_{number}_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise DSV4Error(f"plugin {file} is not a Python file", "its name must end in .py")
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except DSV4Error:
+            raise
+        except Exception as error:
+            raise DSV4Error(f"plugin {file}: {type(error).__name__}: {error}") from error
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`name`, or CUDA if there is one. Raises CannotAnswer for a device this machine lacks."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CannotAnswer(
+            "--device cuda: torch sees no CUDA device", "`dsv4-bench doctor` says more"
+        )
+    if name not in ("cpu", "cuda"):
+        raise DSV4Error(f"unknown device {name!r}", "cpu or cuda")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """`name`, or float32 on the CPU and bfloat16 on CUDA."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise DSV4Error(f"unknown dtype {name!r}", f"known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(options: dict[str, Any]) -> Loaded:
+    """Open `options["checkpoint"]` (None: the default) and set the route.
+
+    Uses checkpoint, plugins, device, dtype and route; raises DSV4Error, changing nothing on disk.
+    """
+    import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
+
+    load_plugins(list(options.get("plugins") or []))
+    device = pick_device(options.get("device"))
+    dtype = pick_dtype(options.get("dtype"), device)
+    route = parse_route(options.get("route") or ["kernel"])
+    checkpoint = Checkpoint(resolve_checkpoint(options.get("checkpoint")))
+    checkpoint.require_complete()
+    model = Transformer(checkpoint, dtype, device)
+    model.set_route(route)
+    loaded = Loaded(model, load_tokenizer(checkpoint.folder), getattr(checkpoint, "layout", ""))
+    fallbacks = sorted({f"{s.op}: {s.stamp.note}" for s in model.sites.values() if s.stamp.note})
+    loaded.notes = [f"reference instead of a kernel for {text}" for text in fallbacks]
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """tokenizer.json of the checkpoint, or None. Raises DSV4Error if it cannot be read."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise DSV4Error(f"{path}: {error}") from None
+
+
+def prompt_tokens(loaded: Loaded, prompt: str | None, tokens: list[int] | None) -> list[int]:
+    """Ids to feed: `tokens`, or `prompt` encoded with begin-of-sentence, or a default prompt."""
+    config = loaded.model.config
+    if tokens is not None:
+        if not tokens:
+            raise DSV4Error("the prompt is empty", "give at least one token")
+        check_token_ids(tokens, config.vocab_size)
+        return list(tokens)
+    if prompt is not None and not prompt:
+        raise DSV4Error("the prompt is empty", "give at least one character")
+    if loaded.tokenizer is None:
+        if prompt is not None:
+            raise DSV4Error(f"no tokenizer.json in {loaded.folder}", "give ids with --tokens FILE")
+        return [(7 * i + 3) % config.vocab_size for i in range(160)]
+    ids = list(loaded.tokenizer.encode(prompt or DEFAULT_PROMPT, add_special_tokens=False).ids)
+    if not ids or ids[0] != config.bos_token_id:
+        ids.insert(0, config.bos_token_id)
+    check_token_ids(ids, config.vocab_size)
+    return ids

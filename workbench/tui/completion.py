@@ -1,0 +1,107 @@
+"""Completion, hints and history of the command line. Pure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.workbench.commands import BY_NAME, SESSION_COMMANDS, parse
+
+IMPLEMENTATIONS = ("kernel", "reference")
+READINGS = ("nan > 0", "inf > 0", "own_error > limit", "absmax > ")
+WORDS = {
+    "shadow": ("on", "off", "*/core"),
+    "probes": ("all", "none"),
+    "route": IMPLEMENTATIONS,
+}
+
+
+def complete(text: str, sites: Sequence[str], expressions: Sequence[str] = ()) -> list[str]:
+    """Whole lines that `text` can become, best first."""
+    name, space, rest = text.lstrip().partition(" ")
+    if not space:
+        return [
+            command.name + (" " if command.arguments else "")
+            for command in SESSION_COMMANDS
+            if command.name.startswith(name)
+        ]
+    command = BY_NAME.get(name)
+    if command is None:
+        return []
+    head, _, word = rest.rpartition(" ")
+    prefix = f"{name} {head} " if head else f"{name} "
+    return [prefix + item for item in _words(name, head, word, sites, expressions)]
+
+
+def _words(
+    name: str, head: str, word: str, sites: Sequence[str], expressions: Sequence[str]
+) -> list[str]:
+    kinds = {argument.kind for argument in BY_NAME[name].arguments}
+    candidates: list[str] = list(WORDS.get(name, ()))
+    if name in ("print", "eval", "watch"):
+        candidates += expressions
+    if name == "break" and head:
+        return [item for item in READINGS if item.startswith(word)]
+    if not head and ("site" in kinds or name in ("break", "route", "shadow")):
+        candidates += _sites(word, sites)
+    return [item for item in candidates if item.startswith(word)]
+
+
+def _sites(word: str, sites: Sequence[str]) -> list[str]:
+    """Sites one path part at a time: L3/ before L3/attn/core."""
+    stems: dict[str, None] = {}
+    for site in sites:
+        if site.startswith(word):
+            cut = site.find("/", len(word))
+            stems[site if cut < 0 else site[: cut + 1]] = None
+    return list(stems)
+
+
+def common(lines: Sequence[str]) -> str:
+    """The longest prefix that all of `lines` share."""
+    return os.path.commonprefix(list(lines))
+
+
+def hint(text: str) -> str:
+    """Usage and help of the command being typed, or what is wrong with it."""
+    name = text.strip().split(" ")[0]
+    if not name:
+        return "tab completes, up and down walk the history, escape closes"
+    try:
+        command = parse(name).command
+    except DSV4Error:
+        command = BY_NAME.get(name)
+    if command is not None:
+        return f"{command.usage}   {command.help}"
+    names = complete(name, ())
+    return "  ".join(names) if names else f"no command starts with {name!r}; ? lists them"
+
+
+@dataclass
+class History:
+    """Lines typed before; `up` from a half-typed line walks those that start with it."""
+
+    lines: list[str] = field(default_factory=list)
+    position: int | None = None
+    draft: str = ""
+
+    def add(self, line: str) -> None:
+        if line and (not self.lines or self.lines[-1] != line):
+            self.lines.append(line)
+        self.position = None
+
+    def move(self, text: str, step: int) -> str:
+        if self.position is None or text != self.lines[self.position]:
+            self.draft, self.position = text, len(self.lines)
+        index = self.position + step
+        while 0 <= index < len(self.lines):
+            if self.lines[index].startswith(self.draft):
+                self.position = index
+                return self.lines[index]
+            index += step
+        if index >= len(self.lines):
+            self.position = None
+            return self.draft
+        return text
