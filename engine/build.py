@@ -23,8 +23,7 @@ from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 
-import platformdirs
-
+from dsv4_bench.engine.demo import cache_folder
 from dsv4_bench.engine.errors import CannotAnswer
 
 _LOG = logging.getLogger(__name__)
@@ -59,11 +58,8 @@ def compiler_version(command: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Where builds are kept: $DSV4_CACHE, else the user's cache folder."""
-    override = os.environ.get("DSV4_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    return Path(platformdirs.user_cache_dir("dsv4-bench")) / "kernels"
+    """Where builds are kept: ``kernels`` in $DSV4_CACHE or the user's cache folder."""
+    return cache_folder().absolute() / "kernels"
 
 
 def csrc() -> Path:

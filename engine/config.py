@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,25 @@ from dsv4_bench.engine.errors import BadCheckpoint
 
 CSA_RATIO = 4
 HCA_RATIO = 128
+# Beyond these a value is a mistake, and would be answered by running out of time or memory.
+_LARGEST = {
+    "num_hidden_layers": 4096,
+    "n_routed_experts": 65536,
+    "hc_mult": 64,
+    "hc_sinkhorn_iters": 1000,
+}
+_LARGEST_INT = 2**31 - 1
+# What the engine computes; a config that says otherwise belongs to another model.
+_FIXED = {
+    "model_type": "deepseek_v4",
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
 _LAYER_TYPES = {
     "sliding_attention": 0,
     "compressed_sparse_attention": CSA_RATIO,
@@ -148,6 +168,8 @@ PRESETS = {"tiny": TINY, "flash": FLASH, "pro": PRO}
 
 def with_layers(config: Config, layers: int) -> Config:
     """The same model cut to its first `layers` layers, or grown by repeating the last two kinds."""
+    if layers < 1:
+        raise ValueError(f"a model has at least one layer, not {layers}")
     ratios = list(config.compress_ratios)
     while len(ratios) < layers:
         ratios.append(ratios[-2])
@@ -161,34 +183,43 @@ def load_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadCheckpoint(
             f"no config.json in {folder}", "CKPT is a folder with config.json and *.safetensors"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadCheckpoint(f"{path}: not readable as JSON: {error}") from None
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} is not JSON: {error}", "download it again") from None
     if not isinstance(data, dict):
-        raise BadCheckpoint(f"{path}: a JSON object was expected, found {type(data).__name__}")
+        raise BadCheckpoint(
+            f"{path} holds a JSON {type(data).__name__}", "config.json is a JSON object"
+        )
     return parse_config(data, str(path))
 
 
 def parse_config(data: dict[str, Any], where: str) -> Config:
     """Build a Config from the JSON object `data`; `where` names its source in errors."""
-    kind = data.get("model_type", "deepseek_v4")
-    if kind != "deepseek_v4":
-        raise BadCheckpoint(f"{where}: model_type is {kind!r}", "only deepseek_v4 is supported")
+    for name, only in _FIXED.items():
+        if data.get(name) not in (None, only):
+            raise BadCheckpoint(
+                f"{where}: {name} is {data[name]!r}", f"the engine knows {only!r} only"
+            )
     values: dict[str, Any] = {}
     for spec in fields(Config):
         if spec.name in data and spec.name not in ("rope_scaling", "compress_ratios"):
-            values[spec.name] = _typed(spec.name, data[spec.name], spec.type, where)
+            value = data[spec.name]
+            if spec.name.endswith("_token_id") and (value is None or isinstance(value, list)):
+                if not value:
+                    continue  # null or []: the default
+                value = value[0]  # several ids end a text; the first is the main one
+            values[spec.name] = _typed(spec.name, value, spec.type, where)
     values["compress_ratios"] = _compress_ratios(data, where)
     values["rope_scaling"], thetas = _rope(data, where)
     values.update(thetas)
     if "num_hash_layers" not in data and isinstance(data.get("mlp_layer_types"), list):
         values["num_hash_layers"] = data["mlp_layer_types"].count("hash_moe")
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
     if "qk_rope_head_dim" not in data and "partial_rotary_factor" in data:
         factor = _typed("partial_rotary_factor", data["partial_rotary_factor"], "float", where)
         values["qk_rope_head_dim"] = int(values.get("head_dim", 512) * factor)
@@ -199,14 +230,24 @@ def parse_config(data: dict[str, Any], where: str) -> Config:
 
 
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
-    if name == "eos_token_id" and isinstance(value, list) and value:
-        return value
+    """`value` as int or float; whole floats such as 4096.0 count as int."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "float" and number:
-        return float(value)
-    if kind == "int" and number and int(value) == value:
-        return int(value)
-    raise BadCheckpoint(f"{where}: {name} must be {kind}, found {value!r}")
+    if number and abs(value) <= _LARGEST_INT:  # False for NaN
+        if kind == "float":
+            return float(value)
+        if int(value) == value:
+            return int(value)
+    raise BadCheckpoint(
+        f"{where}: {name} is {_short(value)}", f"{name} is {_ARTICLE[kind]} of at most 2^31 - 1"
+    )
+
+
+_ARTICLE = {"int": "a whole number", "float": "a number"}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _compress_ratios(data: dict[str, Any], where: str) -> tuple[int, ...]:
@@ -223,9 +264,17 @@ def _compress_ratios(data: dict[str, Any], where: str) -> tuple[int, ...]:
             f"{where}: neither compress_ratios nor layer_types is given",
             "the attention kind of a layer cannot be guessed (0 sliding, 4 CSA, 128 HCA)",
         )
-    if not isinstance(ratios, list) or any(r not in (0, CSA_RATIO, HCA_RATIO) for r in ratios):
-        raise BadCheckpoint(f"{where}: compress_ratios must hold 0, 4 or 128, found {ratios!r}")
-    return tuple(ratios)
+    if not isinstance(ratios, list):
+        raise BadCheckpoint(
+            f"{where}: compress_ratios is {_short(ratios)}", "it is a list of one number a layer"
+        )
+    for layer, ratio in enumerate(ratios):
+        if isinstance(ratio, bool) or ratio not in (0, CSA_RATIO, HCA_RATIO):
+            raise BadCheckpoint(
+                f"{where}: compress_ratios[{layer}] is {_short(ratio)}",
+                "a layer's ratio is 0 (sliding window), 4 (CSA) or 128 (HCA)",
+            )
+    return tuple(int(ratio) for ratio in ratios)
 
 
 def _rope(data: dict[str, Any], where: str) -> tuple[YarnScaling | None, dict[str, float]]:
@@ -235,14 +284,17 @@ def _rope(data: dict[str, Any], where: str) -> tuple[YarnScaling | None, dict[st
     scaling = data.get("rope_scaling")
     if isinstance(nested, dict) and isinstance(nested.get("compress"), dict):
         scaling = nested["compress"]
-        if "rope_theta" in scaling:
-            thetas["compress_rope_theta"] = float(scaling["rope_theta"])
-        if isinstance(nested.get("main"), dict) and "rope_theta" in nested["main"]:
-            thetas["rope_theta"] = float(nested["main"]["rope_theta"])
+        for part, name in (("compress", "compress_rope_theta"), ("main", "rope_theta")):
+            group = nested.get(part)
+            if isinstance(group, dict) and "rope_theta" in group:
+                label = f"rope_parameters.{part}.rope_theta"
+                thetas[name] = _typed(label, group["rope_theta"], "float", where)
     if scaling is None:
         return None, thetas
     if not isinstance(scaling, dict):
-        raise BadCheckpoint(f"{where}: rope_scaling must be an object, found {scaling!r}")
+        raise BadCheckpoint(
+            f"{where}: rope_scaling is {_short(scaling)}", "it is an object with YaRN's parameters"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None, thetas
@@ -257,33 +309,46 @@ def _rope(data: dict[str, Any], where: str) -> tuple[YarnScaling | None, dict[st
 
 
 def _validate(config: Config, where: str) -> None:
-    positive = [
-        spec.name
-        for spec in fields(Config)
-        if spec.type in ("int", "float")
-        and spec.name not in ("num_hash_layers", "bos_token_id", "eos_token_id")
-        and not getattr(config, spec.name) > 0
-    ]
-    problems = [f"{name} = {getattr(config, name)}, must be positive" for name in positive]
-    if not positive:
-        if len(config.compress_ratios) < config.num_hidden_layers:
-            problems.append(
-                f"compress_ratios has {len(config.compress_ratios)} values for "
-                f"{config.num_hidden_layers} layers"
-            )
-        if config.num_attention_heads % config.o_groups:
-            problems.append(
-                f"{config.num_attention_heads} heads do not divide into {config.o_groups} o_groups"
-            )
-        if config.qk_rope_head_dim % 2 or config.qk_rope_head_dim > config.index_head_dim:
-            problems.append(
-                f"qk_rope_head_dim {config.qk_rope_head_dim} must be even and at most "
-                f"index_head_dim {config.index_head_dim}"
-            )
-        if config.num_experts_per_tok > config.n_routed_experts:
-            problems.append(
-                f"num_experts_per_tok {config.num_experts_per_tok} > "
-                f"n_routed_experts {config.n_routed_experts}"
-            )
+    """Raise BadCheckpoint with everything that cannot be a model."""
+    problems = [*_out_of_range(config)]
+    if not problems:  # the rest divides and compares
+        problems = [*_contradictions(config)]
     if problems:
-        raise BadCheckpoint(f"{where}: " + "; ".join(problems))
+        raise BadCheckpoint(
+            f"{where}: " + "; ".join(problems), "is it the config.json of a DeepSeek-V4 model?"
+        )
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    for spec in fields(Config):
+        if spec.type not in ("int", "float"):
+            continue
+        value, least = getattr(config, spec.name), 0
+        if spec.name in ("num_hash_layers", "bos_token_id", "eos_token_id"):
+            least = -1
+        if value <= least:
+            yield f"{spec.name} is {value}, has to be above {least}"
+        elif value > _LARGEST.get(spec.name, _LARGEST_INT):
+            yield f"{spec.name} is {value}, at most {_LARGEST[spec.name]} can be right"
+    for name in ("rope_theta", "compress_rope_theta"):
+        if 0 < getattr(config, name) <= 1:
+            yield f"{name} is {getattr(config, name)}, has to be above 1"
+    if config.rope_scaling is not None:
+        for name, value in asdict(config.rope_scaling).items():
+            if value <= 0:
+                yield f"rope_scaling.{name} is {value}, has to be above 0"
+
+
+def _contradictions(c: Config) -> Iterator[str]:
+    if len(c.compress_ratios) < c.num_hidden_layers:
+        yield f"compress_ratios has {len(c.compress_ratios)} values for {c.num_hidden_layers} layers"
+    if c.num_attention_heads % c.o_groups:
+        yield f"{c.num_attention_heads} heads do not divide into {c.o_groups} o_groups"
+    width = min(c.head_dim, c.index_head_dim)
+    if c.qk_rope_head_dim % 2 or c.qk_rope_head_dim > width:
+        yield (
+            f"qk_rope_head_dim is {c.qk_rope_head_dim}, has to be even and at most {width}, "
+            "the smaller of head_dim and index_head_dim"
+        )
+    if c.num_experts_per_tok > c.n_routed_experts:
+        yield f"num_experts_per_tok is {c.num_experts_per_tok} of {c.n_routed_experts} experts"

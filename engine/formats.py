@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Midpoints between neighbours; a tie goes to the even code (MODEL.md 3.1: 0 1 1 2 2 4 4 below 0.25 0.75 ...).
+# Midpoints between neighbours; a tie goes to the even code.
 _E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -31,6 +31,9 @@ E4M3_MIN_SUBNORMAL = 2.0**-9
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 FP8_BLOCK = 128
+# Elements quantised at a time: intermediate values stay in cache, and below torch's threshold for
+# threads, which here wait for each other longer than they work.
+_QUANTIZE_BLOCK = 1 << 14
 
 
 # ------------------------------------------------------------------------------ e2m1 and e8m0
@@ -64,11 +67,10 @@ def e4m3_to_float(values: Tensor) -> Tensor:
 def pack_e2m1(values: Tensor) -> Tensor:
     """[n, k] floats -> [n, k/2] uint8, each rounded to the nearest e2m1, ties to the even code."""
     magnitude = values.abs().float()
-    midpoints = torch.tensor(_E2M1_MIDPOINTS, device=values.device)
-    up = torch.bucketize(magnitude, midpoints, right=True)  # a tie rounds up ...
-    down = torch.bucketize(magnitude, midpoints, right=False)  # ... or down
-    code = torch.where(up % 2 == 0, up, down).to(torch.uint8)
-    code = code | (torch.signbit(values).to(torch.uint8) << 3)
+    code = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for lower, midpoint in enumerate(_E2M1_MIDPOINTS):  # codes below and above it: lower, lower + 1
+        code += magnitude > midpoint if lower % 2 == 0 else magnitude >= midpoint
+    code |= torch.signbit(values).to(torch.uint8) << 3
     return code[..., 0::2] | (code[..., 1::2] << 4)
 
 
@@ -94,15 +96,23 @@ def quantize_nvfp4(weight: Tensor, amax: float | None = None) -> tuple[Tensor, T
     Returns packed uint8 [n, k/2], block scales e4m3 [n, k/16] and the float32 scalar global scale
     amax/2688, a multiplier. `amax` sets the global scale (to share it between gate and up).
     """
-    n, k = weight.shape
     peak = float(weight.abs().max()) if amax is None else amax
     global_scale = torch.tensor(peak / (E2M1_MAX * E4M3_MAX) if peak > 0 else 1.0)
+    rows = max(1, _QUANTIZE_BLOCK // weight.shape[1])
+    parts = [_quantize_nvfp4_rows(part, global_scale) for part in weight.split(rows)]
+    packed = torch.cat([codes for codes, _ in parts])
+    scale = torch.cat([scales.view(torch.uint8) for _, scales in parts])
+    return packed, scale.view(torch.float8_e4m3fn), global_scale
+
+
+def _quantize_nvfp4_rows(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
     blocks = weight.float().reshape(n, k // NVFP4_BLOCK, NVFP4_BLOCK)
     scale = blocks.abs().amax(-1) / (E2M1_MAX * global_scale)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = scale.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = blocks / (scale.float() * global_scale)[..., None]  # divide by the rounded scale
-    return pack_e2m1(codes.reshape(n, k)), scale, global_scale
+    return pack_e2m1(codes.reshape(n, k)), scale
 
 
 def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,10 +204,14 @@ class Weight:
 def _apply_block_scales(values: Tensor, scale: Tensor, start: int) -> Tensor:
     """Multiply values [m, k] float32, rows from `start` of the matrix, by their 128x128 scales."""
     factors = scale if scale.dtype == torch.float32 else e8m0_to_float(scale)
-    factors = factors.repeat_interleave(FP8_BLOCK, 1)[:, : values.shape[1]]  # [row blocks, k]
-    stop = start + len(values)
-    for block in range(start // FP8_BLOCK, -(-stop // FP8_BLOCK)):  # one row of factors at a time
-        first = max(block * FP8_BLOCK, start)
+    rows, k = values.shape
+    if start % FP8_BLOCK == rows % FP8_BLOCK == k % FP8_BLOCK == 0:
+        mine = factors[start // FP8_BLOCK : (start + rows) // FP8_BLOCK, None, :, None]
+        blocks = values.view(rows // FP8_BLOCK, FP8_BLOCK, k // FP8_BLOCK, FP8_BLOCK)
+        return blocks.mul_(mine).view(rows, k)
+    factors = factors.repeat_interleave(FP8_BLOCK, 1)[:, :k]  # [row blocks, k]
+    for block in range(start // FP8_BLOCK, -(-(start + rows) // FP8_BLOCK)):
+        first = max(block * FP8_BLOCK, start)  # ragged: one row of blocks at a time
         values[first - start : (block + 1) * FP8_BLOCK - start].mul_(factors[block])
     return values
 

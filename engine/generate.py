@@ -89,5 +89,6 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> in
         )
     if temperature <= 0:
         return int(logits.argmax())
-    weights = (logits.float().cpu() / temperature).softmax(-1)
+    logits = logits.double().cpu()
+    weights = ((logits - logits.max()) / temperature).softmax(-1)  # cannot overflow
     return int(torch.multinomial(weights, 1, generator=generator))

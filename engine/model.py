@@ -16,7 +16,8 @@ Attention layers come in three kinds, by `compress_ratios`: 0 sees the last 128 
 
 Every step of the computation is a *site*: `self.wq_a(u)` runs the op of site `L3/attn/wq_a` on the
 implementation its route names. Nothing here knows about devices, kernels or debugging.
-Formulas: the released inference code; numerics `plain`, without simulated activation quantisation.
+Formulas follow inference/model.py of DeepSeek's release, called "the release" in the ops; numerics are
+`plain`: its simulated quantisation of activations and KV is left out.
 """
 
 from __future__ import annotations

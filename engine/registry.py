@@ -50,7 +50,8 @@ class OpSpec:
 
     `outputs` names the returned tensors, `mutates` the arguments written in place, which count as
     outputs too. `nonfinite` names outputs in which -inf is expected. `flops` maps the bound
-    arguments to floating-point operations.
+    arguments to floating-point operations; `traffic` maps arguments and outputs by name to bytes,
+    for ops that do not touch all of what they are given.
     """
 
     name: str
@@ -61,6 +62,7 @@ class OpSpec:
     nonfinite: tuple[str, ...] = ()
     discrete: tuple[str, ...] = ()
     flops: Callable[[dict[str, Any]], int] | None = None
+    traffic: Callable[[dict[str, Any]], int] | None = None
     parameters: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,14 +78,23 @@ class OpSpec:
         return {n: v for n, v in zip(self.outputs, values, strict=False) if v is not None}
 
     def cost(self, args: Sequence[Any], params: dict[str, Any], result: Any) -> Cost:
-        """Bytes of all tensors in and out, counted once, and FLOPs by the op's own formula."""
+        """Bytes that must move at least once and FLOPs, both 0 or more.
+
+        Bytes are the op's own `traffic`, or those of all tensors in and out, with arguments that are
+        written in place counted twice: read and written.
+        """
         bound = self.bind(args, params)
-        outputs = self.name_outputs(result).values()
-        total = sum(_nbytes(v) for v in bound.values()) + sum(_nbytes(v) for v in outputs)
+        outputs = self.name_outputs(result)
+        if self.traffic is not None:
+            total = self.traffic({**bound, **outputs})
+        else:
+            moved = [*bound.values(), *outputs.values(), *(bound[name] for name in self.mutates)]
+            total = sum(nbytes(value) for value in moved)
         return Cost(total, self.flops(bound) if self.flops else 0)
 
 
-def _nbytes(value: Any) -> int:
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor, weight or expert; 0 for anything else."""
     size = getattr(value, "nbytes", 0)
     return size if isinstance(size, int) else 0
 
@@ -128,12 +139,15 @@ def op(
     nonfinite: tuple[str, ...] = (),
     discrete: tuple[str, ...] = (),
     flops: Callable[[dict[str, Any]], int] | None = None,
+    traffic: Callable[[dict[str, Any]], int] | None = None,
 ) -> Callable[[Function], Function]:
     """Declare op `name`; the decorated function is its reference and its docstring the contract."""
 
     def register(function: Function) -> Function:
         doc = inspect.getdoc(function) or ""
-        OPS[name] = OpSpec(name, doc, function, outputs, mutates, nonfinite, discrete, flops)
+        OPS[name] = OpSpec(
+            name, doc, function, outputs, mutates, nonfinite, discrete, flops, traffic
+        )
         IMPLEMENTATIONS.setdefault(name, {})["reference"] = Implementation(
             name, "reference", function
         )
@@ -234,6 +248,10 @@ class Site:
         self.function = impl.function
         self.stamp = Stamp(impl.name, impl.hash, 0, note)
 
+    def put_back(self, impl: Implementation, stamp: Stamp) -> None:
+        """Undo `use`: the implementation and the stamp it had before."""
+        self.impl, self.function, self.stamp = impl, impl.function, stamp
+
     def __repr__(self) -> str:
         return f"Site({self.path}, {self.op}={self.stamp.implementation})"
 
@@ -249,7 +267,12 @@ def select_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
     found = [site for site in table if matches(site.path, pattern)]
     if not found:
         paths = [site.path for site in table]
-        raise DSV4Error(f"no site matches {pattern!r}", did_you_mean(pattern, paths))
+        groups = [path.rpartition("/")[0] for path in paths]
+        globs = ["*/" + path.rpartition("/")[2] for path in paths]
+        known = paths if "*" not in pattern else [*globs, *paths]
+        raise DSV4Error(
+            f"no site matches {pattern!r}", did_you_mean(pattern, filter(None, [*known, *groups]))
+        )
     return found
 
 

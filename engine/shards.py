@@ -175,7 +175,8 @@ class Shards:
     def _files_without_index(self, present: list[str]) -> list[str]:
         if not present:
             raise BadCheckpoint(
-                f"no *.safetensors in {self.folder}", "CKPT is a folder with config.json and weights"
+                f"no *.safetensors in {self.folder}",
+                "CKPT is a folder with config.json and weights",
             )
         numbered = [m for m in (re.search(r"-of-(\d+)\.safetensors$", n) for n in present) if m]
         total = max((int(m[1]) for m in numbered), default=0)
@@ -218,8 +219,8 @@ class Shards:
             return torch.empty(shape, dtype=dtype)
         if info.nbytes < _COPY_BYTES:
             with _opened(self.folder / info.file) as handle:
-                raw = bytearray(_read_at(handle, info.start, info.nbytes))
-            return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+                copy = bytearray(_read_at(handle, info.start, info.nbytes))
+            return torch.frombuffer(copy, dtype=torch.uint8).view(dtype).reshape(shape)
         raw = torch.frombuffer(
             self._mapped(info), dtype=torch.uint8, count=info.nbytes, offset=info.start
         )
@@ -301,7 +302,8 @@ def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
         raise BadCheckpoint(f"{file.name}: {error.strerror or error}") from None
     if len(data) != count:
         raise BadCheckpoint(
-            f"{file.name}: {len(data)} of {count} bytes at {start}", "the file was cut while in use"
+            f"{file.name}: only {len(data)} of {count} bytes at {start} are there",
+            "the file was cut while in use",
         )
     return data
 

@@ -227,7 +227,7 @@ def write_checkpoint(
 def _cannot_write(folder: Path, error: OSError | SafetensorError) -> DSV4Error:
     """What to say about a failed write; safetensors reports a full disk in its text only."""
     code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOTEMPTY, errno.EEXIST):  # somebody made the folder meanwhile
+    if code in (errno.ENOTEMPTY, errno.EEXIST) and folder.exists():  # made by another meanwhile
         return DSV4Error(f"{folder} exists", "choose a new folder; nothing is overwritten")
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text

@@ -16,8 +16,10 @@ def read_token_file(path: str) -> list[int]:
         data = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise DSV4Error(f"no such file: {path}", hint) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DSV4Error(f"{path}: {error}", hint) from None
+    except OSError as error:
+        raise DSV4Error(f"cannot read {path}: {error.strerror}", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise DSV4Error(f"{path} is not JSON: {error}", hint) from None
     if not isinstance(data, list) or not data:
         raise DSV4Error(f"{path} holds no list of token ids", hint)
     return data
@@ -28,6 +30,6 @@ def check_token_ids(tokens: Sequence[int], vocab_size: int) -> None:
     for position, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise DSV4Error(
-                f"token id {token!r} at position {position} is not in the vocabulary",
+                f"token id {repr(token)[:40]} at position {position} is not in the vocabulary",
                 f"ids are integers from 0 to {vocab_size - 1}",
             )

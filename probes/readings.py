@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.stats import Stats, tensor_stats
 
 Value = float | int | str | list[float]
 
@@ -32,7 +33,7 @@ class Reading:
     output: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass
@@ -44,6 +45,18 @@ class Call:
     outputs: dict[str, Tensor]
     forward: int = 0
     before: dict[str, Tensor] = field(default_factory=dict)  # mutated arguments, as they were
+    _stats: dict[str, Stats | None] = field(default_factory=dict, repr=False)
+
+    def ran(self, outputs: dict[str, Tensor]) -> None:
+        """Keep what the op has returned or written; called again after it was re-run."""
+        self.outputs = outputs
+        self._stats.clear()
+
+    def stats(self, output: str) -> Stats | None:
+        """Statistics of one output, computed once for all probes; None if it is not of floats."""
+        if output not in self._stats:
+            self._stats[output] = tensor_stats(self.outputs[output])
+        return self._stats[output]
 
     def reading(
         self,

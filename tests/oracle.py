@@ -1,7 +1,13 @@
-"""transformers' DeepseekV4ForCausalLM with the dequantised weights of one of our checkpoints."""
+"""transformers' DeepseekV4ForCausalLM with the dequantised weights of one of our checkpoints.
+
+The independent implementation that the engine is compared with. Only names and dequantisation are
+ours; both have tests of their own (test_checkpoint.py, test_formats.py).
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import Config
+from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.synthetic import transformers_name
 
 
@@ -18,45 +25,37 @@ def transformers_config(config: Config) -> Any:
     data = config.to_json()
     for key in ("architectures", "torch_dtype", "topk_method", "n_shared_experts"):
         data.pop(key)
-    data["compress_ratios"] = list(config.compress_ratios)
+    data["compress_ratios"] = list(config.compress_ratios)  # without the one for MTP
     return DeepseekV4Config(**data)
 
 
 def transformers_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """The independent oracle; only the dequantisation is ours (tested on its own)."""
+    """The model in float32, or cast as from_pretrained(dtype=...) would."""
     from transformers import DeepseekV4ForCausalLM
 
-    with torch.device("meta"):
-        model = DeepseekV4ForCausalLM(transformers_config(checkpoint.config))
-    fresh = DeepseekV4ForCausalLM(transformers_config(checkpoint.config)).float()
-    del model
-    state = {name: value for name, value in _state(checkpoint)}
-    missing, unexpected = fresh.load_state_dict(state, strict=False)
+    model = DeepseekV4ForCausalLM(transformers_config(checkpoint.config)).float()
+    missing, unexpected = model.load_state_dict(dict(_state(checkpoint)), strict=False)
     assert not unexpected and not missing, (missing, unexpected)
-    return _cast(fresh, dtype).eval()
+    return cast(model, dtype).eval()
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """What from_pretrained(dtype=...) does: the modules named as float32 stay so."""
-    keep = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) + tuple(
-        getattr(model, "_keep_in_fp32_modules", None) or ()
-    )
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if parameter.is_floating_point() and "inv_freq" not in name:
-            if not any(part in name for part in keep):
-                parameter.data = parameter.data.to(dtype)
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """What from_pretrained(dtype=...) does; test_oracle.py checks that it does."""
+    kept = list(model._get_dtype_plan(dtype))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(re.search(part, name) for part in kept):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _state(checkpoint: Checkpoint) -> Any:
-    config = checkpoint.config
+def _state(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for name in checkpoint.plain:
         value = checkpoint.tensor(name)
-        yield transformers_name(name), value if value.dtype == torch.int64 else value.float()
+        yield transformers_name(name), value.float() if value.is_floating_point() else value.long()
     for name in checkpoint.matrices:
         if ".ffn.experts." not in name:
             yield transformers_name(f"{name}.weight"), checkpoint.weight(name).dequantize()
-    for layer in range(config.num_hidden_layers):
+    for layer in range(checkpoint.config.num_hidden_layers):
         bank = checkpoint.experts(layer)
         experts = [bank[e] for e in range(len(bank))]
         gate_up = [torch.cat((e.w1.dequantize(), e.w3.dequantize())) for e in experts]
@@ -66,10 +65,21 @@ def _state(checkpoint: Checkpoint) -> Any:
 
 
 @torch.inference_mode()
-def transformers_logits(model: Any, tokens: list[int]) -> Tensor:
+def transformers_logits(model: Any, tokens: Sequence[int]) -> Tensor:
     """One prefill without cache: float32 [T, v]."""
-    return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+    return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()
+
+
+def engine_logits(model: Transformer, tokens: Sequence[int], chunks: Sequence[int] = ()) -> Tensor:
+    """float32 [T, v] of the engine, fed in pieces of these sizes (default: one prefill)."""
+    cache, done, logits = model.new_cache(), 0, []
+    for size in chunks or [len(tokens)]:
+        logits.append(model.forward(cache.step([list(tokens[done : done + size])]), cache))
+        done += size
+    assert done == len(tokens)
+    return torch.cat(logits)
 
 
 def relative_l2(value: Tensor, truth: Tensor) -> float:
+    assert value.shape == truth.shape, (value.shape, truth.shape)
     return float((value.double() - truth.double()).norm() / truth.double().norm())

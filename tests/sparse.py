@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,11 +83,14 @@ def _mtp(c: Config) -> Iterator[Stored]:
 def write_sparse_checkpoint(folder: Path, config: Config = FLASH, mtp: bool = True) -> int:
     """Write it to the new `folder`; returns the total length of the shards in bytes."""
     folder.mkdir(parents=True)
-    shards: list[list[Stored]] = [[]]
+    shards: list[list[Stored]] = []
+    room = 0
     for stored in flash_tensors(config, mtp):
-        if sum(t.nbytes for t in shards[-1][-1:]) and _size(shards[-1]) > SHARD_BYTES:
+        if room < stored.nbytes or not shards:
             shards.append([])
+            room = SHARD_BYTES
         shards[-1].append(stored)
+        room -= stored.nbytes
     weight_map, total = {}, 0
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -96,17 +100,6 @@ def write_sparse_checkpoint(folder: Path, config: Config = FLASH, mtp: bool = Tr
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config.to_json()))
     return total
-
-
-_sizes: dict[int, tuple[int, int]] = {}
-
-
-def _size(tensors: list[Stored]) -> int:
-    """Bytes of a growing list, without adding it up anew each time."""
-    count, size = _sizes.get(id(tensors), (0, 0))
-    size += sum(t.nbytes for t in tensors[count:])
-    _sizes[id(tensors)] = (len(tensors), size)
-    return size
 
 
 def _write_shard(path: Path, tensors: list[Stored], config: Config) -> int:
@@ -136,38 +129,42 @@ def _write_shard(path: Path, tensors: list[Stored], config: Config) -> int:
     return offset
 
 
-_LAYER = f"""
+_INSPECT = """
+from dsv4_bench.workbench.cli import main
+assert main(["inspect", {folder!r}]) == 0
+"""
+_LAYER = """
+import torch
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.model import Transformer
-import torch
-model = Transformer(Checkpoint({{folder!r}}))
+model = Transformer(Checkpoint({folder!r}))
 cache = model.new_cache()
-step = cache.step([[{TOKEN}]])
+step = cache.step([[{token}]])
 with torch.inference_mode():
-    print(model.layers[0](model.embed(step.tokens), cache.layers[0], step).shape)
+    x = model.layers[0](model.embed(step.tokens), cache.layers[0], step)
+assert x.isfinite().all()
 """
-_PEAK = """
-import resource, sys, time
+_MEASURE = """
+import json, resource, time
 start = time.perf_counter()
 {code}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-print(f"{{time.perf_counter() - start:.1f}} s, peak RSS {{peak:.2f}} GB", file=sys.stderr)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({{"seconds": time.perf_counter() - start, "peak_bytes": peak}}))
 """
 
 
-def measure(code: str) -> None:
-    """Run `code` in a fresh interpreter; prints its time (imports included) and peak memory."""
-    import subprocess
-
-    subprocess.run([sys.executable, "-c", _PEAK.format(code=code)], check=False)
+def measure(what: str, folder: Path) -> dict[str, float]:
+    """Run `inspect` or `layer` in a fresh interpreter: seconds (imports included), peak memory."""
+    code = {"inspect": _INSPECT, "layer": _LAYER}[what].format(folder=str(folder), token=TOKEN)
+    command = [sys.executable, "-c", _MEASURE.format(code=code)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     if not target.exists():
         print(f"{write_sparse_checkpoint(target) / 1e9:.1f} GB")
-    cli = "from dsv4_bench.workbench.cli import main; main(['inspect', {!r}, '--json'])"
-    print("inspect:", file=sys.stderr, flush=True)
-    measure(cli.format(str(target)).replace("main([", "import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): main(["))
-    print("layer 0, one token:", file=sys.stderr, flush=True)
-    measure(_LAYER.format(folder=str(target)))
+    for what in ("inspect", "layer"):
+        result = measure(what, target)
+        print(f"{what}: {result['seconds']:.1f} s, peak {result['peak_bytes'] / 1e9:.2f} GB")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4_bench.engine.errors import DSV4Error, did_you_mean
@@ -50,9 +50,9 @@ class Breakpoint:
             return f"breakpoint {self.number}: {self.text}"
         for reading in readings:
             if reading.name == self.name and self._holds(reading):
-                return (
-                    f"breakpoint {self.number}: {self.text} ({reading.name} = {reading.value:.4g})"
-                )
+                found = f"{reading.name} = {reading.value:.4g}"
+                where = f"; {reading.detail}" if reading.detail else ""
+                return f"breakpoint {self.number}: {self.text} ({found}{where})"
         return None
 
     def _holds(self, reading: Reading) -> bool:
@@ -65,6 +65,10 @@ class Breakpoint:
 
     def to_dict(self) -> dict[str, Any]:
         return {"number": self.number, "text": self.text, "hits": self.hits}
+
+    def again(self, number: int, hits: int) -> Breakpoint:
+        """The same breakpoint with the number and the hits it had before a restart."""
+        return replace(self, number=number, hits=hits)
 
 
 def parse_breakpoint(number: int, text: str, known: Iterable[str]) -> Breakpoint:

@@ -237,9 +237,12 @@ def _value(command: SessionCommand, argument: Argument, word: str) -> str | int:
     if argument.kind != "int":
         return word
     try:
-        return int(word.removeprefix("L"))
+        number = int(word.removeprefix("L") if argument.name == "layer" else word)
     except ValueError:
         raise DSV4Error(
             f"{command.name}: {argument.name} must be a number, not {word!r}",
             f"usage: {command.usage}",
         ) from None
+    if argument.name == "n" and number < 1:
+        raise DSV4Error(f"{command.name}: {number} is less than 1", f"usage: {command.usage}")
+    return number

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, Site, choose, matches
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe
-from dsv4_bench.probes.compare import Comparison, compare, limit_for
+from dsv4_bench.probes.compare import Comparison, bits_equal, compare, limit_for
 from dsv4_bench.probes.readings import Call, Reading
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench import goals
@@ -32,7 +34,10 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Rewind(Exception):
-    """Leave the forward pass; it starts again at `layer`'s snapshot (-1: at embed)."""
+    """Leave the forward pass; it starts again at `layer`'s snapshot.
+
+    -1 is embed, the number of layers is the head.
+    """
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -42,7 +47,7 @@ class Restart(Exception):
     """Leave the forward pass and begin again at the first token."""
 
 
-class Quit(Exception):
+class Quit(BaseException):
     """Leave the forward pass for good."""
 
 
@@ -56,6 +61,12 @@ class Plan:
     tokens: tuple[int, ...]
     chunks: tuple[int, ...] = ()
     max_new_tokens: int = 0
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The token range [start, stop) of every forward pass; generated tokens go one by one."""
+        count = len(self.tokens)
+        new = range(count, count + self.max_new_tokens - 1)
+        return split(count, self.chunks) + [(position, position + 1) for position in new]
 
 
 @dataclass
@@ -83,8 +94,11 @@ class Held:
 
     call: Call
     args: tuple[Any, ...]
-    result: Any
+    result: Any = None
     effect: str = ""
+    resolved: bool = (
+        False  # it had failed, and a route switch has run it while the session stood here
+    )
 
 
 class Debugger:
@@ -103,7 +117,8 @@ class Debugger:
         self.breaks: list[Breakpoint] = []
         self.probes: list[Probe] = []
         self.shadow = ""  # site glob, empty for off
-        self._resume: Resume | None = None
+        self._complained: set[str] = set()  # probes whose exception was logged
+        self._spans = plan.spans()
         self.clear()
         set_taps(model.sites.values(), self)
 
@@ -127,6 +142,7 @@ class Debugger:
         self.records = {path: Record() for path in self.model.sites}
         self.readings: dict[tuple[str, ...], Reading] = {}
         self._fresh_readings: list[dict[str, Any]] = []
+        self.ran = 0  # ops since the last stop
         for probe in self.probes:
             probe.reset()
 
@@ -134,8 +150,13 @@ class Debugger:
         """Go on where a worker before this one had started a layer; the cache is restored."""
         self.tokens = resume.tokens
         self.forward, self.span, self.layer = resume.forward, resume.span, resume.layer
-        self._resume = resume
-        self.state, self.why = "stopped", f"resumed before layer {resume.layer}"
+        self.snapshots = {resume.layer: take(resume.x, self.cache, resume.layer)}
+        self._plan_forward()
+        self.index = self._first_of(resume.layer) - 1
+        for path in self.order[: self.index + 1]:
+            self.records[path].state = "done"
+        where = f"layer {resume.layer}" if resume.layer < len(self.model.layers) else "the head"
+        self.state, self.why = "stopped", f"resumed before {where}"
         for row in self.store.load_readings():
             self._keep(Reading(**row))
 
@@ -148,20 +169,9 @@ class Debugger:
         """The op that ran last."""
         return self.order[self.index] if 0 <= self.index < len(self.order) else None
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Token ranges still to be fed, prompt chunks first, then one generated token each."""
-        sizes = list(self.plan.chunks) or [len(self.plan.tokens)]
-        start = number = 0
-        while start < len(self.plan.tokens):
-            size = sizes[min(number, len(sizes) - 1)]
-            yield start, min(start + size, len(self.plan.tokens))
-            start, number = start + size, number + 1
-        for extra in range(self.plan.max_new_tokens - 1):
-            yield len(self.plan.tokens) + extra, len(self.plan.tokens) + extra + 1
-
     def forwards(self) -> int:
         """Forward passes in the whole plan."""
-        return sum(1 for _ in self.spans())
+        return len(self._spans)
 
     # -- running
 
@@ -177,80 +187,107 @@ class Debugger:
                 self._restore(rewind.layer)
             except Restart:
                 self.clear()
+                self.store.clear()
             except Quit:
                 return
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # an output that does not fit the code between two ops
+                self._give_up_layer(error)
+
+    def _give_up_layer(self, error: Exception) -> None:
+        """Stand before the layer that could not be finished; another route may get through it."""
+        traceback.print_exc()
+        why = f"after {self.site}: {type(error).__name__}: {_first_line(error)}"
+        if self.site is not None:
+            self.records[self.site].alarm = _first_line(error)
+            self._restore(self.layer)
+        self.goal, self.state, self.why = None, "failed", why
 
     def _run_plan(self) -> None:
         if self.goal is None:
             self.talk()
-        for number, span in enumerate(self.spans()):
+        for number, span in enumerate(self._spans):
             if number < self.forward or (number == self.forward and self.complete):
                 continue
-            if span[0] and len(self.tokens) <= span[0]:
-                self.tokens.append(self._next_token())
-                if self.tokens[-1] == self.model.config.eos_token_id:
-                    break
+            start = span[0]
+            if start >= len(self.plan.tokens) and self.tokens[start] == self._end_token:
+                break
             self._run_forward(number, span)
 
-    def _next_token(self) -> int:
-        assert self.logits is not None
-        return int(self.logits[-1].argmax())
+    @property
+    def _end_token(self) -> int:
+        return self.model.config.eos_token_id
+
+    def _plan_forward(self) -> Step:
+        """The step over `span`, and the order of its ops."""
+        step = self.cache.step([self.tokens[self.span[0] : self.span[1]]])
+        self.order = self.model.schedule(step)
+        self._at = {path: i for i, path in enumerate(self.order)}
+        return step
 
     def _begin(self, number: int, span: tuple[int, int]) -> Step:
-        step = self.cache.step([self.tokens[span[0] : span[1]]])
         if self.span != span or not self.order:
             self.records = {path: Record() for path in self.model.sites}
         self.forward, self.span, self.complete = number, span, False
-        self.order = self.model.schedule(step)
-        self._at = {path: i for i, path in enumerate(self.order)}
         self.state = "running"
-        return step
+        return self._plan_forward()
 
     def _run_forward(self, number: int, span: tuple[int, int]) -> None:
-        step = self._begin(number, span)
-        start = max(self.layer, 0)
-        if self._resume is not None:
-            x, self._resume = self._resume.x, None
-        elif self.layer >= 0:
+        step, layers = self._begin(number, span), self.model.layers
+        if self.layer >= 0:
             x = self.snapshots[self.layer].x
         else:
             self.snapshots = {}
             x = self.model.embed(step.tokens)
-        for layer in range(start, len(self.model.layers)):
+        for layer in range(max(self.layer, 0), len(layers)):
             self._before_layer(layer, x)
-            x = self.model.layers[layer](x, self.cache.layers[layer], step)
+            x = layers[layer](x, self.cache.layers[layer], step)
             self.store.save_layer_cache(layer, self.cache.layers[layer].tensors())
-        self.layer = len(self.model.layers)
+        self._before_layer(len(layers), x)
         self.logits = self.model.head(self.model.last_rows(x, step))
         self.cache.advance(step)
         self.layer, self.complete = -1, True
+        if span[1] >= len(self.plan.tokens) and len(self.generated) < self.plan.max_new_tokens:
+            self.tokens.append(int(self.logits[-1].argmax()))
 
     def _before_layer(self, layer: int, x: Tensor) -> None:
         self.layer = layer
         self.snapshots[layer] = take(x, self.cache, layer)
-        self.store.save_layer_input(layer, self.forward, self.span, self.tokens, x)
+        self.store.save_position(layer, self.forward, self.span, self.tokens, x)
         self.store.append_readings(self._fresh_readings)
         self._fresh_readings = []
 
     def _restore(self, layer: int) -> None:
-        """Undo this forward pass down to `layer`: caches in memory and on disk, position."""
-        for index, snapshot in self.snapshots.items():
-            if index >= layer:
-                self.cache.layers[index].restore(snapshot.cache)
-                self.store.save_layer_cache(index, snapshot.cache)
+        """Undo this forward pass down to `layer`: caches in memory and on disk, position, tokens."""
+        for index in [i for i in self.snapshots if i >= layer]:
+            cache = self.snapshots[index].cache
+            if cache:
+                self.cache.layers[index].restore(cache)
+                self.store.save_layer_cache(index, cache)
+            if index > layer:
+                del self.snapshots[index]
         self.cache.lengths = [self.span[0]]
-        self.layer, self.complete = layer, False
-        self.held = None
-        first = self._at_layer(layer)
+        self.tokens = self.tokens[: max(self.span[1], len(self.plan.tokens))]
+        self.layer, self.complete, self.held = layer, False, None
+        first = self._first_of(layer)
         self.index = first - 1
         for path in self.order[first:]:
             self.records[path].state = "pending"
 
-    def _at_layer(self, layer: int) -> int:
+    def _first_of(self, layer: int) -> int:
         """Index in `order` of the first op of `layer` (-1: of the forward pass)."""
         if layer < 0:
             return 0
-        return next(i for i, path in enumerate(self.order) if path.startswith(f"L{layer}/"))
+        group = f"L{layer}/" if layer < len(self.model.layers) else "head/"
+        return next(i for i, path in enumerate(self.order) if path.startswith(group))
+
+    def layer_at(self, index: int) -> int:
+        """The layer that op `index` of `order` belongs to, as `Rewind` counts them."""
+        site = self.model.sites[self.order[index]]
+        if site.layer is not None:
+            return site.layer
+        return -1 if site.path == "embed" else len(self.model.layers)
 
     # -- one op
 
@@ -260,13 +297,15 @@ class Debugger:
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         """Run one op, observe it, and stop there if the goal or a breakpoint says so."""
         self.index = self._at[site.path]
-        self.emit({"event": "enter", "site": site.path})
+        self.ran += 1
+        self.emit({"event": "enter", "site": site.path, "route": site.stamp.implementation})
         held = self._run_op(site, args)
-        readings = self.observe(held)
-        why = self._why_stop(site, readings)
-        self._emit_site(site)
-        if why:
-            self.stop(why, held)
+        if not held.resolved:
+            readings = self.observe(held)
+            why = self._why_stop(site, readings)
+            self._emit_site(site)
+            if why:
+                self.stop(why, held)
         return held.result
 
     def _run_op(self, site: Site, args: tuple[Any, ...]) -> Held:
@@ -274,31 +313,30 @@ class Debugger:
         call = Call(site, site.spec.bind(args, site.params), {}, self.forward)
         for name in site.spec.mutates:
             call.before[name] = call.inputs[name].clone()
-        held = Held(call, args, None)
-        while True:
+        held = Held(call, args)
+        while not held.resolved:
             try:
                 self.execute(held)
-                return held
-            except Exception as error:  # whatever a kernel raises: try another route
+                break
+            except (Exception, SystemExit) as error:  # whatever a kernel raises
                 self.put_back(call)
-                self.records[site.path].alarm = str(error).splitlines()[0][:200]
-                self.state = "failed"
+                self.records[site.path].alarm = _first_line(error)
                 self._emit_site(site)
-                text = f"{type(error).__name__}: {error}"
-                self.stop(
-                    f"{site.path} ({site.stamp.implementation}) raised {text}", held, "failed"
-                )
-                if call.outputs:  # a route switch has run it meanwhile
-                    return held
+                what = f"{site.path} ({site.stamp.implementation}) raised"
+                self.stop(f"{what} {type(error).__name__}: {_first_line(error)}", held, "failed")
+        return held
 
     def execute(self, held: Held) -> None:
-        """Run the op of `held` on its present route and keep outputs and time."""
+        """Run the op of `held` on its present route and keep outputs and time.
+
+        Raises what the op raises, and TypeError if it does not return what its contract says.
+        """
         site, call = held.call.site, held.call
-        seconds, held.result = self._timed(lambda: site.run(held.args))
-        call.outputs = site.spec.name_outputs(held.result)
-        call.outputs.update({name: call.inputs[name] for name in site.spec.mutates})
-        record = self.records[site.path]
-        record.seconds[site.stamp.implementation] = seconds
+        seconds, result = self._timed(lambda: site.run(held.args))
+        outputs = _named_outputs(site, result)
+        held.result = result
+        call.ran(outputs | {name: call.inputs[name] for name in site.spec.mutates})
+        self.records[site.path].seconds[site.stamp.implementation] = seconds
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         if self.model.device.type == "cuda":
@@ -315,30 +353,53 @@ class Debugger:
             call.inputs[name].copy_(tensor)
 
     def rerun_held(self) -> None:
-        """Run the held op again, after a route change; its new outputs are what flows on."""
+        """Run the held op again, after a route change; its new outputs are what flows on.
+
+        If it raises, the op stands as it stood before.
+        """
         held = self.held
         assert held is not None
-        call, old = held.call, held.call.outputs
-        old = {name: t.clone() if name in call.before else t for name, t in old.items()}
+        call, outputs, result = held.call, held.call.outputs, held.result
+        written = {name: call.inputs[name].clone() for name in call.before}
         self.put_back(call)
-        self.execute(held)
-        same = bool(old) and all(compare(n, call.outputs[n], old[n], 0).bits_equal for n in old)
+        self._emit_running(call.site, call.site.impl)
+        try:
+            self.execute(held)
+        except (Exception, SystemExit):
+            for name, tensor in written.items():
+                call.inputs[name].copy_(tensor)
+            call.ran(outputs)
+            held.result = result
+            self._emit_site(call.site)
+            raise
+        old = outputs | {name: written[name] for name in written if name in outputs}
+        same = bool(old) and all(
+            name in call.outputs and bits_equal(call.outputs[name], tensor)
+            for name, tensor in old.items()
+        )
         held.effect = "NO EFFECT: same output bits" if same else ""
-        self.observe(held)
+        held.resolved = held.resolved or self.state == "failed"
+        self.look_again()
         self.state = "stopped"
-        self._emit_site(call.site)
+
+    def look_again(self) -> None:
+        """Observe the held op once more: its route, the probes or the shadow have changed."""
+        if self.held is not None and self.held.call.outputs:
+            site = self.held.call.site
+            self.observe(self.held)
+            self.records[site.path].state = "current"
+            self._emit_site(site)
 
     # -- looking
 
     def observe(self, held: Held) -> list[Reading]:
+        """Readings of every probe and the shadow, kept and judged."""
         call, path = held.call, held.call.site.path
         record = self.records[path]
-        readings = [r for p in self.probes if p.wants(call.site) for r in p.observe(call)]
+        readings = [reading for probe in self.probes for reading in self._ask(probe, call)]
         record.own_error = None
         if self.shadow and matches(path, self.shadow):
-            record.own_error = self.shadow_error(held)
-            if record.own_error is not None:
-                readings.append(self._own_error_reading(call, record.own_error))
+            readings += self._shadow_readings(held)
         alarms = [r for r in readings if r.verdict == "alarm"]
         record.alarm = "; ".join(dict.fromkeys(_alarm_text(r) for r in alarms[:2]))
         record.state = "done"
@@ -346,6 +407,34 @@ class Debugger:
             self._keep(reading)
             self._fresh_readings.append(reading.to_dict())
         return readings
+
+    def _ask(self, probe: Probe, call: Call) -> list[Reading]:
+        """What `probe` reads at this op; its exception becomes an alarm, not the session's end."""
+        try:
+            return list(probe.observe(call)) if probe.wants(call.site) else []
+        except Exception as error:
+            text = f"{type(error).__name__}: {_first_line(error)}"
+            if probe.name not in self._complained:
+                self._complained.add(probe.name)
+                note = f"probe {probe.name} raised {text} at {call.site.path}\n"
+                self.emit({"event": "log", "stream": "worker", "text": note})
+            return [call.reading(probe.name, "error", text, verdict="alarm", detail=text)]
+
+    def _shadow_readings(self, held: Held) -> list[Reading]:
+        call, site = held.call, held.call.site
+        other = self.other_implementation(site)
+        if other is None:
+            return []
+        self._emit_running(site, other, shadow=True)
+        try:
+            error = self._shadow_error(held, other)
+        except (Exception, SystemExit) as raised:
+            text = f"{other.name} raised {type(raised).__name__}: {_first_line(raised)}"
+            return [call.reading("shadow", "error", text, verdict="alarm", detail=text)]
+        if error is None:
+            return []
+        self.records[site.path].own_error = error
+        return [self._own_error_reading(call, error)]
 
     def _keep(self, reading: Reading) -> None:
         self.readings[(reading.site, reading.probe, reading.name, reading.output)] = reading
@@ -364,18 +453,14 @@ class Debugger:
         impl, _ = choose(site.op, name, self.model.context)
         return None if impl.name == site.stamp.implementation else impl
 
-    def shadow_error(self, held: Held) -> Comparison | None:
-        """Run the other route on the same inputs; the worst output's comparison, or None."""
+    def _shadow_error(self, held: Held, other: Implementation) -> Comparison | None:
+        """Run `other` on the same inputs; the worst output's comparison, None if it has none."""
         call, site = held.call, held.call.site
-        other = self.other_implementation(site)
-        if other is None:
-            return None
         inputs = {**call.inputs, **{name: t.clone() for name, t in call.before.items()}}
         args = tuple(inputs[name] for name in site.spec.parameters[: len(held.args)])
         seconds, result = self._timed(lambda: other.function(*args, **site.params))
         self.records[site.path].seconds[other.name] = seconds
-        outputs = site.spec.name_outputs(result)
-        outputs.update({name: inputs[name] for name in call.before})
+        outputs = _named_outputs(site, result) | {name: inputs[name] for name in call.before}
         ours, theirs = call.outputs, outputs
         if site.stamp.implementation == "reference":
             ours, theirs = theirs, ours
@@ -383,6 +468,7 @@ class Debugger:
         found = [
             compare(name, ours[name], theirs[name], limit, name in site.spec.discrete)
             for name in theirs
+            if name in ours
         ]
         return max(found, key=lambda c: (c.verdict == "over", c.relative_l2), default=None)
 
@@ -412,13 +498,19 @@ class Debugger:
 
     def talk(self) -> None:
         """Handle commands until a goal is set. Rewind and Quit pass through."""
-        self.goal, self.pause = None, False
+        self.goal = None
         self.on_stop()
+        self.ran = 0
         while self.goal is None:
             request = self.requests.get()
             if request is None:
                 raise Quit
             self.handle(request)
+
+    def _emit_running(self, site: Site, impl: Implementation, shadow: bool = False) -> None:
+        """What runs outside the usual order, for the client to name if the worker dies of it."""
+        event = {"event": "running", "site": site.path, "route": impl.name, "shadow": shadow}
+        self.emit(event)
 
     def _emit_site(self, site: Site) -> None:
         record = self.records[site.path]
@@ -433,6 +525,21 @@ class Debugger:
                 "route": site.stamp.implementation,
             }
         )
+
+
+def _named_outputs(site: Site, result: Any) -> dict[str, Tensor]:
+    """Outputs by name. Raises TypeError if there are not as many tensors as the contract says."""
+    spec = site.spec
+    values = result if isinstance(result, tuple) else () if result is None else (result,)
+    if len(values) != len(spec.outputs) or not all(isinstance(v, Tensor | None) for v in values):
+        found = ", ".join(type(v).__name__ for v in values) or "None"
+        wanted = ", ".join(spec.outputs) or "None"
+        raise TypeError(f"{site.op} returned ({found}), its contract says ({wanted})")
+    return spec.name_outputs(result)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _alarm_text(reading: Reading) -> str:

@@ -11,9 +11,10 @@ from dsv4_bench.engine.errors import DSV4Error, did_you_mean
 from dsv4_bench.engine.registry import Site, matches, parse_route, select_sites
 from dsv4_bench.probes.base import PROBES, make_probes, probe_that_reads
 from dsv4_bench.workbench import goals, views
-from dsv4_bench.workbench.breakpoints import parse_breakpoint
+from dsv4_bench.workbench.breakpoints import Breakpoint, parse_breakpoint
 from dsv4_bench.workbench.debugger import Debugger, Restart, Rewind
 
+_TEXT_LIMIT = 20000  # characters of a printed value
 _PRINT = {"threshold": 400, "edgeitems": 4, "linewidth": 120, "precision": 6, "sci_mode": None}
 
 
@@ -38,13 +39,17 @@ class EngineCommands:
         return self.tokenizer.decode(ids) if self.tokenizer is not None and ids else ""
 
     def _top(self) -> list[dict[str, Any]]:
-        logits = self.debugger.logits
-        if logits is None or self.debugger.state != "finished":
+        """The best next tokens, when the session stands at the logits or has finished."""
+        debugger = self.debugger
+        logits = debugger.logits if debugger.state == "finished" else None
+        if debugger.held is not None and debugger.site == "head/logits":
+            logits = debugger.held.call.outputs.get("y")
+        if logits is None or logits.dim() != 2:
             return []
-        chance = logits[-1].float().softmax(-1)
-        best = chance.topk(min(5, len(chance)))
+        last = logits[-1].float()
+        best = last.softmax(-1).topk(min(5, len(last)))
         return [
-            {"id": i, "text": self.decode([i]), "logit": float(logits[-1, i]), "p": p}
+            {"id": i, "text": self.decode([i]), "logit": float(last[i]), "p": p}
             for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
@@ -59,16 +64,17 @@ class EngineCommands:
         self.debugger.goal = goal
 
     def do_step(self, n: int = 1) -> None:
-        self._go(goals.Steps(count=max(1, n)))
+        self._go(goals.Steps(count=n))
 
     def do_next(self, n: int = 1) -> None:
-        self._go(goals.Over(group=goals.group_of(self.debugger.site or "")))
+        debugger = self.debugger
+        self._go(goals.Over(group=goals.level_of(debugger.order, debugger.index), count=n))
 
     def do_finish(self) -> None:
         self._go(goals.EndOfGroup(group=goals.group_of(self.debugger.site or "")))
 
     def do_layer(self, n: int = 1) -> None:
-        self._go(goals.Layers(count=max(1, n)))
+        self._go(goals.Layers(count=n))
 
     def do_continue(self) -> None:
         self._go(goals.Run())
@@ -79,7 +85,7 @@ class EngineCommands:
 
     def do_back(self, n: int = 1) -> None:
         debugger = self.debugger
-        target = debugger.index - max(1, n)
+        target = debugger.index - n
         if target < 0:
             raise DSV4Error("this is the first op of the forward pass", "`reset` starts over")
         self._rewind_to(target, "back")
@@ -93,26 +99,25 @@ class EngineCommands:
         count = len(self.debugger.model.layers)
         if not 0 <= layer < count:
             raise DSV4Error(f"layer {layer} does not exist", f"layers are 0 to {count - 1}")
-        debugger = self.debugger
-        here = debugger.layer
-        started = debugger.index >= 0 and not debugger.complete
-        if (started and layer > here) or not debugger.order:
-            self._go(goals.Until(pattern=f"L{layer}/ffn/hc_post", exact=True))
+        debugger, last = self.debugger, f"L{layer}/ffn/hc_post"
+        if not debugger.order:
+            self._go(goals.Until(pattern=last, exact=True))
             return
-        target = debugger.order.index(f"L{layer}/ffn/hc_post")
-        self._rewind_to(target, f"end of L{layer}")
+        target = debugger.order.index(last)
+        if target > debugger.index and not debugger.complete:
+            self._go(goals.Index(exact=True, index=target, why=f"end of L{layer}"))
+        else:
+            self._rewind_to(target, f"end of L{layer}")
 
     def _rewind_to(self, index: int, why: str) -> None:
         """Run again from the snapshot of the layer that op `index` is in."""
         debugger = self.debugger
-        site = debugger.model.sites[debugger.order[index]]
-        layer = -1 if site.path == "embed" else site.layer
-        if layer is None:  # in the head: its layer is the last one
-            layer = len(debugger.model.layers) - 1
-        if layer >= 0 and layer not in debugger.snapshots:
+        layer = debugger.layer_at(index)
+        first = min(debugger.snapshots, default=0)  # above 0 in a worker that resumed there
+        if layer < first and (layer >= 0 or first > 0):
             raise DSV4Error(
-                f"no snapshot of layer {layer} in this worker",
-                f"earliest: {min(debugger.snapshots)}",
+                f"{debugger.order[index]} ran in a worker that is gone; this one began at L{first}",
+                "`reset` starts over",
             )
         debugger.goal = goals.Index(exact=True, index=index, why=why)
         raise Rewind(layer)
@@ -121,6 +126,7 @@ class EngineCommands:
         raise Restart
 
     def do_pause(self) -> dict[str, Any]:
+        self.debugger.pause = False
         return self.state()
 
     # -- change
@@ -155,23 +161,23 @@ class EngineCommands:
         debugger, model = self.debugger, self.debugger.model
         before = {path: s.stamp.to_dict() for path, s in model.sites.items()}
         impls = {path: s.impl for path, s in model.sites.items()}
+        stamps = {path: s.stamp for path, s in model.sites.items()}
         old = list(model.route)
         model.set_route(entries)
         effects: dict[str, str] = {}
         held = debugger.held
         if held is not None and held.call.site.impl is not impls[held.call.site.path]:
-            site = held.call.site
             try:
                 debugger.rerun_held()
-            except Exception as error:
-                model.set_route(old)
-                debugger.put_back(held.call)
-                debugger.execute(held)
+            except (Exception, SystemExit) as error:
+                model.route = old
+                for path, changed_site in model.sites.items():
+                    changed_site.put_back(impls[path], stamps[path])
                 raise DSV4Error(
-                    f"{site.path}: {entries[-1]} raised {type(error).__name__}: {error}",
+                    f"{held.call.site.path}: {entries[-1]} raised {type(error).__name__}: {error}",
                     "the route is as it was",
                 ) from error
-            effects[site.path] = held.effect
+            effects[held.call.site.path] = held.effect
         changed = []
         for path, site in model.sites.items():
             same = site.impl is impls[path]
@@ -198,11 +204,7 @@ class EngineCommands:
         else:
             self._sites(what)
             debugger.shadow = what
-        held = debugger.held
-        if held is not None and held.call.outputs and debugger.shadow:
-            if matches(held.call.site.path, debugger.shadow):
-                debugger.observe(held)
-                debugger.records[held.call.site.path].state = "current"
+        debugger.look_again()
         return self.state()
 
     def do_probes(self, names: str = "") -> dict[str, Any]:
@@ -211,6 +213,7 @@ class EngineCommands:
             chosen = make_probes(wanted)
             old = {probe.name: probe for probe in self.debugger.probes}
             self.debugger.probes = [old.get(probe.name, probe) for probe in chosen]
+            self.debugger.look_again()
         make_probes([])  # registers the built-in ones
         known = {name: cls.help for name, cls in PROBES.items()}
         return {**self.state(), "known_probes": known}
@@ -222,11 +225,8 @@ class EngineCommands:
         text = condition or debugger.site
         if not text:
             raise DSV4Error("no site to break at", "give one, e.g. `break */attn/core`")
-        make_probes([])
-        known = {name for cls in PROBES.values() for name in cls.reads} | {"own_error"}
         number = max((b.number for b in debugger.breaks), default=0) + 1
-        point = parse_breakpoint(number, text, sorted(known))
-        select_sites(debugger.model.sites.values(), point.pattern)
+        point = self._parse_break(number, text)
         existing = next((b for b in debugger.breaks if b.text == point.text), None)
         if existing is not None:  # pressing the key again takes it away
             debugger.breaks.remove(existing)
@@ -234,6 +234,22 @@ class EngineCommands:
         debugger.breaks.append(point)
         note = self._enable_for(point.name, point.pattern)
         return {**self.do_breaks(), "text": f"breakpoint {number}: {point.text}{note}"}
+
+    def _parse_break(self, number: int, text: str) -> Breakpoint:
+        """Raises DSV4Error for a site or a reading that does not exist."""
+        debugger = self.debugger
+        make_probes([])
+        known = {name for cls in PROBES.values() for name in cls.reads} | {"own_error"}
+        known |= {reading.name for reading in debugger.readings.values()}
+        point = parse_breakpoint(number, text, sorted(known))
+        select_sites(debugger.model.sites.values(), point.pattern)
+        return point
+
+    def restore_breaks(self, saved: list[dict[str, Any]]) -> None:
+        """The breakpoints of a worker before this one, with their numbers and hits."""
+        for row in saved:
+            point = self._parse_break(int(row["number"]), str(row["text"]))
+            self.debugger.breaks.append(point.again(point.number, int(row["hits"])))
 
     def _enable_for(self, name: str, pattern: str) -> str:
         """Turn on the probe, or the shadow, that takes the reading a breakpoint asks for."""
@@ -321,16 +337,18 @@ class EngineCommands:
         names = {**held.call.inputs, **held.call.outputs}
         try:
             value = eval(expression, {"torch": torch, "F": F, **names})
-        except Exception as error:
+            with _print_options():
+                result: dict[str, Any] = {
+                    "expression": expression,
+                    "text": str(value)[:_TEXT_LIMIT],
+                }
+        except (Exception, SystemExit) as error:
             raise DSV4Error(
                 f"{expression}: {type(error).__name__}: {error}", f"names: {', '.join(names)}"
             ) from None
-        result: dict[str, Any] = {"expression": expression, "text": str(value)[:20000]}
         if isinstance(value, torch.Tensor):
             result["shape"] = list(value.shape)
             result["dtype"] = str(value.dtype).removeprefix("torch.")
-            with _print_options():
-                result["text"] = str(value)[:20000]
         return result
 
 

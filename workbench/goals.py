@@ -20,6 +20,20 @@ def layer_of(path: str) -> str:
     return path.partition("/")[0]
 
 
+def level_of(order: list[str], index: int) -> str:
+    """The group in which `next` moves on from op `index` (-1: nothing has run).
+
+    It is the op's own, or where that group ends here, the one around it that goes on: after the
+    compressor's last op, its attention sublayer. From one sublayer to the next it is the next one's.
+    """
+    if not 0 <= index < len(order) - 1:
+        return ""
+    group, following = group_of(order[index]), order[index + 1]
+    while group and not _inside(following, group):
+        group = group_of(group)
+    return group if "/" in group else group_of(following)
+
+
 def _inside(path: str, group: str) -> bool:
     return not group or path.startswith(group + "/")
 
@@ -46,14 +60,21 @@ class Steps(Goal):
 
 @dataclass
 class Over(Goal):
-    """To the end of the next unit of `group`: an op of it, or the whole of a group below it."""
+    """Over `count` units of `group`: an op of it, or the whole of a group below it.
+
+    Leaving the group, or the forward pass, ends it early.
+    """
 
     group: str = ""
+    count: int = 1
 
     def reached(self, order: list[str], index: int) -> str | None:
         if index + 1 >= len(order) or not _inside(order[index], self.group):
             return "step"
-        return None if self._unit(order[index]) == self._unit(order[index + 1]) else "step"
+        if self._unit(order[index]) == self._unit(order[index + 1]):
+            return None
+        self.count -= 1
+        return "step" if self.count <= 0 else None
 
     def _unit(self, path: str) -> str:
         rest = path.removeprefix(self.group + "/") if self.group else path
@@ -72,11 +93,13 @@ class EndOfGroup(Goal):
 
 @dataclass
 class Layers(Goal):
+    """To the end of a layer; embed belongs to the first one, the head is one of its own."""
+
     count: int = 1
 
     def reached(self, order: list[str], index: int) -> str | None:
         here = layer_of(order[index])
-        if index + 1 < len(order) and layer_of(order[index + 1]) == here:
+        if index == 0 or (index + 1 < len(order) and layer_of(order[index + 1]) == here):
             return None
         self.count -= 1
         return f"end of {here}" if self.count <= 0 else None

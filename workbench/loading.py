@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,15 @@ def load_plugins(files: list[str]) -> None:
         if spec is None or spec.loader is None:
             raise DSV4Error(f"plugin {file} is not a Python file", "its name must end in .py")
         try:
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except DSV4Error:
-            raise
-        except Exception as error:
-            raise DSV4Error(f"plugin {file}: {type(error).__name__}: {error}") from error
+            with redirect_stdout(sys.stderr):  # stdout is for data
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except DSV4Error as error:
+            raise DSV4Error(f"plugin {file}: {error.message}", error.hint) from error
+        except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split())
+            raise DSV4Error(
+                f"plugin {file}: {type(error).__name__}: {text}", "-v shows the traceback"
+            ) from error
 
 
 def pick_device(name: str | None) -> torch.device:

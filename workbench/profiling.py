@@ -101,9 +101,11 @@ def capture_layer(
                 progress(f"{'capture' if last else 'prefill'} L{index}")
                 if last and index == layer:
                     set_taps(model.sites.values(), observer)
-                x = model.layers[index](x, cache.layers[index], step)
+                try:
+                    x = model.layers[index](x, cache.layers[index], step)
+                finally:
+                    set_taps(model.sites.values(), None)
             cache.advance(step)
-    set_taps(model.sites.values(), None)
     return observer.calls
 
 

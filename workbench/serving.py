@@ -2,60 +2,71 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.probes.base import make_probes
-from dsv4_bench.workbench.commands import Parsed
+from dsv4_bench.workbench.commands import BY_NAME, Parsed
 from dsv4_bench.workbench.debugger import Debugger, Plan, Quit, Request, Restart, Rewind
 from dsv4_bench.workbench.engine_commands import EngineCommands
 from dsv4_bench.workbench.loading import load_model, prompt_tokens
+from dsv4_bench.workbench.protocol import SCHEMA_VERSION
 from dsv4_bench.workbench.snapshots import SnapshotStore
+
+# Looking changes nothing, so it is answered without a `state` event (a watch is part of the state).
+_QUIET = {name for name, command in BY_NAME.items() if command.group == "Look"} - {"watch"}
 
 
 class SessionServer:
-    """One open session. `send` puts a message on the wire."""
+    """One session. `send` puts a message on the wire; `submit` may be called before `open` is done."""
 
-    def __init__(
-        self, options: dict[str, Any], folder: Path, send: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self.send = send
+    def __init__(self, folder: Path, send: Callable[[dict[str, Any]], None]) -> None:
         self.folder = folder
+        self.send = send
+        self.requests: queue.Queue[Request | None] = queue.Queue()
+        self.debugger: Debugger
+        self._pausable: Debugger | None = None
+        self._pending: tuple[Request, float] | None = None
+
+    def open(self, options: dict[str, Any]) -> None:
+        """Open the checkpoint and restore what a worker before this one left. Raises DSV4Error."""
         self.loaded = load_model(options)
         model = self.loaded.model
         ids = prompt_tokens(self.loaded, options.get("prompt"), options.get("tokens"))
-        chunks = tuple(options.get("chunks") or ())
-        plan = Plan(tuple(ids), chunks, int(options.get("max_new_tokens") or 0))
-        store = SnapshotStore(folder)
-        self.debugger = Debugger(model, plan, send, store)
+        chunks = tuple(options.get("chunks", ()))
+        plan = Plan(tuple(ids), chunks, options.get("max_new_tokens", 0))
+        store = SnapshotStore(self.folder)
+        self.debugger = Debugger(model, plan, self.send, store)
+        self.debugger.requests = self.requests
         self.commands = EngineCommands(self.debugger, self.loaded.tokenizer)
         self.debugger.handle = self._handle
         self.debugger.on_stop = self._on_stop
-        self.debugger.probes = make_probes(options.get("probes") or [])
+        self.debugger.probes = make_probes(options.get("probes", []))
         if options.get("shadow"):
-            self.commands.do_shadow(str(options["shadow"]))
-        for text in options.get("breaks") or []:
-            self.commands.do_break(str(text))
-        for text in options.get("watches") or []:
-            self.commands.do_watch(str(text))
-        if options.get("resume"):
-            resume = store.load(self.debugger.cache)
-            if resume is not None:
-                self.debugger.resume(resume)
-        self._pending: tuple[Request, float] | None = None
+            self.commands.do_shadow(options["shadow"])
+        resume = store.load(self.debugger.cache) if options.get("resume") else None
+        if resume is not None:
+            self.debugger.resume(resume)
+        self.commands.restore_breaks(options.get("breaks", []))
+        self.commands.watches = list(options.get("watches", []))
+        self._pausable = self.debugger
 
-    def hello(self, schema_version: int) -> dict[str, Any]:
+    def hello(self) -> dict[str, Any]:
         """What a client needs to know once."""
         model, checkpoint = self.loaded.model, self.loaded.model.checkpoint
         kinds = [model.config.attention_kind(i) for i in range(model.config.num_hidden_layers)]
         return {
             "event": "hello",
-            "schema_version": schema_version,
+            "schema_version": SCHEMA_VERSION,
+            "pid": os.getpid(),
             "checkpoint": str(checkpoint.folder),
             "layout": self.loaded.layout,
             "notes": [*checkpoint.notes, *self.loaded.notes],
@@ -83,56 +94,83 @@ class SessionServer:
     # -- commands
 
     def submit(self, number: int, parsed: Parsed) -> None:
-        """Called by the reader thread. `pause` acts now, the rest at the engine's next stop."""
-        if parsed.command.name == "pause":
-            self.debugger.pause = self.debugger.state == "running"
-        request = Request(number, parsed.command.name, dict(parsed.arguments))
-        if self.debugger.state == "running":
-            if request.name not in ("pause", "quit"):
-                busy = DSV4Error(f"{request.name}: the engine is running", "`pause` stops it")
-                self.reply_error(number, busy)
-                return
-        self.debugger.requests.put(request)
+        """Called by the reader thread: everything waits its turn, only `pause` acts at once."""
+        command = parsed.command
+        if command.where == "client":
+            text = f"{command.name}: done by the client, not by the worker"
+            self.reply_error(number, DSV4Error(text))
+            return
+        if command.name == "pause":
+            self._pause()
+        self.requests.put(Request(number, command.name, dict(parsed.arguments)))
+
+    def _pause(self) -> None:
+        """Stop the engine at the next op, and drop what was typed ahead to run after it."""
+        if self._pausable is not None:
+            self._pausable.pause = True
+        waiting = []
+        while True:
+            try:
+                waiting.append(self.requests.get_nowait())
+            except queue.Empty:
+                break
+        for request in waiting:
+            if request is not None and BY_NAME[request.name].runs:
+                self.reply_error(request.id, DSV4Error(f"{request.name}: dropped by `pause`"))
+            else:
+                self.requests.put(request)
 
     def reply_error(self, number: int, error: DSV4Error) -> None:
         self.send({"event": "reply", "id": number, "ok": False, "error": error.to_dict()})
 
-    def _reply(self, number: int, result: dict[str, Any]) -> None:
+    def reply(self, number: int, result: dict[str, Any]) -> None:
         self.send({"event": "reply", "id": number, "ok": True, "result": result})
 
     def _handle(self, request: Request) -> None:
         """Run one command on the engine thread. Rewind, Restart and Quit pass through."""
-        if request.name == "quit":
-            self._reply(request.id, {})
-            raise Quit
         handler = getattr(self.commands, f"do_{request.name}")
         self._pending = (request, time.perf_counter())
         try:
             result = handler(**request.arguments)
-        except DSV4Error as error:
-            self._pending = None
-            self.reply_error(request.id, error)
-            return
         except (Rewind, Restart):  # answered at the next stop
-            self.debugger.state = "running"
-            self._send_state()
+            self._start_running()
             raise
-        if self.debugger.goal is None:
+        except (Quit, BrokenPipeError):
+            raise
+        except Exception as error:
             self._pending = None
-            self._reply(request.id, result)
-            self._send_state()
-        else:
-            self.debugger.state = "running"
-            self._send_state()
+            self.reply_error(request.id, _as_error(request, error))
+            return
+        if self.debugger.goal is not None:
+            self._start_running()
+            return
+        self._pending = None
+        if request.name not in _QUIET:
+            self._send_state(self.commands.state())
+        self.reply(request.id, result)
+
+    def _start_running(self) -> None:
+        self.debugger.state = "running"
+        self._send_state(self.commands.state())
 
     def _on_stop(self) -> None:
+        """Tell the client where the engine stands; the state first, so that a reply finds it known."""
         state = self.commands.state()
-        if self._pending is not None:
-            request, started = self._pending
-            self._pending = None
-            state["seconds"] = time.perf_counter() - started
-            self._reply(request.id, state)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            state["seconds"] = time.perf_counter() - pending[1]
+        self._send_state(state)
+        if pending is not None:
+            self.reply(pending[0].id, state)
+
+    def _send_state(self, state: dict[str, Any]) -> None:
         self.send({"event": "state", **state})
 
-    def _send_state(self) -> None:
-        self.send({"event": "state", **self.commands.state()})
+
+def _as_error(request: Request, error: Exception) -> DSV4Error:
+    """The error a client gets; what is no DSV4Error is our own fault, and goes to the log too."""
+    if isinstance(error, DSV4Error):
+        return error
+    traceback.print_exc()
+    text = f"{request.name}: internal: {type(error).__name__}: {error}"
+    return DSV4Error(text, "the session goes on; please report it", ExitCode.CRASHED)

@@ -14,25 +14,23 @@ to the reference.
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.workbench.commands import Parsed, parse
-from dsv4_bench.workbench.protocol import decode, encode
+from dsv4_bench.workbench.process import WorkerProcess
 
 Event = dict[str, Any]
-_CLOSE_SECONDS = 0.7  # how long a worker may take to end by itself
+_HUNG_SECONDS = 1.0  # an op that takes longer is named when a pause or a restart waits for it
 
 
 @dataclass
@@ -61,6 +59,18 @@ class WorkerDied(DSV4Error):
         self.event = event
 
 
+class Running(NamedTuple):
+    """What the worker said it runs: an op on its route, or the other route in its shadow."""
+
+    site: str
+    implementation: str
+    shadow: bool
+    since: float
+
+    def __str__(self) -> str:
+        return f"{self.site} ({'shadow ' if self.shadow else ''}{self.implementation})"
+
+
 class Session:
     """One session. Keyword arguments are the fields of SessionOptions.
 
@@ -82,15 +92,18 @@ class Session:
         self.commands: list[str] = []  # what was done, as script lines
         self.hello: Event | None = None
         self.state: Event = {"state": "opening", "site": None}
+        self._known_state: Event = {}  # the last one that a worker sent
         self._next_id = 0
         self._changed = threading.Condition()
+        self._sent: dict[int, Parsed] = {}  # not answered yet
+        self._awaited: set[int] = set()  # ids that `command` waits for
         self._replies: dict[int, Event] = {}
-        self._sent: dict[int, Parsed] = {}
-        self._entered: str | None = None
+        self._running: Running | None = None
+        self._culprit: Running | None = None
         self._failure: DSV4Error | None = None
-        self._closing = False
-        self._culprits: list[str] = []
-        self._start(resume=None)
+        self._closed = False
+        self._folder: str | None = None
+        self._start()
 
     def __enter__(self) -> Session:
         return self
@@ -110,18 +123,27 @@ class Session:
 
         Raises DSV4Error with the worker's message, or WorkerDied.
         """
-        number = self.send(line)
-        with self._changed:
-            self._changed.wait_for(lambda: number in self._replies or self._failure is not None)
-            reply = self._replies.pop(number, None)
-            failure = self._failure
-        if reply is None:
-            assert failure is not None
+        parsed = parse(line)
+        number = self._number(parsed, awaited=True)
+        try:
+            if parsed.command.where == "client":
+                self._run_here(number, parsed)
+            else:
+                self._transmit(number, parsed)
+            with self._changed:
+                self._changed.wait_for(lambda: number in self._replies)
+                reply = self._replies[number]
+                failure = self._failure
+        finally:
+            with self._changed:
+                self._awaited.discard(number)
+                self._replies.pop(number, None)
+        if reply["ok"]:
+            return reply["result"]
+        if isinstance(failure, WorkerDied) and parsed.command.where == "worker":
             raise failure
-        if not reply["ok"]:
-            error = reply["error"]
-            raise DSV4Error(error["message"], error["hint"], error["exit_code"])
-        return reply["result"]
+        error = reply["error"]
+        raise DSV4Error(error["message"], error["hint"], error["exit_code"])
 
     def send(self, line: str) -> int:
         """Send one command; its reply arrives as an event with the returned id.
@@ -129,27 +151,53 @@ class Session:
         Raises DSV4Error at once for a line that cannot be parsed.
         """
         parsed = parse(line)
-        with self._changed:
-            self._next_id += 1
-            number = self._next_id
-            self._sent[number] = parsed
+        number = self._number(parsed)
         if parsed.command.where == "client":
             threading.Thread(target=self._run_here, args=(number, parsed), daemon=True).start()
-        elif self._failure is not None:
-            hint = "`restart` starts a new worker" if isinstance(self._failure, WorkerDied) else ""
-            self._answer(number, error=DSV4Error(str(self._failure), hint, ExitCode.CRASHED))
         else:
-            self._write({"id": number, "line": line})
+            self._transmit(number, parsed)
         return number
 
     def wait_open(self) -> Event:
         """Wait until the checkpoint is open; the hello event. Raises what went wrong."""
         with self._changed:
-            self._changed.wait_for(lambda: self.hello is not None or self._failure is not None)
-            if self.hello is None:
-                assert self._failure is not None
+            self._changed.wait_for(self._is_open_or_failed)
+            if self._failure is not None:
                 raise self._failure
+            assert self.hello is not None
             return self.hello
+
+    def _is_open_or_failed(self) -> bool:
+        opened = self.hello is not None and self.state["state"] != "opening"
+        return opened or self._failure is not None
+
+    def _number(self, parsed: Parsed, awaited: bool = False) -> int:
+        with self._changed:
+            self._next_id += 1
+            self._sent[self._next_id] = parsed
+            if awaited:
+                self._awaited.add(self._next_id)
+            return self._next_id
+
+    def _transmit(self, number: int, parsed: Parsed) -> None:
+        with self._changed:
+            failure = self._failure
+        if failure is not None:
+            hint = "" if self._closed else "`restart` starts a new worker"
+            self._answer(number, error=DSV4Error(failure.message, hint, failure.exit_code))
+            return
+        self._worker.write({"id": number, "line": parsed.line})
+        if parsed.command.name == "pause":
+            timer = threading.Timer(_HUNG_SECONDS, self._say_who_is_late, (number,))
+            timer.daemon = True
+            timer.start()
+
+    def _say_who_is_late(self, number: int) -> None:
+        """A pause takes effect between two ops: name the one it waits for."""
+        running = self._running
+        if number in self._sent and running is not None:
+            seconds = time.monotonic() - running.since
+            self._note(f"{running} has been running for {seconds:.0f} s; `restart` would end it")
 
     def _run_here(self, number: int, parsed: Parsed) -> None:
         try:
@@ -159,12 +207,29 @@ class Session:
             self._answer(number, error=error)
 
     def do_restart(self) -> Event:
-        """A new worker, at the layer the last one had started; the culprit runs the reference."""
-        self._stop_worker()
-        folder = (self.hello or {}).get("folder")
-        self._start(resume=folder)
+        """A new worker, at the layer the last one had started; a culprit is taken off its route.
+
+        An op that has been running for over a second counts as hung, and so as a culprit.
+        """
+        if self._closed:
+            raise DSV4Error("the session is closed")
+        running = self._running
+        alive = self._failure is None
+        if alive and running and time.monotonic() - running.since > _HUNG_SECONDS:
+            self._culprit = running
+        ended = DSV4Error("the worker was ended by `restart`", "", ExitCode.CRASHED)
+        with self._changed:
+            self._failure = ended  # for commands that come before there is a new one
+        self._worker.stop(keep_folder=True)
+        self._answer_all([n for n, p in self._sent.items() if p.command.where == "worker"], ended)
+        culprit = self._culprit
+        self._start(self._resume_fields())
         self.wait_open()
-        return {"state": self.state, "route": list(self._route())}
+        self._culprit = None
+        if culprit is not None:
+            what = "shadow is off" if culprit.shadow else f"{culprit.site} runs the reference"
+            self._note(f"{culprit} is suspected: {what} now")
+        return {"state": self.state, "route": self.state.get("route", [])}
 
     def do_save(self, file: str) -> Event:
         """Write the commands so far as a script. Raises DSV4Error if it cannot be written."""
@@ -181,89 +246,64 @@ class Session:
 
     # -- the worker
 
-    def _start(self, resume: str | None) -> None:
-        self._failure, self.hello, self._entered = None, None, None
-        self.state = {"state": "opening", "site": None}
-        command = [sys.executable, "-m", "dsv4_bench.workbench", "worker"]
-        if self.options.connect:
-            command = shlex.split(self.options.connect)
+    def _start(self, resume: Event | None = None) -> None:
+        """Start a worker. Raises DSV4Error if that is not possible."""
+        with self._changed:
+            self._failure, self.hello, self._running = None, None, None
+            self.state = {"state": "opening", "site": None}
+        connect = self.options.connect
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C in the terminal is for us, not for it
-            )
+            self._worker = WorkerProcess(connect, self._take, self._noise, self._ended)
         except OSError as error:
-            raise DSV4Error(f"cannot start {command[0]}: {error.strerror}") from None
-        self._stderr: list[str] = []
-        self._write({"open": self._open_message(resume)})
-        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
-        threading.Thread(target=self._read_stderr, args=(self._process,), daemon=True).start()
+            text = f"cannot start {connect or 'a worker'}: {error.strerror}"
+            self._failure = DSV4Error(text, "", ExitCode.CANNOT)
+            raise self._failure from None
+        options = asdict(self.options)
+        options.pop("connect")
+        self._worker.write({"open": {**options, **(resume or {})}})
+        self._worker.start_reading()
 
-    def _open_message(self, resume: str | None) -> Event:
-        fields = asdict(self.options)
-        fields.pop("connect")
-        if resume:
-            state = self._last_state
-            fields.update(
-                resume=resume,
-                route=list(self._route()),
-                probes=state.get("probes", fields["probes"]),
-                shadow="" if state.get("shadow") == "off" else state.get("shadow", ""),
-                breaks=[point["text"] for point in state.get("breaks", [])],
-                watches=[watch["expression"] for watch in state.get("watches", [])],
-            )
+    def _resume_fields(self) -> Event:
+        """What a new worker must be told to stand where the last one stood."""
+        fields: Event = {"resume": self._folder}
+        state, culprit = self._known_state, self._culprit
+        if state:
+            fields |= {
+                "route": state["route"],
+                "probes": state["probes"],
+                "shadow": "" if state["shadow"] == "off" else state["shadow"],
+                "breaks": state["breaks"],
+                "watches": [watch["expression"] for watch in state["watches"]],
+            }
+        if culprit is not None and culprit.shadow:
+            fields["shadow"] = ""
+        elif culprit is not None:
+            entry = f"{culprit.site}=reference"
+            route = fields.get("route", self.options.route)
+            fields["route"] = [*(e for e in route if e != entry), entry]
         return fields
 
-    def _route(self) -> list[str]:
-        route = list(self._last_state.get("route") or self.options.route)
-        return route + [f"{site}=reference" for site in self._culprits]
-
-    @property
-    def _last_state(self) -> Event:
-        return getattr(self, "_known_state", {})
-
-    def _write(self, message: Event) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(encode(message))
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # the reader notices the death and tells why
-
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                message = decode(line)
-            except ValueError:
-                self.on_event(
-                    {"event": "log", "stream": "worker", "text": line.decode(errors="replace")}
-                )
-                continue
-            self._take(message)
-        process.wait()
-        if not self._closing and process is self._process and self._failure is None:
-            self._report_death(process)
-
-    def _read_stderr(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            text = line.decode(errors="replace")
-            self._stderr = [*self._stderr[-50:], text.rstrip("\n")]
-            self.on_event({"event": "log", "stream": "stderr", "text": text})
-
     def _take(self, message: Event) -> None:
+        """One message of the worker; from its reader thread."""
+        try:
+            self._understand(message)
+        except (KeyError, TypeError, AttributeError) as error:
+            self._note(f"message not understood: {error!r} in {str(message)[:200]}")
+
+    def _understand(self, message: Event) -> None:
         kind = message.get("event")
-        if kind == "enter":
-            self._entered = message["site"]
-        elif kind == "reply":
+        if kind == "reply":
             self._take_reply(message)
             return
+        if kind in ("enter", "running"):
+            now, shadow = time.monotonic(), message.get("shadow", False)
+            self._running = Running(message["site"], message.get("route", "?"), shadow, now)
+        elif kind == "site":
+            self._running = None
         with self._changed:
-            if kind == "hello":
+            if kind == "started":
+                self._folder = message["folder"]
+            elif kind == "hello":
                 self.hello = message
             elif kind == "state":
                 self.state = self._known_state = message
@@ -271,20 +311,33 @@ class Session:
                 error = message["error"]
                 self._failure = DSV4Error(error["message"], error["hint"], error["exit_code"])
             self._changed.notify_all()
-        self.on_event(message)
+        if kind not in ("started", "running"):
+            self._tell(message)
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self.on_event(event)
+        except Exception:  # the listener's fault must not stop the session
+            traceback.print_exc()
+
+    def _noise(self, stream: str, text: str) -> None:
+        self._tell({"event": "log", "stream": stream, "text": text})
+
+    def _note(self, text: str) -> None:
+        self._noise("worker", text + "\n")
 
     def _take_reply(self, message: Event) -> None:
-        parsed = self._sent.pop(message["id"], None)
+        number = message["id"]
+        parsed = self._sent.pop(number, None)
         if parsed is not None:
             message["line"] = parsed.line
             if message["ok"] and parsed.command.logged:
-                self.commands.append(parsed.line)
+                self.commands.append(_as_done(parsed, message["result"]))
         with self._changed:
-            self._replies[message["id"]] = message
-            while len(self._replies) > 1000:  # replies to `send` that nobody waits for
-                self._replies.pop(next(iter(self._replies)))
+            if number in self._awaited:
+                self._replies[number] = message
             self._changed.notify_all()
-        self.on_event(message)
+        self._tell(message)
 
     def _answer(
         self, number: int, result: Event | None = None, error: DSV4Error | None = None
@@ -296,74 +349,102 @@ class Session:
             reply["error"] = error.to_dict()
         self._take_reply(reply)
 
+    def _answer_all(self, numbers: Iterable[int], error: DSV4Error) -> None:
+        for number in list(numbers):
+            self._answer(number, error=error)
+
     # -- death
 
-    def _report_death(self, process: subprocess.Popen[bytes]) -> None:
-        code = process.returncode
-        name = signal.Signals(-code).name if code < 0 else None
-        running = self.state.get("state") in ("running", "opening")
-        site = self._entered if running else self.state.get("site")
+    def _ended(self, worker: WorkerProcess, code: int) -> None:
+        """The worker is gone, and nobody had asked for it."""
+        if worker is not self._worker or self._closed:
+            return
+        with self._changed:
+            failure = self._failure
+        event = None
+        if failure is None:
+            event = self._death(worker, code)
+            failure = WorkerDied(event)
+            if self._running is not None:
+                self._culprit = self._running
+            if self._sent:  # a script that repeats the session repeats the death too
+                self.commands.append(self._sent[min(self._sent)].line)
+        site = event["site"] if event else self.state.get("site")
+        with self._changed:
+            self._failure = failure
+            self.state = {**self.state, "state": "dead", "site": site}
+            self._changed.notify_all()
+        if event is not None:
+            self._tell(event)
+        self._tell({**self.state, "event": "state"})
+        self._answer_all(self._sent, failure)
+
+    def _death(self, worker: WorkerProcess, code: int) -> Event:
+        """The `died` event: what ended the worker, and at which site."""
+        words = self._last_words(worker)
+        name = _signal_name(-code) if code < 0 else None
+        running = self._running
+        site = running.site if running else self.state.get("site")
         how = f"was killed by {name}" if name else f"ended with exit code {code}"
-        where = f" at {site}" if site else (" while opening" if not self.hello else "")
-        event: Event = {
+        where = f" at {running or site}" if site else ""
+        if self.hello is None:
+            where = " while opening" + (f": {words[-1]}" if words and not name else "")
+        return {
             "event": "died",
             "site": site,
             "signal": name,
             "returncode": code,
-            "stderr": self._last_words(),
+            "stderr": words,
             "message": f"the worker {how}{where}",
             "hint": "`restart` (R) goes on at the last layer snapshot",
         }
-        # Only an op that was running is suspected; a worker killed while it waited has no culprit.
-        if running and site and site not in self._culprits:
-            self._culprits.append(site)
-        with self._changed:
-            self.state = {**self.state, "state": "dead", "site": site}
-            self._failure = WorkerDied(event)
-            waiting = list(self._sent)
-            self._changed.notify_all()
-        self.on_event(event)
-        self.on_event({**self.state, "event": "state"})
-        for number in waiting:
-            self._answer(number, error=self._failure)
 
-    def _last_words(self) -> list[str]:
+    def _last_words(self, worker: WorkerProcess) -> list[str]:
         """The end of the worker's captured output; a fault handler's traceback, if it had one."""
-        lines = list(self._stderr)
-        folder = (self.hello or {}).get("folder")
-        if folder and not self.options.connect:
+        lines = list(worker.stderr)
+        if self._folder and not self.options.connect:
             try:
-                lines += (Path(folder) / "worker.log").read_text(errors="replace").splitlines()
+                lines += (Path(self._folder) / "worker.log").read_text(errors="replace").split("\n")
             except OSError:
                 pass
-        return lines[-20:]
+        return _without_internals([line for line in lines if line.strip()])[-20:]
 
     # -- the end
 
     def close(self) -> None:
         """End the worker, within a second, whatever it is doing."""
-        self._closing = True
-        self._stop_worker()
-        folder = (self.hello or {}).get("folder")
-        if folder and not self.options.connect:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._closed = True
+        self._worker.stop()
+        with self._changed:
+            self._failure = DSV4Error("the session is closed")
+        self._answer_all(self._sent, self._failure)
+        if self._folder and not self.options.connect:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _stop_worker(self) -> None:
-        process = self._process
-        if process.stdin is not None:
-            try:
-                process.stdin.close()  # the worker's reader thread ends the process
-            except OSError:
-                pass
-        try:
-            process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._kill(process)
-            process.wait()
 
-    @staticmethod
-    def _kill(process: subprocess.Popen[bytes]) -> None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers too
-        except (ProcessLookupError, PermissionError):
-            process.kill()
+def _without_internals(lines: list[str]) -> list[str]:
+    """Of a fault handler's report at the end keep what it was, and the innermost two frames."""
+    starts = [i for i, line in enumerate(lines) if line.startswith("Fatal Python error")]
+    if not starts:
+        return lines
+    before, report = lines[: starts[-1]], lines[starts[-1] :]
+    current = next((i for i, line in enumerate(report) if line.startswith("Current thread")), 0)
+    frames = [line for line in report[current + 1 : current + 3] if line.startswith("  File")]
+    return [*before, report[0], *frames]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+_FORWARD = ("step", "next", "finish", "layer", "continue", "until")
+
+
+def _as_done(parsed: Parsed, result: Event) -> str:
+    """The script line that does again what was done: a run that was paused is so many steps."""
+    if parsed.command.name in _FORWARD and result.get("why") == "pause":
+        return f"step {result['ran']}"
+    return parsed.line

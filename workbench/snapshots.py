@@ -1,8 +1,10 @@
 """Layer snapshots: in memory to step back, on disk so that a dead worker loses nothing.
 
-On disk, in the session's folder, per layer that ran: its cache after it ran; and once, the input of
-the layer that is running. Together they are the engine's state at the start of that layer, in the
-middle of a forward pass: layers before it have this pass's cache, the others the last one's.
+On disk, in the session's folder: the caches of the layers that ran, one file each time a layer has
+run, and `position.safetensors`, the input of the layer that runs now with the names of the cache
+files that belong to it. Replacing that one file moves the position, so that the folder is the state
+at the start of some layer whenever the worker dies: layers before it have this pass's cache, the
+others the last one's. The head counts as one more layer, without a cache.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv4_bench.engine.cache import Cache
+
+_POSITION, _READINGS = "position.safetensors", "readings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -48,70 +53,113 @@ class SnapshotStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.error: str | None = None
+        self._files: dict[int, str] = {}  # layer -> the file with its cache as it is now
+        self._stale: set[str] = set()  # replaced, but the saved position still needs them
+        self._serial = 0
 
-    def save_layer_input(
+    def save_position(
         self, layer: int, forward: int, span: tuple[int, int], tokens: list[int], x: Tensor
     ) -> None:
-        position = {"layer": layer, "forward": forward, "span": list(span), "tokens": tokens}
-        self._save("position", {"x": x}, {"position": json.dumps(position)})
+        """From now on a new worker would go on at `layer`, with the caches saved so far."""
+        position = {
+            "layer": layer,
+            "forward": forward,
+            "span": list(span),
+            "tokens": tokens,
+            "files": self._files,
+        }
+        if self._save(_POSITION, {"x": x}, {"position": json.dumps(position)}):
+            for name in self._stale:
+                (self.folder / name).unlink(missing_ok=True)
+            self._stale.clear()
 
     def save_layer_cache(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        self._save(f"L{layer}", tensors, {})
+        """The cache of `layer` as it is now; takes effect with the next position."""
+        self._serial += 1
+        name = f"L{layer}-{self._serial}.safetensors"
+        if self._save(name, tensors, {}):
+            self._stale.update({self._files[layer]} if layer in self._files else ())
+            self._files[layer] = name
 
     def append_readings(self, rows: list[dict[str, Any]]) -> None:
         """Add readings to readings.jsonl, one JSON object a line."""
         if self.error is None and rows:
             try:
-                with (self.folder / "readings.jsonl").open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                with (self.folder / _READINGS).open("a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
             except OSError as error:
                 self.error = str(error)
 
-    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
         if self.error is not None:
-            return
+            return False
         scratch = self.folder / f"{name}.part"
         try:
-            # Clones: safetensors refuses tensors that share storage.
-            data = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+            # A layer's tensors may share storage, which safetensors refuses.
+            data = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+            if len({t.untyped_storage().data_ptr() for t in data.values()}) < len(data):
+                data = {k: t.clone() for k, t in data.items()}
             save_file(data, scratch, metadata)
-            os.replace(scratch, self.folder / f"{name}.safetensors")
+            os.replace(scratch, self.folder / name)
+            return True
         except Exception as error:  # safetensors raises its own class for a full disk
             self.error = f"{type(error).__name__}: {error}"
-            scratch.unlink(missing_ok=True)
+            try:
+                scratch.unlink(missing_ok=True)
+            except OSError:
+                pass
+            return False
+
+    def clear(self) -> None:
+        """Forget the position and the readings: the session starts over."""
+        for name in [_POSITION, _READINGS, *self._files.values(), *self._stale]:
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError:
+                pass
+        self._files, self._stale = {}, set()
 
     def load(self, cache: Cache) -> Resume | None:
         """Restore `cache` from the folder; None if no layer had started yet."""
-        from safetensors import safe_open
-
-        path = self.folder / "position.safetensors"
+        path = self.folder / _POSITION
         if not path.exists():
             return None
         with safe_open(path, "pt") as file:
             position = json.loads(file.metadata()["position"])
             x = file.get_tensor("x")
         span = (int(position["span"][0]), int(position["span"][1]))
-        for index, layer in enumerate(cache.layers):
-            saved = self.folder / f"L{index}.safetensors"
-            if saved.exists():
-                layer.restore(load_file(saved))
-            layer.reserve(span[1])
+        self._files = {int(layer): name for layer, name in position["files"].items()}
+        present = {p.name for p in self.folder.glob("L*.safetensors")}
+        self._serial = max((_serial(name) for name in present), default=0)
+        self._stale = present - set(self._files.values())
+        for layer, name in self._files.items():
+            cache.layers[layer].restore(load_file(self.folder / name))
+        for layer_cache in cache.layers:
+            layer_cache.reserve(span[1])
         cache.lengths = [span[0]]
         return Resume(
             position["layer"], position["forward"], span, position["tokens"], x.to(cache.device)
         )
 
     def load_readings(self) -> list[dict[str, Any]]:
-        """The readings written so far; a torn last line is dropped."""
+        """The readings written so far; a torn line is dropped."""
         rows = []
         try:
-            for line in (self.folder / "readings.jsonl").read_text().splitlines():
-                rows.append(json.loads(line))
-        except (OSError, json.JSONDecodeError):
+            for line in (self.folder / _READINGS).read_text(errors="replace").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        except OSError:
             pass
         return rows
 
 
+def _serial(name: str) -> int:
+    return int(name.removesuffix(".safetensors").rpartition("-")[2])
+
+
 def take(x: Tensor, cache: Cache, layer: int) -> LayerSnapshot:
     """A snapshot before `layer`; x is never written in place, so it is held, not copied."""
-    return LayerSnapshot(x, cache.layers[layer].snapshot())
+    layers = cache.layers
+    return LayerSnapshot(x, layers[layer].snapshot() if layer < len(layers) else {})

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context, Site
-from dsv4_bench.probes.tensor import expected_nonfinite, tensor_stats
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context, Site, matches
+from dsv4_bench.probes.stats import tensor_stats
+from dsv4_bench.probes.tensor import expected_nonfinite
 from dsv4_bench.workbench.debugger import Debugger, Held, Record
 
 
 def state_view(debugger: Debugger, text: dict[str, Any]) -> dict[str, Any]:
     """The STATE document: position, route and settings. `text` adds what the worker knows."""
     site = debugger.model.sites.get(debugger.site or "")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "state": debugger.state,
         "site": debugger.site,
@@ -30,15 +32,25 @@ def state_view(debugger: Debugger, text: dict[str, Any]) -> dict[str, Any]:
         "phase": "prefill" if debugger.span[1] <= len(debugger.plan.tokens) else "decode",
         "tokens": list(debugger.span),
         "why": debugger.why,
+        "ran": debugger.ran,
         "route": [str(entry) for entry in debugger.model.route],
         "shadow": debugger.shadow or "off",
         "probes": [probe.name for probe in debugger.probes],
         "breaks": [point.to_dict() for point in debugger.breaks],
         "generated": debugger.generated,
         "snapshot_error": debugger.store.error,
-        "memory": {"rss": memory},
+        "memory": {"rss": resident_bytes()},
         **text,
     }
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; where /proc is missing, the most it ever had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tensor_view(
@@ -148,8 +160,6 @@ def _outputs(held: Held) -> list[dict[str, Any]]:
 
 def sites_view(debugger: Debugger) -> list[dict[str, Any]]:
     """One row a site, in order: state, route, time, error, breakpoint."""
-    from dsv4_bench.engine.registry import matches
-
     plain = [point.pattern for point in debugger.breaks if not point.name]
     rows = []
     for path, site in debugger.model.sites.items():

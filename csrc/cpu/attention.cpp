@@ -183,7 +183,8 @@ void run(const Problem& p, const T* q, const T* window, const T* entries, T* o, 
     int64_t groups = (p.heads + lanes - 1) / lanes, keys = p.window_width + p.entry_width;
     int64_t share = Memory::bytes(p, lanes);
     char* memory = (char*)scratch(kLogits, threads * share);
-    parallel(threads, p.n * groups, p.n * p.heads * p.dim * keys, [&](int64_t begin, int64_t end) {
+    int64_t work = p.n * p.heads * p.dim * keys / 8;
+    parallel(threads, p.n * groups, work, [&](int64_t begin, int64_t end) {
         Memory mine(memory + omp_get_thread_num() * share, p, lanes);
         for (int64_t i = begin; i < end; i++)
             one_group<T, N>(p, q, window, entries, i / groups, i % groups * lanes, mine, o, lse);

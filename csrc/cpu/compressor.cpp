@@ -96,15 +96,15 @@ void keep(const Sequence& s, int64_t token, int64_t slot) {
 }
 
 // The last closed window becomes the previous one, the tokens behind it the open one. Rows are
-// read before they are overwritten: the previous window is kept first, and open rows that are
-// still in the state stay in their place.
+// read before they are overwritten: the previous window is kept first, and rows that stay open
+// go to where they are.
 void update_state(const Sequence& s) {
     int64_t ratio = s.sizes.ratio, width = s.sizes.width, windows = s.windows();
     int64_t first_open = s.sizes.overlap ? ratio : 0;
     if (s.sizes.overlap && windows > 0)
         for (int64_t i = 0; i < ratio; i++) keep(s, (windows - 1) * ratio + i, i);
     int64_t rest = s.filled + s.length - windows * ratio;
-    for (int64_t i = windows == 0 ? s.filled : 0; i < ratio; i++) {
+    for (int64_t i = 0; i < ratio; i++) {
         if (i < rest) {
             keep(s, windows * ratio + i, first_open + i);
             continue;

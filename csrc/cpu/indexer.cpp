@@ -69,7 +69,7 @@ void score_all(const Problem& p, const T* q, const T* keys, const TW* weights, c
     int64_t blocks = (p.total + kKeyBlock - 1) / kKeyBlock;
     for (int64_t b = 0; b < batch.count; b++) {
         int64_t n = batch.lengths[b], start = batch.starts[b];
-        int64_t work = n * p.total * p.heads * p.dim;
+        int64_t work = n * p.total * p.heads * p.dim / 8;
         parallel(threads, n * blocks, work, [&](int64_t begin, int64_t end) {
             float* mine = memory + omp_get_thread_num() * share;
             for (int64_t i = begin; i < end; i++) {

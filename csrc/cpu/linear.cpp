@@ -55,60 +55,98 @@ void dot_row(const Row& row, int64_t k, const float* x, int64_t stride, float* o
     for (int r = 0; r < M; r++) out[r] = sum(even[r] + odd[r]);
 }
 
+// Fp8 rows: the scale multiplies the sum over its 128 columns.
+template <int M, class S>
+void dot_row(const Fp8Row<S>& row, int64_t k, const float* x, int64_t stride, float* out) {
+    f32v sums[M] = {};
+    for (int64_t first = 0; first < k; first += kFp8Block) {
+        int64_t end = min64(first + kFp8Block, k);
+        f32v part[M] = {};
+        for (int64_t i = first; i < end; i += W) {
+            f32v a = i + W <= end ? row.codes_at(i) : row.codes_tail(i, end - i);
+            for (int r = 0; r < M; r++) part[r] += a * load(x + r * stride + i);
+        }
+        f32v scale = splat(row.scale_at(first));
+        for (int r = 0; r < M; r++) sums[r] += part[r] * scale;
+    }
+    for (int r = 0; r < M; r++) out[r] = sum(sums[r]);
+}
+
 // 4-bit rows are read as words of eight codes, one word a lane: shifting all lanes by 4j brings up
 // code j of every word. So lane i of step j holds element 8i + j, and the activations are stored in
 // that order once (`interleave`). All codes of a lane share one scale.
-constexpr int64_t kCodes = 8 * W;  // elements of one such group
+constexpr int64_t kGroup = 8 * W;         // elements of one vector of words
+constexpr int64_t kCodes = 2 * kGroup;    // two groups have up to W scales, decoded together
 
-template <int Block> f32v lane_scales(const uint8_t* scales) {
-    constexpr int lanes = Block / 8;  // lanes that share a scale
-    if constexpr (Block == 32) {
-        u32v code;
-        for (int i = 0; i < W; i++) code[i] = scales[i / lanes];
-        u32v bits = code == 0 ? u32v{} + 0x00400000 : code << 23;
-        return bits_as<f32v>(code == 255 ? u32v{} + 0x7fc00000 : bits);
-    } else {
-        i8v code;
-        for (int i = 0; i < W; i++) code[i] = int8_t(scales[i / lanes]);
-        return e4m3(__builtin_convertvector(code, i32v));
-    }
+// Scales of two groups, in order. `worst` gathers the largest e4m3 code, to find NaN afterwards:
+// the fast decoding does not know it.
+template <int Block> f32v two_groups_scales(const uint8_t* scales, bytes16& worst) {
+    bytes16 code = load_bytes<kCodes / Block>(scales);
+    if constexpr (Block == 32) return e8m0(code);
+    bytes16 magnitude = code & 0x7f;
+    worst = magnitude > worst ? magnitude : worst;
+    return e4m3_finite(code);
 }
 
-template <int M, int Block>
-inline void dot_group(const uint8_t* codes, const uint8_t* scales, const float* x, int64_t stride,
+// What e4m3_finite leaves to be done to a row's sum: its factor, and NaN if a scale was.
+template <int Block> float scale_factor(bytes16 worst) {
+    if constexpr (Block == 32) return 1.0f;
+    typedef int64_t halves __attribute__((vector_size(16)));
+    halves nan = bits_as<halves>(worst == 0x7f);
+    return nan[0] | nan[1] ? __builtin_nanf("") : 256.0f;
+}
+
+// sums += the products of group `Which` of two, each lane times its scale.
+template <int M, int Block, int Which>
+inline void dot_group(const uint8_t* codes, f32v scales, const float* x, int64_t stride,
                       f32v* sums) {
-    u32v words = load_raw<u32v>(codes);
-    f32v part[M] = {};
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        f32v value = e2m1(words >> (4 * j));
-        for (int r = 0; r < M; r++) part[r] += value * load(x + r * stride + j * W);
+    u32v words = load_raw<u32v>(codes + Which * kGroup / 2);
+    x += Which * kGroup;
+    f32v low[M] = {}, high[M] = {};  // two sums hide the FMA's latency
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        f32v a, b;
+        e2m1_two(words, j, a, b);
+        for (int r = 0; r < M; r++) {
+            low[r] += a * load(x + r * stride + j * W);
+            high[r] += b * load(x + r * stride + (j + 4) * W);
+        }
     }
-    f32v scale = lane_scales<Block>(scales);
-    for (int r = 0; r < M; r++) sums[r] += part[r] * scale;
+    i32v own;  // lane i's scale
+    for (int i = 0; i < W; i++) own[i] = Which * (kGroup / Block) + 8 * i / Block;
+    f32v scale = __builtin_shuffle(scales, own);
+    for (int r = 0; r < M; r++) sums[r] += (low[r] + high[r]) * scale;
 }
 
 template <int M, int Block>
 void dot_row(const E2m1Row<Block>& row, int64_t k, const float* x, int64_t stride, float* out) {
-    f32v sums[M] = {};
+    f32v sums[2][M] = {};
+    bytes16 worst = {};
+    auto two_groups = [&](const uint8_t* codes, const uint8_t* scales, int64_t i) {
+        f32v scale = two_groups_scales<Block>(scales, worst);
+        dot_group<M, Block, 0>(codes, scale, x + i, stride, sums[0]);
+        dot_group<M, Block, 1>(codes, scale, x + i, stride, sums[1]);
+    };
     int64_t i = 0;
     for (; i + kCodes <= k; i += kCodes) {
-        __builtin_prefetch(row.codes + i / 2 + kAhead);
-        dot_group<M, Block>(row.codes + i / 2, row.scales + i / Block, x + i, stride, sums);
+        for (int64_t line = 0; line < kCodes / 2; line += 64)
+            __builtin_prefetch(row.codes + i / 2 + kAhead + line);
+        two_groups(row.codes + i / 2, row.scales + i / Block, i);
     }
     if (i < k) {  // the last codes and scales, with zeros behind them
         uint8_t codes[kCodes / 2] = {}, scales[kCodes / Block] = {};
         std::memcpy(codes, row.codes + i / 2, (k - i) / 2);
         std::memcpy(scales, row.scales + i / Block, (k - i) / Block);
-        dot_group<M, Block>(codes, scales, x + i, stride, sums);
+        two_groups(codes, scales, i);
     }
-    for (int r = 0; r < M; r++) out[r] = sum(sums[r]);
+    float factor = scale_factor<Block>(worst);
+    for (int r = 0; r < M; r++) out[r] = sum(sums[0][r] + sums[1][r]) * factor;
 }
 
-// Reorders rows of `padded` elements (a multiple of kCodes) in place for the 4-bit dot_row.
+// Reorders rows of `padded` elements (a multiple of kGroup) in place for the 4-bit dot_row.
 void interleave(float* x, int64_t total) {
-    float group[kCodes];
-    for (int64_t first = 0; first < total; first += kCodes) {
+    float group[kGroup];
+    for (int64_t first = 0; first < total; first += kGroup) {
         std::memcpy(group, x + first, sizeof group);
         for (int i = 0; i < W; i++)
             for (int j = 0; j < 8; j++) x[first + j * W + i] = group[8 * i + j];

@@ -34,7 +34,7 @@ class KeepDenormals {
 // costs a few microseconds. The team is either one thread or all of them, because a team that
 // changes size makes the runtime end and start threads.
 template <class Body> void parallel(int threads, int64_t count, int64_t work, const Body& body) {
-    constexpr int64_t worth_it = 1 << 15;
+    constexpr int64_t worth_it = 1 << 17;
     if (threads <= 1 || count <= 1 || work < worth_it) {
         KeepDenormals keep;
         body(int64_t(0), count);

@@ -23,7 +23,7 @@ typedef float f32v __attribute__((vector_size(4 * W)));
 typedef int32_t i32v __attribute__((vector_size(4 * W)));
 typedef uint32_t u32v __attribute__((vector_size(4 * W)));
 typedef uint16_t u16v __attribute__((vector_size(2 * W)));
-typedef int8_t i8v __attribute__((vector_size(W)));
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
 struct bf16 {
     uint16_t bits;
@@ -82,6 +82,16 @@ inline f32v load(const f16* p) {
     u32v bits = is_special ? special : bits_as<u32v>(finite);
     return bits_as<f32v>(bits | ((h & 0x8000) << 16));
 #endif
+}
+
+// `Count` <= 16 bytes, zeros behind them. Short ones go through a register: building the vector in
+// memory would stall its load.
+template <int Count> inline bytes16 load_bytes(const void* p) {
+    typedef uint64_t words __attribute__((vector_size(16)));
+    if constexpr (Count == 16) return load_raw<bytes16>(p);
+    uint64_t low = 0;
+    std::memcpy(&low, p, Count < 8 ? Count : 8);
+    return bits_as<bytes16>(words{low, 0});
 }
 
 inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
@@ -179,16 +189,46 @@ inline f32v exp(f32v x) {
 
 // ---------------------------------------------------------------- small floats
 
-// e4m3 in the low byte of each lane, sign-extended: its bits as a tiny float, rescaled exactly.
-inline f32v e4m3(i32v code) {
-    f32v value = bits_as<f32v>((code << 20) & int32_t(0x87f00000)) * 0x1p120f;
-    i32v is_nan = (code & 0x7f) == 0x7f;
+// The first W of 16 e4m3 codes, divided by 256, and NaN taken for 480. Shifted into place, a code
+// is a half-precision number 2^8 too small, subnormals included. Without a conversion from half,
+// the same with floats, through denormals.
+inline f32v e4m3_finite(bytes16 code) {
+#if defined(__AVX512F__)
+    __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16((__m128i)code), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16(int16_t(0xbf80))));
+#elif defined(__AVX2__)
+    __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16((__m128i)code), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16(int16_t(0xbf80))));
+#else
+    u32v byte = {code[0], code[1], code[2], code[3]};
+    return bits_as<f32v>(((byte & 0x7f) << 20) | ((byte & 0x80) << 24)) * 0x1p112f;
+#endif
+}
+
+// The first W of 16 e4m3 codes; 0x7f and 0xff are NaN.
+inline f32v e4m3(bytes16 code) {
+    f32v value = e4m3_finite(code) * 256.0f;
+    i32v is_nan = (bits_as<i32v>(value) & 0x7fffffff) == bits_as<int32_t>(480.0f);
     return is_nan ? bits_as<f32v>(i32v{} + 0x7fc00000) : value;
 }
 
-inline float e8m0(uint8_t code) {  // 2^(code - 127); 0 is a denormal, 255 is NaN
+// 2^(code - 127); 0 is a denormal, 255 is NaN.
+inline float e8m0(uint8_t code) {
     uint32_t bits = code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : uint32_t(code) << 23;
     return bits_as<float>(bits);
+}
+
+// The first W of 16 e8m0 codes.
+inline f32v e8m0(bytes16 code) {
+#if defined(__AVX512F__)
+    u32v byte = (u32v)_mm512_cvtepu8_epi32((__m128i)code);
+#elif defined(__AVX2__)
+    u32v byte = (u32v)_mm256_cvtepu8_epi32((__m128i)code);
+#else
+    u32v byte = {code[0], code[1], code[2], code[3]};
+#endif
+    u32v bits = byte == 0 ? u32v{} + 0x00400000 : byte << 23;
+    return bits_as<f32v>(byte == 255 ? u32v{} + 0x7fc00000 : bits);
 }
 
 // e2m1 in the low four bits of each lane; the bits above are ignored.
@@ -204,6 +244,23 @@ inline f32v e2m1(u32v code) {
 #else
     u32v bits = ((code & 7) << 22) | ((code & 8) << 28);
     return bits_as<f32v>(bits) * 0x1p126f;
+#endif
+}
+
+// Codes j and j + 4 of words of eight e2m1 codes, j < 4: the low and the high half of each lane.
+inline void e2m1_two(u32v words, int j, f32v& low, f32v& high) {
+#if defined(__AVX512F__)
+    // One shift serves both halves. The high one is looked up as bfloat16, the upper part of a
+    // float, with zero below; the table is there twice because five index bits count.
+    const uint64_t t0 = 0x3fc03f803f000000, t1 = 0x40c0408040404000, sign = 0x8000800080008000;
+    const __m512i table =
+        _mm512_setr_epi64(t0, t1, t0 | sign, t1 | sign, t0, t1, t0 | sign, t1 | sign);
+    __m512i shifted = _mm512_srli_epi16((__m512i)words, 4 * j);
+    low = e2m1((u32v)shifted);
+    high = (f32v)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, shifted, table);
+#else
+    low = e2m1(words >> (4 * j));
+    high = e2m1(words >> (4 * j + 16));
 #endif
 }
 

@@ -21,28 +21,29 @@ template <class T> struct DenseRow {
 
 // Fp8 with scales of type S, one for 128 columns of 128 rows.
 template <class S> struct Fp8Row {
-    const int8_t* data;
+    const uint8_t* data;
     const S* scale;
     Fp8Row(const dsv4_weight& w, int64_t row)
-        : data((const int8_t*)w.data + row * w.k),
+        : data((const uint8_t*)w.data + row * w.k),
           scale((const S*)w.scale + row / kFp8Block * ((w.k + kFp8Block - 1) / kFp8Block)) {}
     static float value(float s) { return s; }
     static float value(uint8_t s) { return e8m0(s); }
-    f32v decode(i8v codes, int64_t i) const {
-        return e4m3(__builtin_convertvector(codes, i32v)) * splat(value(scale[i / kFp8Block]));
-    }
-    f32v at(int64_t i) const { return decode(load_raw<i8v>(data + i), i); }
-    f32v tail(int64_t i, int64_t count) const {
-        int8_t padded[W] = {};
+    float scale_at(int64_t i) const { return value(scale[i / kFp8Block]); }
+
+    f32v codes_at(int64_t i) const { return e4m3(load_bytes<W>(data + i)); }
+    f32v codes_tail(int64_t i, int64_t count) const {
+        uint8_t padded[W] = {};
         std::memcpy(padded, data + i, count);
-        return decode(load_raw<i8v>(padded), i);
+        return e4m3(load_bytes<W>(padded));
     }
+    f32v at(int64_t i) const { return codes_at(i) * splat(scale_at(i)); }
+    f32v tail(int64_t i, int64_t count) const { return codes_tail(i, count) * splat(scale_at(i)); }
 };
 
 // One block scale, as a float.
 template <int Block> inline float block_scale(uint8_t code) {
     if constexpr (Block == 32) return e8m0(code);
-    else return e4m3(i32v{} + int8_t(code))[0];
+    else return e4m3(load_bytes<1>(&code))[0];
 }
 
 // 4-bit codes with a scale for every `Block` of them: 16 is nvfp4, 32 is mxfp4.

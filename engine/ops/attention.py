@@ -1,4 +1,7 @@
-"""Sparse attention with a sink over window rows and compressed entries (MODEL.md 5.7)."""
+"""Sparse attention with a sink over window rows and compressed entries.
+
+Source: the release, sparse_attn.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.registry import op
+from dsv4_bench.engine.numerics import acc
+from dsv4_bench.engine.registry import nbytes, op
 
 _GATHER_BLOCK = 1 << 24  # float32 elements of gathered keys kept at once
 
 
 def gather_rows(pool: Tensor, index: Tensor) -> Tensor:
     """pool [r, hd], index [n, k] -> [n, k, hd] float32; index -1 gives zeros and reads nothing."""
-    rows = pool[index.clamp(min=0)].float() if pool.shape[0] else pool.new_zeros(*index.shape, 1)
+    rows = acc(pool[index.clamp(min=0)]) if pool.shape[0] else pool.new_zeros(*index.shape, 1)
     return torch.where((index >= 0)[..., None], rows, 0.0)  # not a product: the pool may hold NaN
 
 
@@ -25,7 +29,19 @@ def _flops(a: dict[str, Any]) -> int:
     return 4 * n * heads * dim * keys
 
 
-@op("attention", outputs=("o", "lse"), flops=_flops)
+def _traffic(a: dict[str, Any]) -> int:
+    """Of the pools, each row that some query attends to, once."""
+    total = sum(
+        nbytes(a[name]) for name in ("q", "window_index", "entry_index", "sink", "o", "lse")
+    )
+    for pool, index in (("window", "window_index"), ("entries", "entry_index")):
+        if a[pool] is not None and a[index] is not None:
+            rows = a[index][a[index] >= 0].unique().numel()
+            total += rows * a[pool].shape[1] * a[pool].element_size()
+    return total
+
+
+@op("attention", outputs=("o", "lse"), flops=_flops, traffic=_traffic)
 def attention(
     q: Tensor,
     window: Tensor,
@@ -53,11 +69,11 @@ def attention(
         if entries is not None and entry_index is not None and entry_index.shape[1]:
             keys = torch.cat((keys, gather_rows(entries, entry_index[part])), dim=1)
             valid = torch.cat((valid, entry_index[part] >= 0), dim=1)
-        logits = (q[part].float() @ keys.transpose(1, 2)) * scale  # [s, h, w + k]
+        logits = (acc(q[part]) @ keys.transpose(1, 2)) * scale  # [s, h, w + k]
         logits = logits.masked_fill(~valid[:, None], -torch.inf)
-        extended = torch.cat((logits, sink.float().expand(len(logits), -1)[..., None]), dim=-1)
+        extended = torch.cat((logits, acc(sink).expand(len(logits), -1)[..., None]), dim=-1)
         lse = torch.logsumexp(extended, dim=-1)  # [s, h]
-        p = torch.exp(logits - lse[..., None]).to(q.dtype).float()
+        p = acc(torch.exp(logits - lse[..., None]).to(q.dtype))
         outs.append((p @ keys).to(q.dtype))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)

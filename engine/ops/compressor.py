@@ -1,4 +1,7 @@
-"""The KV compressor: gated pooling of 4 (overlapping) or 128 tokens into one entry (MODEL.md 5.5)."""
+"""The KV compressor: gated pooling of 4 (overlapping) or 128 tokens into one entry.
+
+Source: the release, Compressor. It lacks chunked prefill; the state kept here is the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Routed and shared experts: clamped SwiGLU between three matrices (MODEL.md 5.8)."""
+"""Routed and shared experts: clamped SwiGLU between three matrices.
+
+Source: the release, Expert and MoE.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.numerics import acc, acc_dtype
 from dsv4_bench.engine.ops.linear import matmul
-from dsv4_bench.engine.registry import op
+from dsv4_bench.engine.registry import nbytes, op
 
 
 class Expert(NamedTuple):
@@ -40,8 +44,8 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 def expert_forward(x: Tensor, expert: Expert, limit: float, routing: Tensor | None) -> Tensor:
     """x [m, d] -> [m, d] float32; `routing` [m] scales the hidden vector, before w2."""
-    gate = matmul(x, expert.w1).to(x.dtype).float()
-    up = matmul(x, expert.w3).to(x.dtype).float()
+    gate = acc(matmul(x, expert.w1).to(x.dtype))
+    up = acc(matmul(x, expert.w3).to(x.dtype))
     hidden = swiglu(gate, up, limit)  # [m, i]
     if routing is not None:
         hidden = hidden * routing[:, None]
@@ -65,7 +69,14 @@ def _flops(a: dict[str, Any]) -> int:
     return 6 * i * d * a["experts"].numel()
 
 
-@op("experts", outputs=("y",), flops=_flops)
+def _traffic(a: dict[str, Any]) -> int:
+    """Of the weights, those of the experts that were chosen."""
+    used = sorted(set(a["experts"].flatten().tolist()))
+    weights = sum(a["bank"][expert].nbytes for expert in used)
+    return weights + sum(nbytes(a[name]) for name in ("x", "routing", "experts", "y"))
+
+
+@op("experts", outputs=("y",), flops=_flops, traffic=_traffic)
 def experts(
     x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
 ) -> Tensor:
@@ -73,7 +84,7 @@ def experts(
 
     x [n, d], routing [n, k] float32, experts [n, k] int32.
     """
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    y = torch.zeros(x.shape, dtype=acc_dtype(), device=x.device)
     for expert, rows, slots in chosen_experts(experts, len(bank)):
         y.index_add_(0, rows, expert_forward(x[rows], bank[expert], limit, routing[rows, slots]))
     return y

@@ -1,4 +1,7 @@
-"""The router: hash layers look experts up by token id, the others score them (MODEL.md 5.8)."""
+"""The router: hash layers look experts up by token id, the others score them.
+
+Source: the release, Gate.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.linear import matmul
 from dsv4_bench.engine.registry import op
 
@@ -39,7 +43,7 @@ def gate(
     if tid2eid is not None:
         chosen = tid2eid[tokens].long()  # [n, k]
     else:
-        biased = scores if bias is None else scores + bias.float()
+        biased = scores if bias is None else scores + acc(bias)
         chosen = biased.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     routing = scores.gather(1, chosen)
     routing = routing / routing.sum(-1, keepdim=True) * scale

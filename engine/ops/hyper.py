@@ -1,18 +1,22 @@
-"""mHC, the manifold-constrained hyper-connections between the four residual streams (MODEL.md 5.1)."""
+"""mHC, the manifold-constrained hyper-connections between the four residual streams.
+
+Source: the release, Block.hc_pre, hc_post and ParallelHead.hc_head.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.registry import op
 
 
 def _mixes(x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """x [n, hc, d], fn [m, hc*d] float32 -> [n, m] float32; the norm scales after the product."""
-    flat = x.flatten(1).float()  # [n, hc*d], stream-major
+    flat = acc(x.flatten(1))  # [n, hc*d], stream-major
     rho = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
-    return (flat @ fn.float().T) * rho
+    return (flat @ acc(fn).T) * rho
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -53,12 +57,12 @@ def hc_pre(
     """
     n, hc, _ = x.shape
     pre_m, post_m, comb_m = _mixes(x, fn, norm_eps).split([hc, hc, hc * hc], dim=-1)
-    pre_b, post_b, comb_b = base.float().split([hc, hc, hc * hc])
-    s = scale.float()
+    pre_b, post_b, comb_b = acc(base).split([hc, hc, hc * hc])
+    s = acc(scale)
     pre = torch.sigmoid(pre_m * s[0] + pre_b) + eps  # [n, hc]
     post = 2 * torch.sigmoid(post_m * s[1] + post_b)  # [n, hc]
     comb = sinkhorn((comb_m * s[2] + comb_b).view(n, hc, hc), iters, eps)  # [n, hc, hc]
-    u = (pre.unsqueeze(-1) * x.float()).sum(1).to(x.dtype)  # [n, d]
+    u = (pre.unsqueeze(-1) * acc(x)).sum(1).to(x.dtype)  # [n, d]
     return u, post, comb
 
 
@@ -68,8 +72,8 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
     y [n, d], x [n, hc, d], post [n, hc], comb [n, hc, hc] -> [n, hc, d]; float32 inside, one cast.
     """
-    mixed = comb.float().transpose(1, 2) @ x.float()  # [n, hc, d]
-    return (post.float().unsqueeze(-1) * y.float().unsqueeze(1) + mixed).to(x.dtype)
+    mixed = acc(comb).transpose(1, 2) @ acc(x)  # [n, hc, d]
+    return (acc(post).unsqueeze(-1) * acc(y).unsqueeze(1) + mixed).to(x.dtype)
 
 
 @op("hc_head", outputs=("h",), flops=_pre_flops)
@@ -80,5 +84,5 @@ def hc_head(
 
     fn [hc, hc*d], scale [1], base [hc]; weights sigmoid(mix * scale + base) + eps.
     """
-    pre = torch.sigmoid(_mixes(x, fn, norm_eps) * scale.float() + base.float()) + eps
-    return (pre.unsqueeze(-1) * x.float()).sum(1).to(x.dtype)
+    pre = torch.sigmoid(_mixes(x, fn, norm_eps) * acc(scale) + acc(base)) + eps
+    return (pre.unsqueeze(-1) * acc(x)).sum(1).to(x.dtype)

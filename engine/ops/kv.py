@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.registry import op
+from dsv4_bench.engine.registry import nbytes, op
 
 
-@op("cache_write", outputs=(), mutates=("cache",))
+def _write_traffic(a: dict[str, Any]) -> int:
+    """Rows read and written; the rest of the cache is not touched."""
+    written = int((a["slots"] >= 0).sum())
+    row = a["rows"].shape[1] * (a["rows"].element_size() + a["cache"].element_size())
+    return nbytes(a["slots"]) + written * row
+
+
+@op("cache_write", outputs=(), mutates=("cache",), traffic=_write_traffic)
 def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
     """cache[slots[i]] = rows[i], in place: rows [m, d], slots [m] int64 in [0, r), cache [r, d].
 

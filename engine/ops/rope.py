@@ -1,4 +1,7 @@
-"""Rotary embedding on interleaved pairs of the last dims, and its inverse (MODEL.md 5.2)."""
+"""Rotary embedding on interleaved pairs of the last dims, and its inverse.
+
+Source: the release, precompute_freqs_cis and apply_rotary_emb.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.config import Config
+from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.registry import op
 
 
@@ -50,10 +54,10 @@ def rope(x: Tensor, positions: Tensor, *, freqs: Tensor, inverse: bool) -> Tenso
     float32, result in x's dtype; the other dims are copied.
     """
     rd = 2 * freqs.numel()
-    angle = positions.float()[:, None] * freqs  # [n, rd/2]
+    angle = acc(positions.float()[:, None] * freqs)  # [n, rd/2], the product always in float32
     if x.dim() == 3:
         angle = angle[:, None]
     cos, sin = angle.cos(), angle.sin() * (-1.0 if inverse else 1.0)
-    even, odd = x[..., -rd::2].float(), x[..., -rd + 1 :: 2].float()
+    even, odd = acc(x[..., -rd::2]), acc(x[..., -rd + 1 :: 2])
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     return torch.cat((x[..., :-rd], rotated.to(x.dtype)), dim=-1)

@@ -29,12 +29,17 @@ def site_entries(layers: int) -> list[Event]:
             names += [f"attn/compressor/{name}" for name in COMPRESSOR]
         if kind == "CSA":
             names += [f"attn/index/compressor/{name}" for name in COMPRESSOR]
-            names += [f"attn/index/{name}" for name in "wq_b rope weights_proj score topk".split()]
+            names += [
+                f"attn/index/{name}" for name in ["wq_b", "rope", "weights_proj", "score", "topk"]
+            ]
         names += [
             f"attn/{name}"
-            for name in "gather_swa window_write core o_rope wo_a wo_b hc_post".split()
+            for name in ["gather_swa", "window_write", "core", "o_rope", "wo_a", "wo_b", "hc_post"]
         ]
-        names += [f"ffn/{name}" for name in "hc_pre norm gate experts shared sum hc_post".split()]
+        names += [
+            f"ffn/{name}"
+            for name in ["hc_pre", "norm", "gate", "experts", "shared", "sum", "hc_post"]
+        ]
         for name in names:
             leaf = name.rpartition("/")[2]
             op = OPS.get(leaf, "linear" if leaf.startswith("w") else leaf)
@@ -46,7 +51,14 @@ def site_entries(layers: int) -> list[Event]:
 
 def tensor(name: str, shape: list[int], nan: int = 0, **more: Any) -> Event:
     count = math.prod(shape)
-    stats = {"finite": count - nan, "nan": nan, "inf": 0, "absmax": 4.21, "rms": 0.998, "mean": 1e-3}
+    stats = {
+        "finite": count - nan,
+        "nan": nan,
+        "inf": 0,
+        "abs_max": 4.21,
+        "rms": 0.998,
+        "mean": 1e-3,
+    }
     return {
         "name": name, "shape": shape, "dtype": "float32", "device": "cpu", "bytes": count * 4,
         "stats": stats, "format": None, "expected_nonfinite": False, **more,
@@ -69,6 +81,7 @@ class FakeSession:
         self.watches: list[str] = []
         self.shadow = "off"
         self.reference: set[str] = set()
+        self.stuck: set[str] = set()  # sites whose route cannot be changed
         self.alarms: dict[str, str] = {}
         self.state = "opening"
         self._number = 0
@@ -125,6 +138,7 @@ class FakeSession:
             self._run(line, result)
         else:
             self._reply(line, result)
+            self._emit_state()
         return self._number
 
     def close(self) -> None:
@@ -173,11 +187,11 @@ class FakeSession:
         entry = self.entries[max(self.position, 0)]
         return {
             "state": self.state, "site": site, "op": entry["op"] if site else None,
-            "layer": entry["layer"] if site else None, "index": self.position + 1,
+            "layer": entry["layer"] if site else None, "index": self.position,
             "of": len(self.paths), "forward": self.forward, "forwards": 5, "phase": "prefill",
             "tokens": [0, 128], "why": "step", "seconds": 0.0123, "route": ["kernel"],
             "shadow": self.shadow, "probes": ["stats", "residual"], "breaks": list(self.breaks),
-            "generated": [], "text": "", "top": [], "memory": {"rss": 734003200},
+            "generated": [], "text": "", "top": [], "watches": self._watch_values(), "memory": {"rss": 734003200},
         }  # fmt: skip
 
     def _emit_state(self) -> None:
@@ -187,7 +201,9 @@ class FakeSession:
         self, line: str, result: Any = None, error: DSV4Error | None = None, number: int = 0
     ) -> None:
         event: Event = {"event": "reply", "id": number or self._number, "line": line}
-        event |= {"ok": False, "error": error.to_dict()} if error else {"ok": True, "result": result}
+        event |= (
+            {"ok": False, "error": error.to_dict()} if error else {"ok": True, "result": result}
+        )
         self.on_event(event)
 
     # -- commands: those that run return the index of the site to stop after
@@ -248,10 +264,11 @@ class FakeSession:
     def _do_toggle(self, site: str | None = None) -> Event:
         path = site or self._site() or self.paths[0]
         before = self._route(path)
-        self.reference ^= {path}
+        self.reference ^= set() if path in self.stuck else {path}
         changed = {
             "site": path, "before": {"implementation": before, "hash": "a1b2"},
-            "after": {"implementation": self._route(path), "hash": "c3d4"}, "effect": "",
+            "after": {"implementation": self._route(path), "hash": "c3d4"},
+            "effect": "NO EFFECT: both are cpu" if path in self.stuck else "",
         }  # fmt: skip
         return {"changed": [changed], "route": ["kernel"], "state": self._status()}
 
@@ -279,7 +296,10 @@ class FakeSession:
 
     def _do_watch(self, expression: str = "") -> Event:
         self.watches += [expression] if expression else []
-        return {"watches": [{"expression": e, "text": "tensor(1.0021)"} for e in self.watches]}
+        return {"watches": self._watch_values()}
+
+    def _watch_values(self) -> list[Event]:
+        return [{"expression": e, "text": "tensor(1.0021)"} for e in self.watches]
 
     def _do_sites(self) -> Event:
         stops = {entry["text"] for entry in self.breaks}

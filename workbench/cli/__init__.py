@@ -7,6 +7,7 @@ Data goes to stdout, narration and progress to stderr, errors are one line and o
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,7 @@ import traceback
 from dataclasses import dataclass
 
 from dsv4_bench.engine.errors import DSV4Error, ExitCode, did_you_mean
+from dsv4_bench.workbench.cli import output
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `dsv4-bench`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = "-v" in words or "--verbose" in words
+    if sys.stdout is None:  # closed by the shell, `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # now, while a broken pipe can still be caught
+        return code
     except DSV4Error as error:
         if verbose:
             traceback.print_exc()
@@ -104,14 +110,24 @@ def main(argv: list[str] | None = None) -> int:
         print("dsv4-bench: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our stdout went away: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return ExitCode.OK
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _forget_stdout()
         if verbose:
             traceback.print_exc()
         print(f"dsv4-bench: error: internal: {type(error).__name__}: {error}", file=sys.stderr)
         print("hint: run again with -v for the traceback, and report it", file=sys.stderr)
         return ExitCode.CRASHED
+
+
+def _forget_stdout() -> None:
+    """What is still buffered for stdout cannot be written: do not try again at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
 
 
 def _dispatch(words: list[str]) -> int:
@@ -137,4 +153,6 @@ def _dispatch(words: list[str]) -> int:
     module = importlib.import_module(command.module)
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(words[1:])
+    if args.json:
+        output.reserve_stdout()
     return int(module.run(args))

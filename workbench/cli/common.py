@@ -31,10 +31,10 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_chunks(text: str | None) -> tuple[int, ...]:
     """``128,1,1`` -> (128, 1, 1). Raises DSV4Error."""
-    if not text:
+    if text is None:
         return ()
     try:
-        sizes = tuple(int(part) for part in text.replace("...", "").split(",") if part.strip())
+        sizes = tuple(int(part) for part in text.removesuffix("...").rstrip(",").split(","))
     except ValueError:
         sizes = ()
     if not sizes or any(size < 1 for size in sizes):
@@ -53,10 +53,12 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_tokens(path: str | None) -> list[int] | None:
-    """The ids in FILE, without importing the engine."""
+def read_tokens(path: str | None, prompt: str | None = None) -> list[int] | None:
+    """The ids in FILE, without importing the engine. Raises DSV4Error if there is a prompt too."""
     if path is None:
         return None
+    if prompt is not None:
+        raise DSV4Error("--prompt and --tokens are both given", "one of them says what is fed")
     from dsv4_bench.engine.tokens import read_token_file
 
     return read_token_file(path)
@@ -89,7 +91,7 @@ def session_options(args: argparse.Namespace) -> Any:
     return SessionOptions(
         checkpoint=args.checkpoint,
         prompt=args.prompt,
-        tokens=read_tokens(args.tokens),
+        tokens=read_tokens(args.tokens, args.prompt),
         chunks=parse_chunks(args.chunks),
         max_new_tokens=args.max_new_tokens,
         route=tuple(args.route or ["kernel"]),

@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
         raise DSV4Error(f"--max-new-tokens {args.max_new_tokens}: at least 1 is needed")
     if not 0 <= args.temperature < float("inf"):
         raise DSV4Error(f"--temperature {args.temperature} must be 0 or more")
-    tokens = common.read_tokens(args.tokens)
+    if not -(2**63) <= args.seed < 2**63:
+        raise DSV4Error(f"--seed {args.seed} does not fit in 64 bits")
+    tokens = common.read_tokens(args.tokens, args.prompt)
     chunks = common.parse_chunks(args.chunks)
 
     from dsv4_bench.workbench.loading import load_model, prompt_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def run(args: argparse.Namespace) -> int:
     assert tokens is not None
     chunks = common.parse_chunks(args.chunks)
     target = Path(args.output)
-    if not target.parent.is_dir():
-        raise DSV4Error(f"no such folder: {target.parent}")
+    check_target(target)
 
     from dsv4_bench.engine.generate import teacher_forced_logits
     from dsv4_bench.workbench.loading import load_model
@@ -54,6 +54,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         output.narrate(f"wrote {target}: logits {summary['shape']} in {seconds:.1f} s")
     return 0
+
+
+def check_target(target: Path) -> None:
+    """Raise DSV4Error now if `target` could not be written later."""
+    if not target.parent.is_dir():
+        raise DSV4Error(f"no such folder: {target.parent}")
+    if target.is_dir():
+        raise DSV4Error(f"{target} is a folder", "-o names a file")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise CannotAnswer(f"cannot write into {target.parent}: {error.strerror}") from None
 
 
 def _save(target: Path, logits: object) -> None:

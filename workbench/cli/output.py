@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 
 def to_json(data: Any) -> str:
@@ -14,8 +15,21 @@ def to_json(data: Any) -> str:
     return json.dumps(_plain(data), indent=2, ensure_ascii=False)
 
 
+_stdout: TextIO | None = None
+
+
+def reserve_stdout() -> None:
+    """From now on stdout is for `print_json` alone: all else that is printed, by kernels and
+    libraries too, goes to stderr."""
+    global _stdout
+    if _stdout is None:
+        sys.stdout.flush()
+        _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+
 def print_json(data: Any) -> None:
-    print(to_json(data))
+    print(to_json(data), file=_stdout or sys.stdout, flush=True)
 
 
 def _plain(value: Any) -> Any:

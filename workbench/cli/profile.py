@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.context is not None and args.context < 1:
         raise DSV4Error(f"--context {args.context}: at least 1 token is needed")
-    tokens = common.read_tokens(args.tokens)
+    tokens = common.read_tokens(args.tokens, args.prompt)
 
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
     from dsv4_bench.workbench.profiling import capture_layer, time_site

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.workbench.cli import common, output
 from dsv4_bench.workbench.commands import parse
+
+if TYPE_CHECKING:
+    from dsv4_bench.workbench.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,32 +29,54 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_bench.workbench.session import Session
 
     done: list[dict[str, Any]] = []
-    code = int(ExitCode.OK)
     with Session(options, on_event=_narrate_log) as session:
         hello = session.wait_open()
         for note in hello["notes"]:
             output.narrate(f"note: {note}")
-        for line in lines:
-            try:
-                result = session.command(line)
-            except DSV4Error as error:
-                done.append({"line": line, "error": error.to_dict()})
-                _finish(args, done)
-                raise
-            done.append({"line": line, "result": result})
-            if not args.json:
-                print(f"> {line}\n{describe(result)}", flush=True)
-            if result.get("state") == "failed":
-                code = ExitCode.CRASHED
-                output.narrate(f"dsv4-bench: error: {result['why']}")
-                break
-    _finish(args, done)
-    return code
+        try:
+            for number, line in enumerate(lines):
+                goes_on = lines[number + 1 : number + 2] == ["restart"]
+                done.append(_run_line(session, line, goes_on))
+                if not args.json:
+                    print(f"> {line}\n{describe(done[-1])}", flush=True)
+                if line == "quit":
+                    break
+        except _Stopped as stopped:
+            done.append(stopped.entry)
+            raise stopped.error from None
+        finally:
+            if args.json:
+                output.print_json({"commands": done})
+    return ExitCode.OK
 
 
-def _finish(args: argparse.Namespace, done: list[dict[str, Any]]) -> None:
-    if args.json:
-        output.print_json({"commands": done})
+class _Stopped(Exception):
+    """The script ends here: `entry` is what is known of the command, `error` says why."""
+
+    def __init__(self, entry: dict[str, Any], error: DSV4Error) -> None:
+        super().__init__(error.message)
+        self.entry, self.error = entry, error
+
+
+def _run_line(session: Session, line: str, goes_on: bool) -> dict[str, Any]:
+    """One command and its result or error. Raises _Stopped unless `goes_on` after a death.
+
+    An op that raised ends the script too: a person would switch its route or look around, but a
+    script that goes on would show numbers of a run that stands still.
+    """
+    from dsv4_bench.workbench.session import WorkerDied
+
+    try:
+        result = session.command(line)
+    except DSV4Error as error:
+        entry = {"line": line, "error": error.to_dict()}
+        if goes_on and isinstance(error, WorkerDied):
+            return entry
+        raise _Stopped(entry, error) from None
+    entry = {"line": line, "result": result}
+    if result.get("state") == "failed" and parse(line).command.runs:
+        raise _Stopped(entry, DSV4Error(result["why"], "", ExitCode.CRASHED))
+    return entry
 
 
 def _narrate_log(event: dict[str, Any]) -> None:
@@ -78,8 +103,11 @@ def read_script(file: str) -> list[str]:
     return lines
 
 
-def describe(result: dict[str, Any]) -> str:
-    """A result in a few lines, for people; --json has it all."""
+def describe(entry: dict[str, Any]) -> str:
+    """A command's result in a few lines, for people; --json has it all."""
+    if "error" in entry:
+        return f"error: {entry['error']['message']}"
+    result = entry["result"]
     if "text" in result and "expression" in result:
         return result["text"]
     if "inputs" in result:
@@ -91,6 +119,8 @@ def describe(result: dict[str, Any]) -> str:
         ]
         return output.table(("site", "reading", "of", "value", "verdict"), rows)
     if "changed" in result:
+        if not result["changed"]:
+            return f"route: {', '.join(result['route'])}"
         return "\n".join(
             f"{c['site']}: {c['before']['implementation']} -> {c['after']['implementation']} "
             f"{c['effect']}".rstrip()

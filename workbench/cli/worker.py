@@ -12,4 +12,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dsv4_bench.workbench.worker import main
 
-    return main()
+    return main(args.plugin)

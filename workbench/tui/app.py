@@ -18,17 +18,18 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
 from dsv4_bench.workbench.tui import keys
 from dsv4_bench.workbench.tui.inbox import Inbox
+from dsv4_bench.workbench.tui.layout import HEIGHT_CLASSES, WIDTH_CLASSES
 from dsv4_bench.workbench.tui.palette import SessionProvider
 from dsv4_bench.workbench.tui.queries import Queries
 from dsv4_bench.workbench.tui.screens.main import MainScreen
 from dsv4_bench.workbench.tui.store import Change, Event, Store
-from dsv4_bench.workbench.tui.widgets.site_tree import SiteTree
 
 if TYPE_CHECKING:
     from dsv4_bench.workbench.session import SessionOptions
 
 OnEvent = Callable[[Event], None]
-CLOCK_TICK = 0.25
+CLOCK_TICK = 0.5
+SHOWN_AFTER = 1.0  # seconds of running before the status line counts them
 DEBOUNCE = 0.08  # seconds the tree cursor rests before the session is asked about its site
 
 
@@ -49,6 +50,8 @@ class WorkbenchApp(App[None]):
     TITLE = "dsv4-bench"
     CSS_PATH = "app.tcss"
     COMMANDS: ClassVar = {SessionProvider}
+    HORIZONTAL_BREAKPOINTS = WIDTH_CLASSES
+    VERTICAL_BREAKPOINTS = HEIGHT_CLASSES
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "Quit", show=False, priority=True),
     ]
@@ -70,6 +73,7 @@ class WorkbenchApp(App[None]):
         self.store = Store()
         self.queries = Queries()
         self.session: SessionLike | None = None
+        self.inbox: Inbox | None = None
         self._factory = session_factory
         self._clock = clock
         self._since = clock()
@@ -90,10 +94,10 @@ class WorkbenchApp(App[None]):
             asyncio.get_running_loop().add_signal_handler(number, self.exit)
 
     def _open(self) -> None:
-        inbox = Inbox(asyncio.get_running_loop(), self._deliver)
+        self.inbox = Inbox(asyncio.get_running_loop(), self._deliver)
         self._since = self._clock()
         try:
-            self.session = self._factory(inbox.put)
+            self.session = self._factory(self.inbox.put)
         except (DSV4Error, OSError) as error:
             self._deliver([{"event": "died", "returncode": None, "message": str(error)}])
         self.set_interval(CLOCK_TICK, self._tick)
@@ -125,7 +129,7 @@ class WorkbenchApp(App[None]):
     def _elapsed(self) -> float | None:
         busy = self.store.running or self.store.name == "opening"
         elapsed = self._clock() - self._since
-        return elapsed if busy and elapsed > CLOCK_TICK else None
+        return elapsed if busy and elapsed >= SHOWN_AFTER else None
 
     def _tick(self) -> None:
         if self._elapsed() is not None:
@@ -150,6 +154,9 @@ class WorkbenchApp(App[None]):
             return
         self._main.message("")
         number = self._transmit(line)
+        if command.name == "restart":
+            self._since = self._clock()
+            self._show(self.store.restarting())
         if command.runs and number is not None:
             self.store.run_sent, self._since = number, self._clock()
         self._show(Change.LOG | Change.STATE)
@@ -170,10 +177,16 @@ class WorkbenchApp(App[None]):
                 self.store.silent.add(number)
                 self.queries.sent(kind, number, main.cursor)
 
-    @on(SiteTree.Moved)
-    @on(MainScreen.Rearranged)
+    @on(MainScreen.LooksElsewhere)
     def _looks_elsewhere(self) -> None:
         self.set_timer(DEBOUNCE, self._ask)
+
+
+def _draw_on_the_terminal() -> None:
+    """Textual draws on stderr; with `2> file` that is not the terminal, so use stdout."""
+    out, err = sys.__stdout__, sys.__stderr__
+    if out is not None and out.isatty() and (err is None or not err.isatty()):
+        sys.__stderr__ = out  # type: ignore[misc]
 
 
 def run_tui(
@@ -186,7 +199,9 @@ def run_tui(
 
         return Session(options, on_event)
 
-    app = WorkbenchApp(session_factory or from_options, str(getattr(options, "checkpoint", "") or ""))
+    _draw_on_the_terminal()
+    checkpoint = str(getattr(options, "checkpoint", None) or "")
+    app = WorkbenchApp(session_factory or from_options, checkpoint)
     try:
         app.run(**run)
     finally:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dsv4_bench.engine.errors import DSV4Error
-from dsv4_bench.workbench.commands import BY_NAME, SESSION_COMMANDS, parse
+from dsv4_bench.workbench.commands import BY_NAME, SESSION_COMMANDS
+from dsv4_bench.workbench.tui.store import command_name
 
 IMPLEMENTATIONS = ("kernel", "reference")
-READINGS = ("nan > 0", "inf > 0", "own_error > limit", "absmax > ")
+READINGS = ("nan > 0", "inf > 0", "own_error > limit", "abs_max > ")
 WORDS = {
     "shadow": ("on", "off", "*/core"),
     "probes": ("all", "none"),
@@ -61,7 +60,11 @@ def _sites(word: str, sites: Sequence[str]) -> list[str]:
 
 def common(lines: Sequence[str]) -> str:
     """The longest prefix that all of `lines` share."""
-    return os.path.commonprefix(list(lines))
+    if not lines:
+        return ""
+    low, high = min(lines), max(lines)
+    same = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return low[: next(same, len(low))]
 
 
 def hint(text: str) -> str:
@@ -69,10 +72,7 @@ def hint(text: str) -> str:
     name = text.strip().split(" ")[0]
     if not name:
         return "tab completes, up and down walk the history, escape closes"
-    try:
-        command = parse(name).command
-    except DSV4Error:
-        command = BY_NAME.get(name)
+    command = BY_NAME.get(command_name(name))
     if command is not None:
         return f"{command.usage}   {command.help}"
     names = complete(name, ())

@@ -22,13 +22,13 @@ KINDS = (
 )
 
 
-def number(value: float | int | str | None) -> str:
+def number(value: object) -> str:
     """Four significant digits; integers whole; nan and inf by name."""
     if value is None:
         return UNKNOWN
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | int):
+    if not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
         return f"{value:,}" if abs(value) < 10**7 else f"{value:.2e}"
     if math.isnan(value) or math.isinf(value):
         return str(value)
@@ -37,13 +37,13 @@ def number(value: float | int | str | None) -> str:
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def numbers(value: float | int | str | Sequence[float] | None, limit: int = 4) -> str:
+def numbers(value: object, limit: int = 4) -> str:
     """A reading's value: one number, or the first few of a list."""
     if not isinstance(value, list | tuple):
-        return number(value)  # type: ignore[arg-type]
+        return number(value)
     shown = " ".join(number(item) for item in value[:limit])
     return f"[{shown}{' …' if len(value) > limit else ''}]"
 
@@ -93,9 +93,9 @@ def clip(text: str, width: int, left: bool = False) -> str:
     return "…" + text[-(width - 1) :] if left else text[: width - 1] + "…"
 
 
-def full(value: float | None) -> str:
+def full(value: object) -> str:
     """Enough digits to see where two float32 values differ."""
-    return UNKNOWN if value is None else f"{value:.8g}"
+    return f"{value:.8g}" if isinstance(value, float) else number(value)
 
 
 def first_line(text: str) -> str:

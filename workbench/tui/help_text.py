@@ -42,8 +42,8 @@ def help_lines(width: int) -> list[Line]:
 def _section(title: str, rows: list[tuple[str, str, str]], width: int) -> list[Line]:
     lines: list[Line] = [[], [(title, TITLE)]]
     for keys, usage, text in rows:
-        line: Line = [(f"  {keys:<9}", ACCENT), (f"{usage:<25} ", BOLD)]
-        if width >= 37 + len(text):
+        line: Line = [(f"  {keys:<9}", ACCENT), (f"{usage:<18} ", BOLD)]
+        if width >= 11 + max(19, len(usage) + 1) + len(text):
             lines.append([*line, (text, PLAIN)])
         else:
             lines += [line, [(" " * 11 + text, DIM)]]

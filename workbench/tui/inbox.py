@@ -29,6 +29,11 @@ class Inbox:
         self._timer: asyncio.TimerHandle | None = None
         self._delivered_at = 0.0
 
+    @property
+    def busy(self) -> bool:
+        """Whether events wait to be delivered."""
+        return bool(self._events)
+
     def put(self, event: Event) -> None:
         """From any thread; never blocks."""
         self._events.append(event)

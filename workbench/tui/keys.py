@@ -28,7 +28,7 @@ UI_KEYS: tuple[tuple[str, str, str], ...] = (
     ("slash", "search", "search the site tree"),
     ("right_square_bracket", "anomaly(1)", "next anomaly"),
     ("left_square_bracket", "anomaly(-1)", "previous anomaly"),
-    ("period", "follow", "back to the current site"),
+    ("full_stop", "follow", "back to the current site"),
     ("u", "tree_level(-1)", "up: to the enclosing group"),
     ("d", "tree_level(1)", "down: into the group"),
     ("i", "contract", "the op's full contract"),
@@ -40,9 +40,10 @@ UI_KEYS: tuple[tuple[str, str, str], ...] = (
     ("5", "pane('watches')", "pane: watches"),
     ("question_mark,f1", "help", "this help"),
 )
-_UI_FOOTER = {"command_line": "Line", "help": "Help"}
+TYPING = ("command_line", "search")  # these open the line: what is typed next must not overtake
+_UI_FOOTER = {"command_line": "Command", "help": "Help"}
 _SHOWN = {"colon": ":", "slash": "/", "right_square_bracket": "]", "left_square_bracket": "["}
-_SHOWN |= {"question_mark": "?", "period": "."}
+_SHOWN |= {"question_mark": "?", "full_stop": "."}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def session_bindings() -> list[Binding]:
                 FOOTER.get(command.name, command.help),
                 show=command.name in FOOTER,
                 tooltip=command.help,
+                priority=prompts(command),
                 id=f"command.{command.name}",
             )
         )
@@ -86,6 +88,7 @@ def ui_bindings() -> list[Binding]:
             _UI_FOOTER.get(action, text),
             show=action in _UI_FOOTER,
             tooltip=text,
+            priority=action in TYPING,
             key_display=key_text(key.split(",")[0]),
             id=f"ui.{action.replace('(', '.').strip(')').replace(chr(39), '')}",
         )
@@ -98,6 +101,9 @@ def key_text(key: str) -> str:
     if key in _SHOWN:
         return _SHOWN[key]
     return key.upper() if key[:1] == "f" and key[1:].isdigit() else key
+
+
+_ON_SITE = ("break", "shadow", "toggle", "until", "op")  # these know what they act on
 
 
 def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
@@ -113,10 +119,13 @@ def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
         return Send("shadow off" if store.state.get("shadow", "off") != "off" else "shadow on")
     if name in ("toggle", "until", "op"):
         return Send(f"{name} {here}") if here else Prompt(f"{name} ")
-    return Prompt(f"{name} ") if _needs_words(command) else Send(name)
+    return Prompt(f"{name} ") if prompts(command) else Send(name)
 
 
-def _needs_words(command: SessionCommand) -> bool:
+def prompts(command: SessionCommand) -> bool:
+    """Whether the command's key asks for the rest of the line."""
+    if command.name in _ON_SITE:
+        return False
     return any(not a.optional or a.kind != "int" for a in command.arguments)
 
 

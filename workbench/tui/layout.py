@@ -4,6 +4,9 @@ from __future__ import annotations
 
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 WIDE, VERY_WIDE = 100, 160
+TALL = 30
+WIDTH_CLASSES = [(0, "-narrow"), (WIDE, "-wide"), (VERY_WIDE, "-very-wide")]
+HEIGHT_CLASSES = [(0, "-short"), (TALL, "-tall")]
 RIGHT = ("readings", "breaks", "watches")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsv4_bench.workbench.tui import format as fmt
-from dsv4_bench.workbench.tui.results import VERDICTS, columns, reading_limit, reading_value
-from dsv4_bench.workbench.tui.store import SiteInfo
+from dsv4_bench.workbench.tui.results import VERDICTS, columns, reading_limit, reading_unit
 from dsv4_bench.workbench.tui.spans import (
     ACCENT,
     BAD,
@@ -52,18 +51,6 @@ def op_lines(view: View, width: int) -> list[Line]:
             lines.append([])
         lines += block
     return lines
-
-
-def stub_view(info: SiteInfo) -> View:
-    """What is known of a site before the session was asked about it."""
-    return {
-        "site": info.path,
-        "op": info.op,
-        "state": "done" if info.done else "pending",
-        "route": info.route,
-        "stamp": {"implementation": info.route, "note": info.note} if info.route else None,
-        "times": {info.route or "last": info.seconds} if info.seconds is not None else {},
-    }
 
 
 def _heading(view: View, width: int) -> list[Line]:
@@ -135,11 +122,13 @@ def _error(view: View, width: int) -> list[Line]:
         (f"{fmt.number(error.get('relative_l2'))} rel. L2 vs {error.get('against')}", PLAIN),
         (f"limit {fmt.number(error.get('limit'))}", DIM),
     ]
+    if error.get("bits_equal"):
+        words.append(("same bits", DIM))
     lines = wrap("error", words, width, INDENT)
     if error.get("max_abs") is not None:
         where = f"max abs {fmt.number(error['max_abs'])}"
-        if error.get("coordinate") is not None:
-            where += f" at {list(error['coordinate'])}"
+        if error.get("coordinate"):
+            where += f" at {error.get('output', '')}{list(error['coordinate'])}"
         pair = f"ours {fmt.full(error.get('ours'))}  theirs {fmt.full(error.get('theirs'))}"
         lines += wrap("", [(where, PLAIN), (pair, DIM)], width, INDENT)
     return lines
@@ -148,12 +137,7 @@ def _error(view: View, width: int) -> list[Line]:
 def _tensors(title: str, tensors: Any, width: int) -> list[Line]:
     if not tensors:
         return []
-    heads = columns(
-        [
-            (t["name"], fmt.shape(t["shape"]), t.get("format") or t["dtype"], _place(t, width))
-            for t in tensors
-        ]
-    )
+    heads = _tensor_heads(tensors, width)
     lines: list[Line] = [[(title, TITLE)]]
     for tensor, head in zip(tensors, heads, strict=True):
         name = tensor["name"]
@@ -172,10 +156,24 @@ def _spaced(words: Line) -> Line:
     return [span for word in words for span in (word, ("  ", PLAIN))][:-1]
 
 
-def _place(tensor: View, width: int) -> str:
-    if width < 44:
-        return ""
-    return f"{tensor['device']}  {fmt.size(tensor.get('bytes'))}"
+def _tensor_heads(tensors: list[View], width: int) -> list[str]:
+    """Name, shape, dtype or format, device, bytes; of the last two what fits."""
+    rows = [_tensor_row(tensor) for tensor in tensors]
+    for count in (5, 4, 3):
+        heads = columns([row[:count] for row in rows])
+        if max(map(len, heads)) <= width - 2:
+            return heads
+    return heads
+
+
+def _tensor_row(tensor: View) -> tuple[str, ...]:
+    if "shape" not in tensor:  # a plain argument
+        return tensor["name"], fmt.clip(str(tensor.get("value", "")), 40), "", "", ""
+    dims = fmt.shape(tensor["shape"])
+    if tensor.get("count"):
+        dims = f"{tensor['count']} of {dims}"
+    kind = tensor.get("format") or tensor["dtype"]
+    return tensor["name"], dims, kind, tensor["device"], fmt.size(tensor.get("bytes"))
 
 
 def _statistics(tensor: View) -> Line:
@@ -190,7 +188,7 @@ def _statistics(tensor: View) -> Line:
         line.append((f"{fmt.ALARM} {' '.join(bad)}", BAD))
     else:
         line.append((f"{fmt.DONE} finite", GOOD))
-    for name in ("absmax", "rms", "mean"):
+    for name in ("abs_max", "rms", "mean"):
         if stats.get(name) is not None:
             line.append((f"{name} {fmt.number(stats[name])}", PLAIN))
     return line
@@ -203,28 +201,38 @@ def _readings(view: View, width: int) -> list[Line]:
     return [[("readings", TITLE)], *reading_lines(readings, width)]
 
 
-def reading_lines(readings: list[View], width: int, sites: bool = False) -> list[Line]:
-    """One line a reading: sign, name, value, limit, detail."""
-    texts = columns(
-        [
-            (
-                fmt.clip(f"{r['probe']}.{r['name']}", 24),
-                reading_value(r),
-                reading_limit(r) or (r.get("detail") or ""),
-            )
-            for r in readings
-        ],
-        right=frozenset({1}),
-    )
+COMPACT = 44  # narrower than this, a reading is its name and value only
+
+
+def readings_by_site(readings: list[View], width: int) -> list[Line]:
+    """Readings under the path of their site."""
     lines: list[Line] = []
-    previous = None
+    for site in dict.fromkeys(reading["site"] for reading in readings):
+        lines.append([(fmt.clip(site, width, left=True), DIM)])
+        lines += reading_lines([r for r in readings if r["site"] == site], width)
+    return lines
+
+
+def reading_lines(readings: list[View], width: int) -> list[Line]:
+    """One line a reading: sign, name, value, limit or detail; the detail of an alarm below."""
+    texts = columns([_reading_row(r, width) for r in readings], right=frozenset({1}))
+    lines: list[Line] = []
     for reading, text in zip(readings, texts, strict=True):
-        if sites and reading["site"] != previous:
-            previous = reading["site"]
-            lines.append([(fmt.clip(previous, width, left=True), DIM)])
         alarm = reading.get("verdict") == "alarm"
         sign = VERDICTS.get(reading.get("verdict", "info"), " ")
+        text = fmt.clip(text, width - 2)
         lines.append([(f"{sign} ", BAD if alarm else GOOD), (text, BAD if alarm else PLAIN)])
-        if alarm and reading.get("detail") and reading.get("limit") is not None:
-            lines.append([("    " + reading["detail"], BAD)])
+        if alarm and reading.get("detail"):
+            lines.append([("    " + fmt.clip(reading["detail"], width - 4), BAD)])
     return lines
+
+
+def _reading_row(reading: View, width: int) -> tuple[str, str, str]:
+    name, output = reading["name"], reading.get("output") or ""
+    if width >= COMPACT:
+        name = f"{reading['probe']}.{name}"
+    rest = [reading_limit(reading), reading_unit(reading)]
+    if reading.get("verdict") != "alarm":
+        rest.append(reading.get("detail") or "")
+    more = "  ".join(part for part in rest if part) if width >= COMPACT else ""
+    return f"{name} {output}".strip(), fmt.numbers(reading.get("value")), more

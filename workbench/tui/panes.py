@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from dsv4_bench.workbench.tui import format as fmt
-from dsv4_bench.workbench.tui.op_view import reading_lines
+from dsv4_bench.workbench.tui.op_view import readings_by_site
 from dsv4_bench.workbench.tui.plot import Point, line_plot
 from dsv4_bench.workbench.tui.spans import (
     ACCENT,
@@ -33,9 +34,9 @@ def residual_points(readings: Sequence[Event]) -> list[Point]:
     points: dict[float, float] = {}
     for reading in norms:
         value = reading["value"]
-        largest = max(value) if isinstance(value, list) else value
-        if reading.get("forward", 0) == newest and _finite(largest):
-            points[float(reading["layer"])] = float(largest)
+        streams = [v for v in (value if isinstance(value, list) else [value]) if _finite(v)]
+        if reading.get("forward", 0) == newest and streams:
+            points[float(reading["layer"])] = float(max(streams))
     return sorted(points.items())
 
 
@@ -55,9 +56,23 @@ def readings_lines(store: Store, width: int, height: int) -> list[Line]:
         lines.append([(fmt.clip(text, width), BAD)])
     if len(alarms) > 8:
         lines.append([(f"  and {len(alarms) - 8} more", DIM)])
+    lines += _generated(store.state, width)
     here = [r for r in store.layer_readings if r["probe"] not in ("stats", "residual")]
     if here:
-        lines += [[], [(f"layer {layer}", TITLE)], *reading_lines(here, width, sites=True)]
+        lines += [[], [(f"layer {layer}", TITLE)], *readings_by_site(here, width)]
+    return lines
+
+
+def _generated(state: Event, width: int) -> list[Line]:
+    """The tokens so far and, at the end, the likeliest next ones."""
+    ids = state.get("generated") or []
+    if not ids:
+        return []
+    text = repr(state["text"]) if state.get("text") else " ".join(map(str, ids))
+    lines: list[Line] = [[], [(f"generated: {len(ids)}", TITLE)], [(fmt.clip(text, width), PLAIN)]]
+    for rank, token in enumerate(state.get("top") or (), start=1):
+        name = repr(token["text"]) if token.get("text") else str(token["id"])
+        lines.append([(f"  {rank}. {fmt.clip(name, 16):<16} p {fmt.number(token['p'])}", DIM)])
     return lines
 
 
@@ -69,11 +84,7 @@ def _growth(points: list[Point], width: int, height: int, layer: int | None) -> 
         return [*lines, [("drawn once two layers have run", DIM)]]
     plot = line_plot(points, min(width, 72), max(6, min(14, height // 2 - 2)), layer)
     lines += [[(row, PLAIN)] for row in plot.split("\n")]
-    growth = [
-        (after[1] / before[1], after[0])
-        for before, after in zip(points, points[1:], strict=False)
-        if before[1]
-    ]
+    growth = [(after[1] / before[1], after[0]) for before, after in pairwise(points) if before[1]]
     if growth:
         worst, at = max(growth)
         lines.append([("largest growth ", DIM), (f"{worst:.2f}×", BOLD), (f" at L{at:.0f}", DIM)])
@@ -100,13 +111,14 @@ def values_lines(values: Sequence[Value]) -> list[Line]:
 
 def break_text(entry: Event, width: int) -> str:
     hits = f"{entry['hits']} hit{'' if entry['hits'] == 1 else 's'}"
-    text = fmt.clip(f"{fmt.BREAK} {entry['number']}  {entry['text']}", width - len(hits) - 1)
-    return f"{text} {hits}".ljust(width)
+    room = width - len(hits) - 1
+    text = fmt.clip(f"{fmt.BREAK} {entry['number']}  {entry['text']}", room)
+    return f"{text:<{room}} {hits}"
 
 
 def watches_lines(watches: Sequence[Event], width: int) -> list[Line]:
     if not watches:
-        return [[("w  watch an expression at every stop", DIM)]]
+        return [[("w  evaluate at every stop", DIM)]]
     lines: list[Line] = []
     for watch in watches:
         lines.append([(watch["expression"], BOLD)])
@@ -131,9 +143,10 @@ def ready_lines(store: Store) -> list[Line]:
     """Shown in place of an op before the first step."""
     hello = store.hello
     prompt = hello.get("text")
+    what = f"{hello.get('layout', '')}  {hello.get('dtype', '')} on {hello.get('device', '')}"
     lines: list[Line] = [
         [(str(hello.get("checkpoint", "")), BOLD)],
-        [(f"{hello.get('layout', '')}  {hello.get('dtype', '')} on {hello.get('device', '')}", DIM)],
+        [(what, DIM)],
         [(f"{len(store.sites)} ops, {len(hello.get('tokens', ()))} tokens", DIM)],
     ]
     if prompt:
@@ -153,10 +166,14 @@ def ready_lines(store: Store) -> list[Line]:
 
 def death_lines(death: Event, width: int) -> list[Line]:
     """The banner: where and how the worker died, its last words, and how to go on."""
+    if death.get("fatal"):
+        hint = [[(f"hint: {death['hint']}", PLAIN)]] if death.get("hint") else []
+        title: Line = [(f"✗ {death.get('message')}", BAD)]
+        return [title, *hint, [("R tries again", BOLD), (", q quits", PLAIN)]]
     cause = death.get("signal") or f"return code {death.get('returncode')}"
-    site = death.get("site") or "no site"
-    lines: list[Line] = [[(f"✗ the worker died at {site}: {cause}", BAD)]]
-    if death.get("message"):
+    site = death.get("site")
+    lines: list[Line] = [[(f"✗ the worker died {f'at {site}' if site else ''}: {cause}", BAD)]]
+    if death.get("message") and not site:
         lines.append([(fmt.clip(str(death["message"]), width), PLAIN)])
     for row in [line for line in death.get("stderr") or () if line.strip()][-3:]:
         lines.append([("  │ " + fmt.clip(row, width - 4), DIM)])
@@ -207,10 +224,10 @@ def _place_facts(store: Store) -> list[tuple[int, str, str]]:
         if info and info.kind:
             facts.append((7, info.kind, PLAIN))
     if state.get("of"):
-        facts.append((3, f"{state.get('index', 0)}/{state['of']}", PLAIN))
+        facts.append((3, f"{state.get('index', -1) + 1}/{state['of']}", PLAIN))
     if state.get("phase"):
-        tokens = state.get("tokens") or []
-        span = f" {tokens[0]}–{tokens[1] - 1}" if len(tokens) == 2 else ""
+        first, end = state.get("tokens") or (0, 0)
+        span = f" {first}–{end - 1}" if end > first else ""
         facts.append((5, f"{state['phase']}{span}", PLAIN))
     if state.get("forwards"):
         facts.append((6, f"fwd {state.get('forward', 0) + 1}/{state['forwards']}", PLAIN))

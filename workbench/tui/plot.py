@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from dsv4_bench.workbench.tui.format import number
 
@@ -48,7 +49,7 @@ def _draw(
         (round((x - first) / (last - first) * wide), round((high - y) / (high - low) * tall))
         for x, y in points
     ]
-    for (x0, y0), (x1, y1) in zip(dots, dots[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(dots):
         steps = max(abs(x1 - x0), abs(y1 - y0), 1)
         for step in range(steps + 1):
             x, y = x0 + (x1 - x0) * step // steps, y0 + (y1 - y0) * step // steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dsv4_bench.workbench.tui.store import Change, Event, Store
 
-PANE_OF = {"op": "op", "layer": "readings", "residual": "readings", "watch": "watches"}
+PANE_OF = {"op": "op", "layer": "readings", "residual": "readings"}
 RESHAPES = ("toggle", "route", "shadow", "back", "rerun", "goto", "reset", "restart")
 
 
@@ -27,7 +27,7 @@ class Queries:
         if Change.HELLO in change:
             self.stale.add("sites")
         if Change.STOPPED in change:
-            self.stale |= {"op", "layer"} | ({"watch"} if store.watches else set())
+            self.stale |= {"op", "layer"}
             position = (store.state.get("forward"), store.state.get("layer"))
             at_residual = str(store.state.get("site")).endswith("hc_post")
             if position != self.asked_residual or at_residual:
@@ -63,7 +63,7 @@ class Queries:
             return f"op {cursor}" if cursor else None
         if kind == "layer":
             return f"readings L{layer}/*" if layer is not None else None
-        return {"residual": "readings */hc_post residual", "sites": "sites", "watch": "watch"}[kind]
+        return "sites" if kind == "sites" else "readings */hc_post residual"
 
     def sent(self, kind: str, number: int, cursor: str | None) -> None:
         self.stale.discard(kind)

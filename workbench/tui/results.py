@@ -11,6 +11,11 @@ from dsv4_bench.workbench.tui.format import numbers
 VERDICTS = {"alarm": "!", "ok": "✓", "info": " "}
 
 
+def error_text(message: str, hint: str = "") -> str:
+    """An error as every part of this program writes it, on one line."""
+    return f"error: {message}" + (f"   hint: {hint}" if hint else "")
+
+
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
     """Rows as aligned text columns, two blanks apart; columns in `right` are right-aligned."""
     if not rows:
@@ -26,11 +31,9 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
     return lines
 
 
-def reading_value(reading: dict[str, Any]) -> str:
-    """`1.03 ratio`, `3 > 0`, `[1 2 3 4 …]`."""
-    text = numbers(reading.get("value"))
+def reading_unit(reading: dict[str, Any]) -> str:
     unit = reading.get("unit") or ""
-    return f"{text} {unit}".strip() if unit not in ("count", "value", "1") else text
+    return "" if unit in ("count", "value", "1") else unit
 
 
 def reading_limit(reading: dict[str, Any]) -> str:
@@ -43,8 +46,9 @@ def readings_table(readings: Sequence[dict[str, Any]]) -> str:
         (
             VERDICTS.get(reading.get("verdict", "info"), " "),
             reading["site"],
-            f"{reading['probe']}.{reading['name']}",
-            reading_value(reading),
+            f"{reading['probe']}.{reading['name']} {reading.get('output') or ''}".strip(),
+            numbers(reading.get("value")),
+            reading_unit(reading),
             reading_limit(reading),
             reading.get("detail") or "",
         )

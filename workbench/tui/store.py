@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, TypeAlias
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
-from dsv4_bench.workbench.tui.results import any_result, readings_table
 
 Event: TypeAlias = dict[str, Any]
 
 IDLE = ("ready", "stopped", "finished")
 LOG_LINES_KEPT = 2000
+PLACE = ("state", "site", "index", "forward")
 
 
 class Change(Flag):
@@ -23,7 +23,7 @@ class Change(Flag):
     NONE = 0
     HELLO = auto()
     STATE = auto()
-    STOPPED = auto()  # the session came to rest: ask for what is shown
+    STOPPED = auto()  # the session came to rest elsewhere: ask again for what is shown
     SITES = auto()
     OP = auto()
     READINGS = auto()
@@ -37,7 +37,7 @@ class Change(Flag):
 
 @dataclass
 class SiteInfo:
-    """One row of the tree."""
+    """One row of the tree. `alarm_forward`: the forward pass that `alarm` is from."""
 
     path: str
     op: str = ""
@@ -47,6 +47,7 @@ class SiteInfo:
     seconds: float | None = None
     own_error: float | None = None
     alarm: str = ""
+    alarm_forward: int = 0
     route: str = ""
     note: str = ""
     stops: bool = False
@@ -75,10 +76,12 @@ class Store:
 
     hello: Event = field(default_factory=dict)
     state: Event = field(default_factory=lambda: {"state": "opening"})
+    forward: int = 0
     sites: dict[str, SiteInfo] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
     entered: str | None = None
     op: Event = field(default_factory=dict)
+    effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)
     residual: list[Event] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
@@ -112,11 +115,17 @@ class Store:
         return (self.entered if self.running else None) or self.state.get("site")
 
     def anomalies(self) -> list[str]:
+        """Sites that raised an alarm, in forward order."""
         return [path for path, site in self.sites.items() if site.alarm]
 
     def break_number(self, site: str) -> int | None:
         """The breakpoint that is exactly this site, if there is one."""
         return next((int(b["number"]) for b in self.breaks if b["text"].strip() == site), None)
+
+    def view_of(self, site: str) -> Event:
+        """The op pane's view of `site`, with what the last route change said about it."""
+        view = self.op if self.op.get("site") == site else stub_view(self.sites[site])
+        return {**view, "effect": view.get("effect") or self.effects.get(site, "")}
 
     # -- events
 
@@ -141,13 +150,26 @@ class Store:
 
     def note(self, stream: str, text: str) -> Change:
         """Add to the log; the oldest unread lines give way in a flood, and say so."""
-        lines = text.rstrip("\n").split("\n")
-        self.log.extend(LogLine(stream, line) for line in lines)
+        self.log.extend(LogLine(stream, line) for line in text.rstrip("\n").split("\n"))
         if len(self.log) > LOG_LINES_KEPT:
             dropped = len(self.log) - LOG_LINES_KEPT // 2
             notice = LogLine("worker", f"… {dropped} lines came too fast to show")
             self.log = [notice, *self.log[dropped:]]
         return Change.LOG
+
+    def fail(self, error: Event) -> Change:
+        """Show and log a command that was refused."""
+        self.error = error
+        self.note("error", f"error: {error.get('message', 'unknown')}")
+        if error.get("hint"):
+            self.note("error", f"hint: {error['hint']}")
+        return Change.ERROR | Change.LOG
+
+    def restarting(self) -> Change:
+        """A new worker was asked for: as if just started, but for the log and the breakpoints."""
+        self.state = {**self.state, "state": "opening"}
+        self.death, self.run_sent, self.entered = {}, None, None
+        return Change.STATE | Change.DEATH
 
     def _on_hello(self, event: Event) -> Change:
         self.hello = event
@@ -160,24 +182,35 @@ class Store:
         self.order = {path: index for index, path in enumerate(self.sites)}
         self.death, self.op, self.entered = {}, {}, None
         self.layer_readings, self.residual = [], []
-        return Change.HELLO | Change.SITES | Change.DEATH | Change.READINGS | Change.OP
+        for text in event.get("notes", ()):
+            self.note("worker", text)
+        shown = Change.HELLO | Change.SITES | Change.DEATH | Change.READINGS | Change.OP
+        return shown | Change.LOG
 
     def _on_state(self, event: Event) -> Change:
-        before, self.state = self.state, event
-        change = Change.STATE | Change.SITES
-        if "breaks" in event and event["breaks"] != self.breaks:
-            self.breaks = event["breaks"]
-            change |= Change.BREAKS
+        before = self.state
+        self.state = {"seconds": before.get("seconds"), **event}
+        self.forward = event.get("forward", self.forward)
+        change = Change.STATE
+        for name, kind in (("breaks", Change.BREAKS), ("watches", Change.WATCHES)):
+            if name in event and event[name] != getattr(self, name):
+                setattr(self, name, event[name])
+                change |= kind
         if event.get("forward") != before.get("forward"):
             self._forget_forward()
-        if self.name != "dead" and self.death:
-            self.death = {}
-            change |= Change.DEATH
-        if self.idle:
-            self.entered = None
+        moved = any(event.get(name) != before.get(name) for name in PLACE)
+        if moved and self.state["state"] in IDLE:
+            self.effects = {}
             self._place(event.get("site"))
-            change |= Change.STOPPED
+            change |= Change.STOPPED | Change.SITES | self._say_why()
         return change
+
+    def _say_why(self) -> Change:
+        """Log a stop that the user did not ask for step by step."""
+        why, site = str(self.state.get("why") or ""), self.state.get("site")
+        if site is None or why in ("", "step", "ready"):
+            return Change.NONE
+        return self.note("result", f"{self.state['state']} at {site}: {why}")
 
     def _forget_forward(self) -> None:
         for site in self.sites.values():
@@ -185,17 +218,20 @@ class Store:
 
     def _place(self, path: str | None) -> None:
         """Sites after the current one are pending again: the session may have gone back."""
+        self.entered = None
         position = self.order.get(path or "", -1)
-        if self.name == "finished":
-            return
         for index, site in enumerate(self.sites.values()):
-            if index > position:
-                site.done = False
-            elif index == position:
+            if index == position:
                 site.done = True
+            elif index > position and self.state["state"] != "finished":
+                site.done = False
 
     def _on_enter(self, event: Event) -> Change:
         self.entered = event["site"]
+        first = next(iter(self.sites.values()), None)
+        if first is not None and first.path == self.entered and first.done:
+            self.forward += 1
+            self._forget_forward()
         return Change.SITES
 
     def _on_site(self, event: Event) -> Change:
@@ -204,11 +240,16 @@ class Store:
             return Change.NONE
         site.done = True
         site.seconds = event.get("seconds")
-        site.alarm = event.get("alarm") or ""
         site.route = event.get("route") or site.route
         if event.get("own_error") is not None:
             site.own_error = event["own_error"]
+        self.set_alarm(site, event.get("alarm") or "")
         return Change.SITES
+
+    def set_alarm(self, site: SiteInfo, text: str) -> None:
+        """An alarm stays until the same forward pass runs the site again without one."""
+        if text or site.alarm_forward == self.forward:
+            site.alarm, site.alarm_forward = text, self.forward
 
     def _on_log(self, event: Event) -> Change:
         return self.note(event.get("stream", "worker"), event.get("text", ""))
@@ -219,102 +260,39 @@ class Store:
         self.note("error", event.get("message", "the worker died"))
         return Change.DEATH | Change.STATE | Change.SITES | Change.LOG
 
-    # -- replies
+    def _on_fatal(self, event: Event) -> Change:
+        """The worker could not open the checkpoint, or gave up with a reason."""
+        return self._on_died({"event": "died", "fatal": True, **event["error"]})
 
     def _on_reply(self, event: Event) -> Change:
+        from dsv4_bench.workbench.tui.replies import take_reply
+
         if event.get("id") == self.run_sent:
             self.run_sent = None
         quiet = event.get("id") in self.silent
         self.silent.discard(event.get("id", -1))
         line = event.get("line", "")
-        if not event.get("ok"):
-            refused = self.fail(event.get("error") or {})
-            return Change.NONE if quiet else refused | Change.STATE
-        result = event.get("result") or {}
-        name = _full_name(line)
-        handler: Callable[[str, Event, bool], Change] = getattr(
-            self, f"_reply_{name}", self._reply_other
-        )
-        return handler(line, result, quiet)
-
-    def fail(self, error: Event) -> Change:
-        """Show and log a command that was refused."""
-        self.error = error
-        self.note("error", f"error: {error.get('message', 'unknown')}")
-        if error.get("hint"):
-            self.note("error", f"hint: {error['hint']}")
-        return Change.ERROR | Change.LOG
-
-    def _reply_op(self, line: str, result: Event, quiet: bool) -> Change:
-        self.op = result
-        return Change.OP
-
-    def _reply_sites(self, line: str, result: Event, quiet: bool) -> Change:
-        for entry in result.get("sites", ()):
-            site = self.sites.setdefault(entry["path"], SiteInfo(entry["path"], entry["op"]))
-            site.done = entry.get("state") in ("done", "current")
-            site.seconds, site.own_error = entry.get("seconds"), entry.get("own_error")
-            site.alarm, site.stops = entry.get("alarm") or "", bool(entry.get("break"))
-            site.route, site.note = entry.get("route") or "", entry.get("note") or ""
-        return Change.SITES
-
-    def _reply_readings(self, line: str, result: Event, quiet: bool) -> Change:
-        readings = result.get("readings", [])
-        if not quiet:
-            return self._show(line, f"{len(readings)} readings", readings_table(readings))
-        if line.endswith(" residual"):
-            self.residual = readings
-        else:
-            self.layer_readings = readings
-        return Change.READINGS
-
-    def _reply_print(self, line: str, result: Event, quiet: bool) -> Change:
-        title = f"{result.get('dtype', '')} {list(result.get('shape') or [])}".strip()
-        return self._show(line, title, str(result.get("text", "")))
-
-    _reply_eval = _reply_print
-
-    def _reply_watch(self, line: str, result: Event, quiet: bool) -> Change:
-        self.watches = result.get("watches", [])
-        return Change.WATCHES
-
-    def _reply_break(self, line: str, result: Event, quiet: bool) -> Change:
-        self.breaks = result.get("breaks", self.breaks)
-        change = Change.BREAKS
-        if not quiet and result.get("text"):
-            change |= self.note("result", str(result["text"]))
-        return change
-
-    _reply_breaks = _reply_delete = _reply_break
-
-    def _reply_toggle(self, line: str, result: Event, quiet: bool) -> Change:
-        for changed in result.get("changed", ()):
-            before, after = changed["before"]["implementation"], changed["after"]["implementation"]
-            effect = f"  {changed['effect']}" if changed.get("effect") else ""
-            self.note("result", f"{changed['site']}: {before} → {after}{effect}")
-        if not result.get("changed"):
-            self.note("result", "route: " + " ".join(result.get("route", ())))
-        return Change.LOG | self._reply_moved(line, result.get("state") or {}, quiet)
-
-    _reply_route = _reply_toggle
-
-    def _reply_moved(self, line: str, result: Event, quiet: bool) -> Change:
-        """A result that is the session's state."""
-        return self._on_state(result) if result.get("state") else Change.NONE
-
-    _reply_step = _reply_next = _reply_finish = _reply_layer = _reply_continue = _reply_moved
-    _reply_until = _reply_back = _reply_rerun = _reply_goto = _reply_reset = _reply_moved
-    _reply_status = _reply_shadow = _reply_probes = _reply_pause = _reply_restart = _reply_moved
-
-    def _reply_other(self, line: str, result: Event, quiet: bool) -> Change:
-        return Change.NONE if quiet else self._show(line, "", any_result(result))
-
-    def _show(self, line: str, title: str, text: str) -> Change:
-        self.values = [Value(line, title, text), *self.values[:49]]
-        return Change.VALUES
+        if event.get("ok"):
+            return take_reply(self, line, event.get("result") or {}, quiet)
+        if quiet:
+            return Change.NONE
+        return self.fail(event.get("error") or {}) | Change.STATE
 
 
-def _full_name(line: str) -> str:
+def stub_view(info: SiteInfo) -> Event:
+    """What is known of a site before the session was asked about it."""
+    return {
+        "site": info.path,
+        "op": info.op,
+        "state": "done" if info.done else "pending",
+        "route": info.route,
+        "stamp": {"implementation": info.route, "note": info.note} if info.route else None,
+        "times": {info.route or "last": info.seconds} if info.seconds is not None else {},
+    }
+
+
+def command_name(line: str) -> str:
+    """The command a line starts with, aliases resolved."""
     try:
         return parse(line).command.name
     except DSV4Error:

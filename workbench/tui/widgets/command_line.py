@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
 from dsv4_bench.workbench.tui.completion import History, common, complete, hint
+from dsv4_bench.workbench.tui.results import error_text
 
 SEARCH_HINT = "parts of a path, such as  12 topk;  up and down: other matches;  enter stays"
 
@@ -35,6 +36,9 @@ class CommandLine(Vertical):
         def __init__(self, line: str) -> None:
             super().__init__()
             self.line = line
+
+    class Opened(Message):
+        """Letters are text from now on."""
 
     class Searched(Message):
         """Find `text`; `step` 0 from here, 1 the next match, -1 the one before."""
@@ -58,34 +62,36 @@ class CommandLine(Vertical):
         self.expressions: Sequence[str] = ()
         self._choices: list[str] = []
         self._searching = False
+        self.input = Input(id="line", compact=True, select_on_focus=False)
+        self._prompt = Static(":", id="prompt")
+        self._help = Static(id="hint", markup=False)
 
     def compose(self) -> ComposeResult:
-        yield Static(id="hint", markup=False)
+        yield self._help
         with Horizontal():
-            yield Static(":", id="prompt")
-            yield Input(id="line", compact=True, select_on_focus=False)
-
-    @property
-    def input(self) -> Input:
-        return self.query_one(Input)
+            yield self._prompt
+            yield self.input
 
     def open(self, text: str = "", search: bool = False) -> None:
         self._searching = search
         self.display = True
-        self.query_one("#prompt", Static).update("/" if search else ":")
-        self.input.value = text
-        self.input.cursor_position = len(text)
-        self.input.focus()
-        self._hint(SEARCH_HINT if search else hint(text))
+        self.post_message(self.Opened())
+        self._prompt.update("/" if search else ":")
+        self._set(text)
+        self.screen.set_focus(self.input)  # at once: the next key is text already
+
+    def reopen(self, text: str, refusal: str) -> None:
+        """Open with a line that cannot be sent now, and why."""
+        self.open(text)
+        self._hint(refusal, error=True)
 
     def found(self, path: str | None) -> None:
         """What a search led to."""
         self._hint(path or "no match", error=path is None)
 
     def _hint(self, text: str, error: bool = False) -> None:
-        line = self.query_one("#hint", Static)
-        line.update(text)
-        line.set_class(error, "-error")
+        self._help.update(text)
+        self._help.set_class(error, "-error")
 
     def action_close(self, kept: bool = False) -> None:
         self.display = False
@@ -120,7 +126,7 @@ class CommandLine(Vertical):
         with self.input.prevent(Input.Changed):
             self.input.value = text
         self.input.cursor_position = len(text)
-        self._hint(hint(text))
+        self._hint(SEARCH_HINT if self._searching else hint(text))
 
     @on(Input.Changed)
     def _changed(self, event: Input.Changed) -> None:
@@ -143,8 +149,7 @@ class CommandLine(Vertical):
         try:
             parse(line)
         except DSV4Error as error:
-            hint_text = f"   hint: {error.hint}" if error.hint else ""
-            self._hint(f"error: {error.message}{hint_text}", error=True)
+            self._hint(error_text(error.message, error.hint), error=True)
             return
         self.history.add(line)
         self.action_close()

@@ -27,9 +27,11 @@ class LinesPane(VerticalScroll):
         self.border_title = title
         self._draw: Draw = lambda width, height: []
         self._topic: object = None
+        self._lines: list[Line] = []
+        self._text = Static()
 
     def compose(self) -> ComposeResult:
-        yield Static()
+        yield self._text
 
     def show(self, draw: Draw, topic: object = None) -> None:
         self._draw = draw
@@ -45,4 +47,6 @@ class LinesPane(VerticalScroll):
         region = self.scrollable_content_region
         if self.is_mounted and region.width > 0:
             lines = self._draw(region.width, region.height)
-            self.query_one(Static).update(to_content(lines))
+            if lines != self._lines:
+                self._lines = lines
+                self._text.update(to_content(lines))

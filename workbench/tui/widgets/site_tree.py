@@ -19,6 +19,7 @@ from dsv4_bench.workbench.tui.layout import tree_columns
 from dsv4_bench.workbench.tui.site_model import Node, SiteModel, Summary
 from dsv4_bench.workbench.tui.store import SiteInfo
 
+MARKS = 3  # columns of signs before the name
 ROOMY = 32  # from this width on, indent by two
 COLUMN_WIDTHS = {"seconds": 8, "own_error": 9, "route": 10}
 
@@ -28,7 +29,17 @@ class SiteTree(ScrollView, can_focus=True):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         f"site-tree--{name}"
-        for name in "done current break alarm pending muted cursor group site".split()
+        for name in (
+            "done",
+            "current",
+            "break",
+            "alarm",
+            "pending",
+            "muted",
+            "cursor",
+            "group",
+            "site",
+        )
     }
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "Up", show=False),
@@ -43,11 +54,7 @@ class SiteTree(ScrollView, can_focus=True):
     ]
 
     class Moved(Message):
-        """The cursor is on another row; `site` is None on a group."""
-
-        def __init__(self, site: str | None) -> None:
-            super().__init__()
-            self.site = site
+        """The user put the cursor on another row."""
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -136,12 +143,12 @@ class SiteTree(ScrollView, can_focus=True):
 
     def _set_cursor(self, row: int, center: bool = False) -> None:
         row = max(0, min(row, len(self.model.rows) - 1))
-        moved, self.cursor = row != self.cursor or center, row
+        moved, self.cursor = row != self.cursor, row
         region = Region(0, row, self.size.width, 1)
         self.scroll_to_region(region, animate=False, center=center, x_axis=False)
         self.refresh()
         if moved:
-            self.post_message(self.Moved(self.site))
+            self.post_message(self.Moved())
 
     def _resized(self) -> None:
         self.virtual_size = Size(0, len(self.model.rows))
@@ -168,7 +175,7 @@ class SiteTree(ScrollView, can_focus=True):
             yield Segment(mark, self._style(name))
         cells = [(_cell(summary, c), COLUMN_WIDTHS[c]) for c in tree_columns(width)]
         label, kind = self._label(node)
-        room = max(1, width - 3 - sum(size for _, size in cells))
+        room = max(1, width - MARKS - 1 - sum(size for _, size in cells))
         indent = 1 + node.depth * (2 if width >= ROOMY else 1)
         text = fmt.clip(" " * indent + label, room)
         style = "current" if summary.current else "site" if node.is_site else "group"
@@ -177,6 +184,7 @@ class SiteTree(ScrollView, can_focus=True):
         yield Segment(kind.ljust(room - len(text)), self._style("muted"))
         for text, size in cells:
             yield Segment(text.rjust(size), self._style("muted"))
+        yield Segment(" ")
 
     def _label(self, node: Node) -> tuple[str, str]:
         """The name with its twisty, and the attention kind of a layer."""
@@ -185,10 +193,14 @@ class SiteTree(ScrollView, can_focus=True):
         twisty = "▾" if node.key in self.model.open else "▸"
         first = self.infos[self.model.sites_below[node.key][0]]
         kind = first.kind if node.depth == 0 and first.kind else ""
-        return f"{twisty} {node.label}", f"  {kind}"
+        return f"{twisty} {node.label:<3}", f" {kind}"
 
     def _style(self, name: str) -> Style:
-        return self.get_component_rich_style(f"site-tree--{name}", partial=True)
+        """The foreground of a component class: the row's background may be the cursor's."""
+        style = self.get_component_rich_style(f"site-tree--{name}")
+        if name == "cursor":
+            return style
+        return Style(color=style.color, bold=style.bold)
 
 
 def _marks(summary: Summary) -> Iterable[tuple[str, str]]:

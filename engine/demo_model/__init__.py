@@ -1,0 +1,1 @@
+"""The trained demo model: what it is taught (tasks), how (fast, train), how well (evaluate)."""

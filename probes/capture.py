@@ -1,0 +1,83 @@
+"""Ops as they ran, kept so that they can be run again: on another implementation, or in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.numerics import double_precision
+from dsv4_bench.engine.registry import Site
+
+Convert = Callable[[Any], Any]
+
+
+@dataclass
+class Captured:
+    """One op: its arguments, those it writes in place as copies from before, and its outputs."""
+
+    site: Site
+    args: tuple[Any, ...]
+    before: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Run-time and constant arguments by name, in-place ones as they were before."""
+        return {**self.site.spec.bind(self.args, self.site.params), **self.before}
+
+    def run(self, function: Callable[..., Any], **changed: Any) -> dict[str, Tensor]:
+        """Outputs of `function` on these inputs, in-place arguments included; nothing is modified.
+
+        `changed` replaces arguments by name.
+        """
+        spec = self.site.spec
+        inputs = {**self.inputs, **{name: t.clone() for name, t in self.before.items()}, **changed}
+        names = spec.parameters[: len(self.args)]
+        params = {name: inputs[name] for name in self.site.params}
+        result = function(*(inputs[name] for name in names), **params)
+        outputs = spec.name_outputs(result)
+        return {**outputs, **{name: inputs[name] for name in self.before}}
+
+    def oracle(self, **changed: Any) -> dict[str, Tensor]:
+        """The reference in float64 on these inputs, weights dequantised exactly."""
+        inputs = {**self.inputs, **changed}
+        wide = {name: _double(name, value) for name, value in inputs.items()}
+        if "out_dtype" in wide:
+            wide["out_dtype"] = None
+        with double_precision():
+            return self.run(self.site.spec.reference, **wide)
+
+
+def _double(name: str, value: Any) -> Any:
+    if name == "freqs":  # angles are float32 by definition
+        return value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+class Capture:
+    """A tap's observer that keeps every op it wants while `call_with` runs it.
+
+    `implementation(site)` gives the function to run, by default the site's own route.
+    """
+
+    def __init__(self, wanted: Callable[[Site], bool] = lambda site: True) -> None:
+        self.wanted = wanted
+        self.calls: list[Captured] = []
+
+    def wants(self, site: Site) -> bool:
+        return self.wanted(site)
+
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        bound = site.spec.bind(args, site.params)
+        before = {name: bound[name].clone() for name in site.spec.mutates}
+        result = site.run(args)
+        outputs = dict(site.spec.name_outputs(result))
+        outputs.update({name: bound[name].clone() for name in site.spec.mutates})
+        self.calls.append(Captured(site, args, before, outputs))
+        return result

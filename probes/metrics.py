@@ -1,0 +1,89 @@
+"""Error metrics between two tensors of one shape; `truth` is usually float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _finite_pair(value: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64, with places where either is not finite set to 0 in both."""
+    a, b = value.double(), truth.double()
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    return torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Relative L2 over the finite places: |value - truth| / |truth|; absolute where truth is 0."""
+    a, b = _finite_pair(value, truth)
+    scale = float(b.norm())
+    error = float((a - b).norm())
+    return error / scale if scale > 0 else error
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., k] -> [rows, k]: the first axis is the row, everything else its content."""
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
+def row_errors(value: Tensor, truth: Tensor) -> Tensor:
+    """Relative L2 of each row [rows]; rows far below the typical norm are measured against it."""
+    a, b = (rows_of(t) for t in _finite_pair(value, truth))
+    norms = b.norm(dim=1)
+    floor = 1e-2 * float(norms.square().mean().sqrt()) if len(norms) else 0.0
+    return (a - b).norm(dim=1) / norms.clamp(min=max(floor, 1e-30))
+
+
+def worst_row_error(value: Tensor, truth: Tensor) -> tuple[float, int]:
+    """(largest row error, its row); (0, 0) for no rows."""
+    errors = row_errors(value, truth)
+    if not len(errors):
+        return 0.0, 0
+    worst = int(errors.argmax())
+    return float(errors[worst]), worst
+
+
+def masks_differ(value: Tensor, truth: Tensor) -> Tensor:
+    """Where exactly one of the two is not finite, or both are but differently (NaN, +inf, -inf)."""
+    a, b = value.double(), truth.double()
+    kind_a = torch.where(torch.isnan(a), 3.0, torch.where(torch.isinf(a), a.sign(), 0.0))
+    kind_b = torch.where(torch.isnan(b), 3.0, torch.where(torch.isinf(b), b.sign(), 0.0))
+    return kind_a != kind_b
+
+
+def cosine(value: Tensor, truth: Tensor) -> float:
+    """Cosine of the angle between the two; blind to a constant factor, so never used alone."""
+    a, b = (t.flatten() for t in _finite_pair(value, truth))
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if norms > 0 else 1.0
+
+
+def max_abs(value: Tensor, truth: Tensor) -> tuple[float, list[int]]:
+    """Largest absolute difference and its coordinate."""
+    a, b = _finite_pair(value, truth)
+    if a.numel() == 0:
+        return 0.0, []
+    at = (a - b).abs().argmax()
+    coordinate = [int(i) for i in torch.unravel_index(at, a.shape)]
+    return float((a - b).abs().max()), coordinate
+
+
+def ulp_histogram(value: Tensor, truth: Tensor) -> dict[str, int]:
+    """How many values are 0, 1, 2, 3-4, 5-16 and more units in the last place off, in value's dtype."""
+    rounded = truth.to(value.dtype)
+    distance = (_ordered(value) - _ordered(rounded)).abs()
+    edges = {"0": 0, "1": 1, "2": 2, "3-4": 4, "5-16": 16}
+    counts, below = {}, 0
+    for name, edge in edges.items():
+        upto = int((distance <= edge).sum())
+        counts[name], below = upto - below, upto
+    counts["more"] = distance.numel() - below
+    return counts
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Integers in the order of the float values, neighbours one apart."""
+    bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[x.element_size()]
+    raw = x.contiguous().view(bits).long()
+    lowest = {4: 1 << 31, 2: 1 << 15, 8: 0}[x.element_size()]
+    return torch.where(raw < 0, -(raw + lowest), raw)

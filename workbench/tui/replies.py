@@ -1,0 +1,119 @@
+"""What the replies to session commands mean for the store. `quiet`: the UI asked, not the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsv4_bench.workbench.tui.results import any_result, readings_table
+from dsv4_bench.workbench.tui.store import Change, Event, SiteInfo, Store, Value, command_name
+
+VALUES_KEPT = 50
+Handler = Callable[[Store, str, Event, bool], Change]
+
+
+def take_reply(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    handler = _HANDLERS.get(command_name(line), _other)
+    return handler(store, line, result, quiet)
+
+
+def _moved(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    """The result is a state, or holds one."""
+    state = result.get("state")
+    if isinstance(state, dict):
+        return store._on_state(state)
+    return store._on_state(result) if state else Change.NONE
+
+
+def _op(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.op = result
+    return Change.OP
+
+
+def _sites(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    for entry in result.get("sites", ()):
+        site = store.sites.setdefault(entry["path"], SiteInfo(entry["path"], entry["op"]))
+        ran = entry.get("state") in ("done", "current")
+        site.done, site.stops = ran, bool(entry.get("break"))
+        site.seconds, site.own_error = entry.get("seconds"), entry.get("own_error")
+        site.route, site.note = entry.get("route") or "", entry.get("note") or ""
+        if ran or entry.get("alarm"):
+            store.set_alarm(site, entry.get("alarm") or "")
+    return Change.SITES | (Change.NONE if quiet else _other(store, line, result, quiet))
+
+
+def _readings(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    readings = result.get("readings", [])
+    if not quiet:
+        return _show(store, line, f"{len(readings)} readings", readings_table(readings))
+    if line.endswith(" residual"):
+        store.residual = readings
+    else:
+        store.layer_readings = readings
+    return Change.READINGS
+
+
+def _print(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    title = f"{result.get('dtype', '')} {result.get('shape', '')}".strip()
+    return _show(store, line, title, str(result.get("text", "")))
+
+
+def _watch(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.watches = result.get("watches") or []
+    return Change.WATCHES
+
+
+def _breaks(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.breaks = result.get("breaks") or []
+    change = Change.BREAKS
+    if not quiet and result.get("text"):
+        change |= store.note("result", str(result["text"]))
+    return change
+
+
+def _route(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    changes = result.get("changed", ())
+    store.effects = {changed["site"]: changed.get("effect", "") for changed in changes}
+    for changed in changes[:8]:
+        before, after = changed["before"]["implementation"], changed["after"]["implementation"]
+        effect = f"  {changed['effect']}" if changed.get("effect") else ""
+        store.note("result", f"{changed['site']}: {before} → {after}{effect}")
+    if len(changes) > 8:
+        store.note("result", f"and {len(changes) - 8} more sites")
+    if not changes:
+        store.note("result", "route: " + " ".join(result.get("route", ())))
+    return Change.LOG | Change.OP | _moved(store, line, result, quiet)
+
+
+def _save(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    return store.note("result", f"saved {result.get('commands', '')} lines: {result.get('file')}")
+
+
+def _probes(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    known, on = result.get("known_probes") or {}, result.get("probes") or ()
+    for name, text in known.items():
+        store.note("result", f"{'on ' if name in on else 'off'}  {name:<12} {text}")
+    return Change.LOG | _moved(store, line, result, quiet)
+
+
+def _other(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    return Change.NONE if quiet else _show(store, line, "", any_result(result))
+
+
+def _show(store: Store, line: str, title: str, text: str) -> Change:
+    store.values = [Value(line, title, text), *store.values[: VALUES_KEPT - 1]]
+    return Change.VALUES
+
+
+_MOVES = "step next finish layer continue until back rerun goto reset status shadow pause restart"
+_HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(_MOVES.split(), _moved),
+    **dict.fromkeys(("toggle", "route"), _route),
+    **dict.fromkeys(("break", "breaks", "delete"), _breaks),
+    **dict.fromkeys(("print", "eval"), _print),
+    "op": _op,
+    "sites": _sites,
+    "readings": _readings,
+    "watch": _watch,
+    "save": _save,
+    "probes": _probes,
+}
