@@ -27,12 +27,14 @@ from dsv4_bench.engine.registry import Context, Function, implementation
 
 # Best first: flags in /proc/cpuinfo that the CPU must have, options that the compiler gets.
 _AVX2 = ("avx2", "fma", "f16c")
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
+_WIDE = "-mprefer-vector-width=512"
 ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "avx512": (
-        (*_AVX512, *_AVX2),
-        (*(f"-m{flag}" for flag in (*_AVX512, "fma", "f16c")), "-mprefer-vector-width=512"),
+    "avx512bf16": (
+        (*_AVX512, "avx512_bf16"),
+        (*(f"-m{flag}" for flag in _AVX512), "-mavx512bf16", _WIDE),
     ),
+    "avx512": (_AVX512, (*(f"-m{flag}" for flag in _AVX512), _WIDE)),
     "avx2": (_AVX2, tuple(f"-m{flag}" for flag in _AVX2)),
     "portable": ((), ()),
 }

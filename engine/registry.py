@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ class Site:
     set, takes over the call; see probes/tap.py.
     """
 
-    __slots__ = ("function", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")
+    __slots__ = ("_run", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")
 
     def __init__(self, path: str, spec: OpSpec, params: dict[str, Any], layer: int | None) -> None:
         self.path = path
@@ -233,24 +233,26 @@ class Site:
         self.use(IMPLEMENTATIONS[spec.name]["reference"])
 
     def __call__(self, *args: Any) -> Any:
-        if self.tap is not None:
-            return self.tap(self, args)
-        return self.function(*args, **self.params)
+        if self.tap is None:
+            return self._run(*args)
+        return self.tap(self, args)
 
     def run(self, args: tuple[Any, ...]) -> Any:
         """Run the op on its route, without the tap."""
         self.stamp.launches += 1
-        return self.function(*args, **self.params)
+        return self._run(*args)
 
     def use(self, impl: Implementation, note: str = "") -> None:
         """Switch to `impl`; the stamp starts over."""
-        self.impl = impl
-        self.function = impl.function
-        self.stamp = Stamp(impl.name, impl.hash, 0, note)
+        self.put_back(impl, Stamp(impl.name, impl.hash, 0, note))
 
     def put_back(self, impl: Implementation, stamp: Stamp) -> None:
-        """Undo `use`: the implementation and the stamp it had before."""
-        self.impl, self.function, self.stamp = impl, impl.function, stamp
+        """Use `impl` with a stamp it had before: undoes a `use`."""
+        self.impl, self.stamp = impl, stamp
+        # A partial merges the constants in C: half the time of calling with **params.
+        self._run: Function = (
+            partial(impl.function, **self.params) if self.params else impl.function
+        )
 
     def __repr__(self) -> str:
         return f"Site({self.path}, {self.op}={self.stamp.implementation})"

@@ -419,6 +419,17 @@ def test_block_scales_that_cannot_be_have_coordinates(
     refused(folder, capsys, where["text"] + value)
 
 
+def test_an_e8m0_nan_stored_as_a_byte(
+    editable: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        scale = tensors[f"{W1}.scale"].view(torch.uint8)
+        scale[5, 1] = 255
+        tensors[f"{W1}.scale"] = scale
+
+    refused(damage(editable("deepseek"), change), capsys, f"{W1}.scale [5, 1] is nan")
+
+
 def test_float32_block_scales_that_cannot_be(
     editable: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

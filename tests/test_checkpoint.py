@@ -182,6 +182,9 @@ def test_e8m0_scales_stored_as_bytes(
 
     changed = Checkpoint(rewrite(editable("deepseek"), as_bytes))
     assert changed.matrices["layers.0.ffn.experts.0.w1"].roles["scale"].dtype == "U8"
+    scale = changed.weight("layers.0.ffn.experts.0.w1").scale
+    assert scale is not None
+    assert scale.dtype == torch.float8_e8m0fnu  # what kernels and checks for NaN go by
     same_weights(Checkpoint(make_checkpoint("deepseek")), changed)
 
 

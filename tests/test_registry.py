@@ -99,13 +99,13 @@ def test_a_bad_route_changes_nothing(model, text, kind, message, hint):
         try:
             model.set_route(parse_route(["reference", "L0/attn/hc_post=mine"]))
             model.sites["L0/attn/hc_post"].stamp.launches = 7
-            before = {p: (s.impl, s.stamp, s.function) for p, s in model.sites.items()}
+            before = {p: (s.impl, s.stamp) for p, s in model.sites.items()}
             route = model.route
             with pytest.raises(kind) as error:
                 model.set_route(parse_route(["L0/ffn/hc_post=mine", text]))
             assert message in error.value.message and hint in error.value.hint
             assert error.value.exit_code == (3 if kind is CannotAnswer else 2)
-            assert {p: (s.impl, s.stamp, s.function) for p, s in model.sites.items()} == before
+            assert {p: (s.impl, s.stamp) for p, s in model.sites.items()} == before
             assert model.route is route
         finally:
             del registry.IMPLEMENTATIONS["hc_post"]["far"]

@@ -96,7 +96,7 @@ def test_death_in_an_op_is_named_and_survived(start, undisturbed, how, number, s
     assert client.state["state"] == "dead"
     if number:
         assert event["stderr"][-3].startswith("Fatal Python error")
-            assert "plugin.py" in event["stderr"][-1] + event["stderr"][-2]
+        assert "plugin.py" in event["stderr"][-1] + event["stderr"][-2]
     with pytest.raises(DSV4Error) as refused:
         client.command("status")
     assert "restart" in refused.value.hint

@@ -26,7 +26,7 @@ _OPERATORS = {
     "!=": operator.ne,
 }
 _CONDITION = re.compile(
-    r"^(?:(?P<glob>\S+)\s+)?(?:if\s+)?(?P<name>[a-z_]\w*)\s*(?P<op>>=|<=|==|!=|>|<)\s*(?P<value>\S+)$"
+    r"^(?:(?P<glob>(?!if\s)\S+)\s+)?(?:if\s+)?(?P<name>[a-z_]\w*)\s*(?P<op>>=|<=|==|!=|>|<)\s*(?P<value>\S+)$"
 )
 
 

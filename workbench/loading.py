@@ -45,7 +45,7 @@ def load_plugins(files: list[str]) -> None:
     for number, file in enumerate(files):
         path = Path(file)
         if not path.is_file():
-            raise DSV4Error(f"no such plugin file: {file}")
+            raise DSV4Error(f"no such plugin file: {file}", "--plugin takes a Python file")
         spec = importlib.util.spec_from_file_location(f"dsv4_plugin_{number}_{path.stem}", path)
         if spec is None or spec.loader is None:
             raise DSV4Error(f"plugin {file} is not a Python file", "its name must end in .py")
@@ -114,7 +114,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise DSV4Error(f"{path}: {error}") from None
+        raise DSV4Error(f"{path}: {error}", "without tokenizer.json, --tokens FILE works") from None
 
 
 def prompt_tokens(loaded: Loaded, prompt: str | None, tokens: list[int] | None) -> list[int]:

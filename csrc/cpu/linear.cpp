@@ -5,6 +5,7 @@
 
 #include "matmul.h"
 
+#include "e2m1_dot.h"
 #include "parallel.h"
 #include "vec.h"
 #include "weights.h"
@@ -13,7 +14,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int64_t kFewRows = 8;       // most rows for which the weight is decoded in registers
-constexpr int64_t kAhead = 4096;      // bytes of codes to prefetch ahead: two rows of k = 4096
 constexpr int64_t kRowsAtOnce = 512;  // activation rows held as float32 in the blocked path
 constexpr int64_t kBlockRows = 32;    // weight rows decoded at a time
 constexpr int64_t kBlockDepth = 1024; // columns of them
@@ -72,109 +72,87 @@ void dot_row(const Fp8Row<S>& row, int64_t k, const float* x, int64_t stride, fl
     for (int r = 0; r < M; r++) out[r] = sum(sums[r]);
 }
 
-// 4-bit rows are read as words of eight codes, one word a lane: shifting all lanes by 4j brings up
-// code j of every word. So lane i of step j holds element 8i + j, and the activations are stored in
-// that order once (`interleave`). All codes of a lane share one scale.
-constexpr int64_t kGroup = 8 * W;         // elements of one vector of words
-constexpr int64_t kCodes = 2 * kGroup;    // two groups have up to W scales, decoded together
+// What few_rows needs beside the weight: m <= kFewRows activation rows of every group; row i of
+// group g is row i * groups + g of `x`, `stride` elements (words, if prepared) from the next.
+struct Activations {
+    const void* x;
+    int64_t m, groups, stride;
+};
 
-// Scales of two groups, in order. `worst` gathers the largest e4m3 code, to find NaN afterwards:
-// the fast decoding does not know it.
-template <int Block> f32v two_groups_scales(const uint8_t* scales, bytes16& worst) {
-    bytes16 code = load_bytes<kCodes / Block>(scales);
-    if constexpr (Block == 32) return e8m0(code);
-    bytes16 magnitude = code & 0x7f;
-    worst = magnitude > worst ? magnitude : worst;
-    return e4m3_finite(code);
+// y[0 ... m, n] for one row of any format.
+template <class Row>
+void product_row(const dsv4_weight& w, int64_t n, const Activations& a, Matrix y) {
+    Row row(w, n);
+    int64_t per_group = w.n / a.groups, step = a.groups * a.stride, i = 0;
+    const float* x = (const float*)a.x + n / per_group * a.stride;
+    float out[kFewRows];
+    for (; i + 4 <= a.m; i += 4) dot_row<4>(row, w.k, x + i * step, step, out + i);
+    for (; i + 2 <= a.m; i += 2) dot_row<2>(row, w.k, x + i * step, step, out + i);
+    for (; i < a.m; i++) dot_row<1>(row, w.k, x + i * step, step, out + i);
+    for (int64_t r = 0; r < a.m; r++) put(y, r, n, out[r] * w.global_scale);
 }
 
-// What e4m3_finite leaves to be done to a row's sum: its factor, and NaN if a scale was.
-template <int Block> float scale_factor(bytes16 worst) {
-    if constexpr (Block == 32) return 1.0f;
-    typedef int64_t halves __attribute__((vector_size(16)));
-    halves nan = bits_as<halves>(worst == 0x7f);
-    return nan[0] | nan[1] ? __builtin_nanf("") : 256.0f;
+template <int R, int M, int Parts, int Block>
+void product_tile(const dsv4_weight& w, int64_t n, int64_t first, const Activations& a, Matrix y) {
+    int64_t per_group = w.n / a.groups, step = a.groups * a.stride;
+    const uint32_t* x = (const uint32_t*)a.x + n / per_group * a.stride + first * step;
+    float out[R][M];
+    dot_rows<R, M, Parts, Block>(E2m1Row<Block>(w, n), w.k, x, step, out);
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) put(y, first + m, n + r, out[r][m] * w.global_scale);
 }
 
-// sums += the products of group `Which` of two, each lane times its scale.
-template <int M, int Block, int Which>
-inline void dot_group(const uint8_t* codes, f32v scales, const float* x, int64_t stride,
-                      f32v* sums) {
-    u32v words = load_raw<u32v>(codes + Which * kGroup / 2);
-    x += Which * kGroup;
-    f32v low[M] = {}, high[M] = {};  // two sums hide the FMA's latency
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        f32v a, b;
-        e2m1_two(words, j, a, b);
-        for (int r = 0; r < M; r++) {
-            low[r] += a * load(x + r * stride + j * W);
-            high[r] += b * load(x + r * stride + (j + 4) * W);
-        }
-    }
-    i32v own;  // lane i's scale
-    for (int i = 0; i < W; i++) own[i] = Which * (kGroup / Block) + 8 * i / Block;
-    f32v scale = __builtin_shuffle(scales, own);
-    for (int r = 0; r < M; r++) sums[r] += (low[r] + high[r]) * scale;
-}
-
-template <int M, int Block>
-void dot_row(const E2m1Row<Block>& row, int64_t k, const float* x, int64_t stride, float* out) {
-    f32v sums[2][M] = {};
-    bytes16 worst = {};
-    auto two_groups = [&](const uint8_t* codes, const uint8_t* scales, int64_t i) {
-        f32v scale = two_groups_scales<Block>(scales, worst);
-        dot_group<M, Block, 0>(codes, scale, x + i, stride, sums[0]);
-        dot_group<M, Block, 1>(codes, scale, x + i, stride, sums[1]);
-    };
+// Rows [n, n + R) of 4-bit codes. Two at a time, each activation is loaded once for both; that
+// helps with one activation row only, more of them fill the registers.
+template <int R, int Parts, int Block>
+void product_rows(const dsv4_weight& w, int64_t n, const Activations& a, Matrix y) {
     int64_t i = 0;
-    for (; i + kCodes <= k; i += kCodes) {
-        for (int64_t line = 0; line < kCodes / 2; line += 64)
-            __builtin_prefetch(row.codes + i / 2 + kAhead + line);
-        two_groups(row.codes + i / 2, row.scales + i / Block, i);
+    if constexpr (R == 1) {
+        for (; i + 4 <= a.m; i += 4) product_tile<1, 4, Parts, Block>(w, n, i, a, y);
+        for (; i + 2 <= a.m; i += 2) product_tile<1, 2, Parts, Block>(w, n, i, a, y);
     }
-    if (i < k) {  // the last codes and scales, with zeros behind them
-        uint8_t codes[kCodes / 2] = {}, scales[kCodes / Block] = {};
-        std::memcpy(codes, row.codes + i / 2, (k - i) / 2);
-        std::memcpy(scales, row.scales + i / Block, (k - i) / Block);
-        two_groups(codes, scales, i);
-    }
-    float factor = scale_factor<Block>(worst);
-    for (int r = 0; r < M; r++) out[r] = sum(sums[0][r] + sums[1][r]) * factor;
+    for (; i < a.m; i++) product_tile<R, 1, Parts, Block>(w, n, i, a, y);
 }
 
-// Reorders rows of `padded` elements (a multiple of kGroup) in place for the 4-bit dot_row.
-void interleave(float* x, int64_t total) {
-    float group[kGroup];
-    for (int64_t first = 0; first < total; first += kGroup) {
-        std::memcpy(group, x + first, sizeof group);
-        for (int i = 0; i < W; i++)
-            for (int j = 0; j < 8; j++) x[first + j * W + i] = group[8 * i + j];
-    }
+template <int Parts, int Block>
+void few_e2m1_rows(const dsv4_weight& w, int64_t first, int64_t last, const Activations& a,
+                   Matrix y) {
+    int64_t per_group = w.n / a.groups, n = first;
+    while (n < last)
+        if (a.m == 1 && n + 1 < last && n / per_group == (n + 1) / per_group) {
+            product_rows<2, Parts, Block>(w, n, a, y);
+            n += 2;
+        } else {
+            product_rows<1, Parts, Block>(w, n++, a, y);
+        }
 }
 
 bool is_e2m1(const dsv4_weight& w) { return w.format == DSV4_NVFP4 || w.format == DSV4_MXFP4; }
 
-// m <= kFewRows. Activation row i of group g is row i * groups + g of `x`.
-void few_rows(const float* x, int64_t padded, int64_t m, const dsv4_weight& w, int64_t groups,
-              Matrix y, int threads) {
-    int64_t per_group = w.n / groups, stride = groups * padded;
+// y = x W^T for m <= kFewRows; xf are the float32 activations, `padded` a row, `parts` as above.
+void few_rows(const float* xf, int64_t padded, int64_t m, const dsv4_weight& w, int64_t groups,
+              int parts, Matrix y, int threads) {
+    Activations a = {xf, m, groups, padded};
+    if (is_e2m1(w)) {
+        a.stride = prepared_size(padded, parts);
+        uint32_t* prepared = scratch_of<uint32_t>(kPrepared, m * groups * a.stride);
+        for (int64_t i = 0; i < m * groups; i++)
+            prepare(xf + i * padded, padded, parts, prepared + i * a.stride);
+        a.x = prepared;
+    }
     parallel(threads, w.n, w.n * w.k, [&](int64_t first, int64_t last) {
-        with_format(w, [&](auto tag) {
-            for (int64_t n = first; n < last; n++) {
-                typename decltype(tag)::type row(w, n);
-                const float* xg = x + n / per_group * padded;
-                float out[kFewRows];
-                int64_t i = 0;
-                for (; i + 4 <= m; i += 4) dot_row<4>(row, w.k, xg + i * stride, stride, out + i);
-                if (m - i >= 2) {
-                    dot_row<2>(row, w.k, xg + i * stride, stride, out + i);
-                    i += 2;
-                }
-                if (i < m) dot_row<1>(row, w.k, xg + i * stride, stride, out + i);
-                for (int64_t r = 0; r < m; r++) put(y, r, n, out[r] * w.global_scale);
-            }
-        });
+        if (w.format == DSV4_NVFP4) {
+            if (parts == 1) few_e2m1_rows<1, 16>(w, first, last, a, y);
+            else few_e2m1_rows<3, 16>(w, first, last, a, y);
+        } else if (w.format == DSV4_MXFP4) {
+            if (parts == 1) few_e2m1_rows<1, 32>(w, first, last, a, y);
+            else few_e2m1_rows<3, 32>(w, first, last, a, y);
+        } else {
+            with_format(w, [&](auto tag) {
+                using Row = typename decltype(tag)::type;
+                for (int64_t n = first; n < last; n++) product_row<Row>(w, n, a, y);
+            });
+        }
     });
 }
 
@@ -265,8 +243,7 @@ void matmul(Matrix x, int64_t m, const dsv4_weight& w, int64_t groups, Matrix y,
                 Matrix part = {(char*)x.data + (i * x.stride + g * k) * size, x.stride, x.dtype};
                 widen(part, 0, 1, k, padded, xf + (i * groups + g) * padded);
             }
-        if (is_e2m1(w)) interleave(xf, m * groups * padded);
-        few_rows(xf, padded, m, w, groups, y, threads);
+        few_rows(xf, padded, m, w, groups, x.dtype == DSV4_BF16 ? 1 : 3, y, threads);
         return;
     }
     int64_t padded = round_up(k, W);

@@ -52,6 +52,7 @@ template <class Body> void parallel(int threads, int64_t count, int64_t work, co
 // Memory that a thread keeps from call to call. Every use inside one call has its own slot.
 enum Slot {
     kActivations,
+    kPrepared,
     kProducts,
     kWeightBlock,
     kGate,

@@ -98,7 +98,9 @@ def index_scores(u: Tensor, qr: Tensor, p: Params, cos: Tensor, sin: Tensor) -> 
     return (torch.relu(dots).float() * weights.unsqueeze(-1)).sum(2)
 
 
-def indexer_loss(le: Tensor, m: Tensor, pw: Tensor, sink: Tensor, scores: Tensor, sel: Tensor) -> Tensor:
+def indexer_loss(
+    le: Tensor, m: Tensor, pw: Tensor, sink: Tensor, scores: Tensor, sel: Tensor
+) -> Tensor:
     """[2]: mean cross-entropy to the heads' attention over the entries, and the share selected."""
     pe = torch.exp(le - m)
     total = pw.sum(-1, keepdim=True) + pe.sum(-1, keepdim=True) + torch.exp(sink[:, None] - m)
@@ -222,7 +224,9 @@ def experts(
     return expand(y.view(b, s, d), x, post, comb), load
 
 
-def finish(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, head: Tensor) -> Tensor:
+def finish(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, head: Tensor
+) -> Tensor:
     """Streams -> logits [b, s, v] float32."""
     flat = x.flatten(2)
     rho = torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
@@ -289,7 +293,9 @@ class FastForward:
         for layer in range(c.num_hidden_layers):
             p = self._layer(layer, override)
             cos, sin = self._rotation(layer, ids.shape[1])
-            u, post, comb = self.hyper(x, p["attn_hc.fn"], p["attn_hc.base"], p["attn_hc.scale"], eps)
+            u, post, comb = self.hyper(
+                x, p["attn_hc.fn"], p["attn_hc.base"], p["attn_hc.scale"], eps
+            )
             comb = sinkhorn(comb, c.hc_sinkhorn_iters, eps)
             ratio, heads = c.ratio(layer), c.num_attention_heads
             attn = {n: v for n, v in p.items() if n.startswith(("self_attn", "input"))}
@@ -303,7 +309,9 @@ class FastForward:
             u, post, comb = self.hyper(x, p["ffn_hc.fn"], p["ffn_hc.base"], p["ffn_hc.scale"], eps)
             comb = sinkhorn(comb, c.hc_sinkhorn_iters, eps)
             table = p.get("mlp.gate.tid2eid")
-            mlp = {n: v for n, v in p.items() if n.startswith(("mlp", "post")) and "tid2eid" not in n}
+            mlp = {
+                n: v for n, v in p.items() if n.startswith(("mlp", "post")) and "tid2eid" not in n
+            }
             x, load = self.experts(
                 x, u, post, comb, mlp, table, ids, c.num_experts_per_tok,
                 c.routed_scaling_factor, c.swiglu_limit, dtype,

@@ -312,12 +312,12 @@ def document(seed: str, length: int) -> Document:
             writer.fact()
     while len(writer.doc) < length:
         draw = rng.random()
-        for name, share in vars(mix).items():
+        name = "story"
+        for kind, share in vars(mix).items():
             draw -= share
             if draw < 0:
+                name = kind
                 break
-        else:
-            name = "story"
         key = writer.distant_key() if name == "query" else None
         if key:
             writer.query(key)

@@ -128,9 +128,7 @@ def _initialise(name: str, value: Tensor, config: Config, rng: random.Random) ->
         std = value.shape[-1] ** -0.5
         if "embed_tokens" in name:
             std = 0.5
-        elif "lm_head" in name:
-            std *= 0.3
-        elif "o_b_proj" in name or "down_proj" in name:
+        elif any(part in name for part in ("lm_head", "o_b_proj", "down_proj")):
             std *= 0.3
         value.copy_(std * torch.randn(value.shape, generator=generator))
 
@@ -307,6 +305,14 @@ class Trainer:
             first = self.step if stage.until < math.inf else first + stage.steps
         self.save()
 
+    def _steer(self) -> None:
+        """Take new end times from the file --steer, when somebody watching has written one."""
+        if self.args.steer and Path(self.args.steer).exists():
+            plan = parse_plan(Path(self.args.steer).read_text().strip())
+            if plan != self.plan:
+                print(f"plan changed to {plan}", flush=True)
+                self.plan = plan
+
     def _advance(self, batch: Tensor, stage: Stage) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the optimiser on a batch that is on the device."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -340,7 +346,8 @@ class Trainer:
                 line = self._line(seen, norm)
                 print(f"{line} {tokens / (time.monotonic() - since) / 1e3:.0f}k tok/s", flush=True)
                 since, tokens = time.monotonic(), 0
-            if time.monotonic() - self.started > stage.until:
+                self._steer()
+            if time.monotonic() - self.started > self.plan[number].until:
                 break
             if time.monotonic() - self.saved > self.args.save_every:
                 self.save()
@@ -411,10 +418,14 @@ class Replay:
             result = self._step()
             torch.cuda.synchronize()
         print(f"profiled step: {time.monotonic() - start:.3f} s", flush=True)
-        table = profile.key_averages().table(
-            sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=60
-        )
-        Path(self.trainer.args.profile).write_text(table)
+        found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+        total = sum(e.self_device_time_total for e in found)
+        lines = [f"device time {total / 1e3:.1f} ms"]
+        lines += [
+            f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} x {e.key[:90]}"
+            for e in found[:60]
+        ]
+        Path(self.trainer.args.profile).write_text("\n".join(lines) + "\n")
         return result
 
     def _capture(self) -> None:
@@ -450,7 +461,9 @@ def check(compiled: bool) -> None:
             fast = FastForward(model, CONFIG, dtype, compiled)
             ours = fast(ids, CONFIG.index_topk).logits
             error = float((ours - theirs).norm() / theirs.norm())
-            print(f"fast forward in {dtype} against transformers: relative L2 {error:.2e}", flush=True)
+            print(
+                f"fast forward in {dtype} against transformers: relative L2 {error:.2e}", flush=True
+            )
             dense = fast(ids, 0).logits
             print(f"  all entries instead of {CONFIG.index_topk}: "
                   f"{float((dense - theirs).norm() / theirs.norm()):.2e}")  # fmt: skip
@@ -476,7 +489,9 @@ def main() -> None:
     parser.add_argument("--out", default="demo-weights")
     parser.add_argument("--resume", default="", help="folder of saved bfloat16 weights")
     parser.add_argument("--state", default="", help="file with everything, to continue exactly")
-    parser.add_argument("--step", type=int, default=-1, help="with --resume: the step to go on from")
+    parser.add_argument(
+        "--step", type=int, default=-1, help="with --resume: the step to go on from"
+    )
     parser.add_argument("--plan", default=PLAN)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--cool", type=float, default=0.35)
@@ -484,6 +499,7 @@ def main() -> None:
     parser.add_argument("--index-weight", type=float, default=0.2)
     parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", default="", help="file for a profile of one step a stage")
+    parser.add_argument("--steer", default="", help="file with a plan that replaces --plan")
     parser.add_argument("--warm", action="store_true", help="only compile: two steps a stage")
     parser.add_argument("--save-every", type=float, default=120)
     parser.add_argument("--every", type=int, default=50)

@@ -12,21 +12,21 @@ from harness import Driver, drive
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.tui.app import run_tui
-from dsv4_bench.workbench.tui.widgets.death_banner import DeathBanner
 
 
 def test_death_shows_a_banner_and_restart_clears_it():
     async def script(ui: Driver) -> None:
         await ui.do("until L4/attn/core")
         ui.session.die()
-        await ui.until(lambda: ui.main.query_one(DeathBanner).display)
+        await ui.until(lambda: ui.main.death.display)
+        await ui.still()
         text = ui.screen_text()
         assert "the worker died at L4/attn/core: SIGSEGV" in text
         assert "Segmentation fault" in text and "R restarts at layer 4" in text
         await ui.press("s", "up", "3", "o", "o")
         assert ui.sent() == ["until L4/attn/core"]
         await ui.press("R")
-        assert ui.sent()[-1] == "restart" and not ui.main.query_one(DeathBanner).display
+        assert ui.sent()[-1] == "restart" and not ui.main.death.display
         await ui.press("s")
         assert ui.app.store.state["site"] == "embed"
 

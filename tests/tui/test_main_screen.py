@@ -113,6 +113,7 @@ def test_a_switch_without_effect_says_so():
 def test_contract_opens_and_closes():
     async def script(ui: Driver) -> None:
         await ui.press("s", "i")
+        await ui.still()
         assert "window [n, w, hd]" in ui.screen_text()
         await ui.press("escape")
         assert "window [n, w, hd]" not in ui.screen_text()
@@ -201,7 +202,12 @@ def test_too_small_says_so():
     async def script(ui: Driver) -> None:
         assert "too small" in ui.screen_text() and "Step" not in ui.screen_text()
         await ui.pilot.resize_terminal(80, 24)
-        await ui.settle()
+        await ui.do("goto 99")
+        await ui.pilot.resize_terminal(50, 12)
+        await ui.still()
+        assert "too small" in ui.screen_text() and "error" not in ui.screen_text()
+        await ui.pilot.resize_terminal(80, 24)
+        await ui.still()
         assert "too small" not in ui.screen_text() and "Step" in ui.screen_text()
 
     drive(script, size=(50, 12))

@@ -83,7 +83,7 @@ def session_options(args: argparse.Namespace) -> Any:
     from dsv4_bench.workbench.session import SessionOptions
 
     if args.max_new_tokens < 0:
-        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens} is negative")
+        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens} is negative", "0 or more")
     fields: dict[str, Any] = {}
     if args.probes is not None:
         names = args.probes.replace(",", " ").split()

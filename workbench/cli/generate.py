@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
-        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens}: at least 1 is needed")
+        raise DSV4Error(f"--max-new-tokens {args.max_new_tokens}: at least 1 is needed", "e.g. 32")
     if not 0 <= args.temperature < float("inf"):
-        raise DSV4Error(f"--temperature {args.temperature} must be 0 or more")
+        raise DSV4Error(f"--temperature {args.temperature} must be 0 or more", "0 is greedy")
     if not -(2**63) <= args.seed < 2**63:
-        raise DSV4Error(f"--seed {args.seed} does not fit in 64 bits")
+        raise DSV4Error(f"--seed {args.seed} does not fit in 64 bits", "e.g. --seed 1")
     tokens = common.read_tokens(args.tokens, args.prompt)
     chunks = common.parse_chunks(args.chunks)
 

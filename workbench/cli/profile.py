@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
                 f"`{tool}` can be run around this command by hand",
             )
     if args.context is not None and args.context < 1:
-        raise DSV4Error(f"--context {args.context}: at least 1 token is needed")
+        raise DSV4Error(f"--context {args.context}: at least 1 token is needed", "e.g. 256")
     tokens = common.read_tokens(args.tokens, args.prompt)
 
     from dsv4_bench.workbench.loading import load_model, prompt_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-DONE, CURRENT, BREAK, ALARM, PENDING = "✓", "▶", "●", "!", "·"
+DONE, CURRENT, BREAK, ALARM, PENDING, SKIPPED = "✓", "▶", "●", "!", "·", "-"
 UNKNOWN = "–"
 
 MARKS = (
@@ -14,6 +14,7 @@ MARKS = (
     (BREAK, "breakpoint: the session stops here"),
     (ALARM, "alarm: a probe read NaN, Inf, or an error over its limit"),
     (PENDING, "pending: not run yet in this forward pass"),
+    (SKIPPED, "skipped: this forward pass had no work for it"),
 )
 KINDS = (
     ("SWA", "sliding window attention only"),
@@ -26,7 +27,7 @@ def number(value: object) -> str:
     """Four significant digits; integers whole; nan and inf by name."""
     if value is None:
         return UNKNOWN
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) < 10**7 else f"{value:.2e}"

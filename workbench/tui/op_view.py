@@ -163,7 +163,7 @@ def _tensor_heads(tensors: list[View], width: int) -> list[str]:
         heads = columns([row[:count] for row in rows])
         if max(map(len, heads)) <= width - 2:
             return heads
-    return heads
+    return [fmt.clip(head, width - 2) for head in heads]
 
 
 def _tensor_row(tensor: View) -> tuple[str, ...]:

@@ -57,7 +57,12 @@ def readings_lines(store: Store, width: int, height: int) -> list[Line]:
     if len(alarms) > 8:
         lines.append([(f"  and {len(alarms) - 8} more", DIM)])
     lines += _generated(store.state, width)
-    here = [r for r in store.layer_readings if r["probe"] not in ("stats", "residual")]
+    shown_elsewhere = ("stats", "residual", "shadow")
+    here = [
+        r
+        for r in store.layer_readings
+        if r["probe"] not in shown_elsewhere or r.get("verdict") == "alarm"
+    ]
     if here:
         lines += [[], [(f"layer {layer}", TITLE)], *readings_by_site(here, width)]
     return lines
@@ -175,12 +180,19 @@ def death_lines(death: Event, width: int) -> list[Line]:
     lines: list[Line] = [[(f"✗ the worker died {f'at {site}' if site else ''}: {cause}", BAD)]]
     if death.get("message") and not site:
         lines.append([(fmt.clip(str(death["message"]), width), PLAIN)])
-    for row in [line for line in death.get("stderr") or () if line.strip()][-3:]:
+    for row in _last_words(death.get("stderr") or ()):
         lines.append([("  │ " + fmt.clip(row, width - 4), DIM)])
     layer = str(site).split("/")[0]
     where = f" at layer {layer[1:]}" if layer[1:].isdigit() else ""
     lines.append([("R restarts", BOLD), (f"{where}; log, readings and tree stay", PLAIN)])
     return lines
+
+
+def _last_words(stderr: Sequence[str]) -> list[str]:
+    """The line that names the fault and what follows it, or else the last lines."""
+    rows = [row for row in stderr if row.strip()]
+    fault = next((i for i, row in enumerate(rows) if row.startswith("Fatal ")), len(rows) - 3)
+    return rows[max(fault, 0) :][:3]
 
 
 _STATES = {
@@ -224,14 +236,20 @@ def _place_facts(store: Store) -> list[tuple[int, str, str]]:
         if info and info.kind:
             facts.append((7, info.kind, PLAIN))
     if state.get("of"):
-        facts.append((3, f"{state.get('index', -1) + 1}/{state['of']}", PLAIN))
-    if state.get("phase"):
+        facts.append((3, f"{_index(store) + 1}/{state['of']}", PLAIN))
+    if state.get("phase") and store.forward == state.get("forward"):
         first, end = state.get("tokens") or (0, 0)
         span = f" {first}–{end - 1}" if end > first else ""
         facts.append((5, f"{state['phase']}{span}", PLAIN))
     if state.get("forwards"):
-        facts.append((6, f"fwd {state.get('forward', 0) + 1}/{state['forwards']}", PLAIN))
+        facts.append((6, f"fwd {store.forward + 1}/{state['forwards']}", PLAIN))
     return facts
+
+
+def _index(store: Store) -> int:
+    """Position in the forward pass; while the engine runs, by the list of all sites."""
+    index = store.order.get(store.entered or "") if store.running else None
+    return int(store.state.get("index", -1)) if index is None else index
 
 
 def _engine_facts(store: Store, elapsed: float | None) -> list[tuple[int, str, str]]:

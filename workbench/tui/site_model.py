@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from dsv4_bench.workbench.tui.format import DONE, PENDING, SKIPPED
 from dsv4_bench.workbench.tui.store import SiteInfo
 
 
@@ -21,9 +22,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row shows: of one site, or of a group taken together."""
+    """What a row shows: of one site, or of a group taken together.
 
-    done: bool = False
+    `mark`: done, pending, or skipped, when a later site of the same pass has run.
+    """
+
+    mark: str = PENDING
     current: bool = False
     stops: bool = False
     alarm: bool = False
@@ -42,12 +46,14 @@ class SiteModel:
     open: set[str] = field(default_factory=set)
     auto_open: str | None = None
     rows: list[Node] = field(default_factory=list)
+    order: dict[str, int] = field(default_factory=dict)
     row_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def build(cls, paths: Iterable[str]) -> SiteModel:
         model = cls()
-        for path in paths:
+        for index, path in enumerate(paths):
+            model.order[path] = index
             model._add(path)
         groups = (key for key, node in model.nodes.items() if not node.is_site and node.depth)
         model.open.update(groups)  # opening a layer shows all of its ops
@@ -65,6 +71,11 @@ class SiteModel:
             if key != path:
                 self.sites_below.setdefault(key, []).append(path)
             parent = key
+
+    def _mark(self, site: SiteInfo, position: int) -> str:
+        if site.done:
+            return DONE
+        return SKIPPED if self.order[site.path] < position else PENDING
 
     def refresh(self) -> None:
         """Recompute the visible rows."""
@@ -105,17 +116,19 @@ class SiteModel:
 
     def summary(self, key: str, sites: dict[str, SiteInfo], current: str | None) -> Summary:
         below = self.sites_below.get(key)
+        position = self.order.get(current or "", -1)
         if below is None:
             site = sites[key]
             return Summary(
-                site.done, key == current, site.stops, bool(site.alarm),
+                self._mark(site, position), key == current, site.stops, bool(site.alarm),
                 site.seconds, site.own_error, site.route,
             )  # fmt: skip
         infos = [sites[path] for path in below]
         times = [site.seconds for site in infos if site.seconds is not None]
         errors = [site.own_error for site in infos if site.own_error is not None]
+        marks = {self._mark(site, position) for site in infos}
         return Summary(
-            all(site.done for site in infos),
+            next(mark for mark in (PENDING, DONE, SKIPPED) if mark in marks),
             current is not None and current.startswith(key + "/"),
             any(site.stops for site in infos),
             any(site.alarm for site in infos),
@@ -125,7 +138,7 @@ class SiteModel:
 
 
 def search(paths: list[str], text: str, after: str | None = None, step: int = 1) -> str | None:
-    """The next path from `after` on, wrapping, that holds every word of `text` in order."""
+    """The next path from `after` on, wrapping, that holds every word of `text`."""
     words = text.lower().split()
     if not words or not paths:
         return None
@@ -138,13 +151,7 @@ def search(paths: list[str], text: str, after: str | None = None, step: int = 1)
 
 
 def holds(path: str, words: list[str]) -> bool:
-    position = 0
-    for word in words:
-        found = path.find(word, position)
-        if found < 0:
-            return False
-        position = found + len(word)
-    return True
+    return all(word in path for word in words)
 
 
 def neighbour(paths: list[str], order: dict[str, int], at: str | None, step: int) -> str | None:

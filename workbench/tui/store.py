@@ -122,10 +122,16 @@ class Store:
         """The breakpoint that is exactly this site, if there is one."""
         return next((int(b["number"]) for b in self.breaks if b["text"].strip() == site), None)
 
+    def tensor_names(self) -> list[str]:
+        """What an expression can name now."""
+        views = [*self.op.get("inputs", ()), *self.op.get("outputs", ())]
+        return [view["name"] for view in views]
+
     def view_of(self, site: str) -> Event:
         """The op pane's view of `site`, with what the last route change said about it."""
         view = self.op if self.op.get("site") == site else stub_view(self.sites[site])
-        return {**view, "effect": view.get("effect") or self.effects.get(site, "")}
+        effect = view.get("effect") or self.effects.get(site, "")
+        return {**view, "effect": effect, "held": view.get("held") and self.name != "dead"}
 
     # -- events
 
@@ -190,13 +196,13 @@ class Store:
     def _on_state(self, event: Event) -> Change:
         before = self.state
         self.state = {"seconds": before.get("seconds"), **event}
-        self.forward = event.get("forward", self.forward)
         change = Change.STATE
         for name, kind in (("breaks", Change.BREAKS), ("watches", Change.WATCHES)):
             if name in event and event[name] != getattr(self, name):
                 setattr(self, name, event[name])
                 change |= kind
-        if event.get("forward") != before.get("forward"):
+        if event.get("forward", self.forward) != self.forward:
+            self.forward = event["forward"]
             self._forget_forward()
         moved = any(event.get(name) != before.get(name) for name in PLACE)
         if moved and self.state["state"] in IDLE:

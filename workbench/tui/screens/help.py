@@ -8,7 +8,6 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import ModalScreen
-from textual.widgets import Static
 
 from dsv4_bench.workbench.tui.help_text import help_lines
 from dsv4_bench.workbench.tui.spans import Line
@@ -31,7 +30,6 @@ class TextScreen(ModalScreen[None]):
         pane = LinesPane(self._title, id="text")
         pane.border_subtitle = "escape closes"
         yield pane
-        yield Static("the terminal is too small", classes="too-small")
 
     def on_mount(self) -> None:
         pane = self.query_one(LinesPane)

@@ -71,21 +71,22 @@ class MainView(Screen[None]):
         self.panes = {name: getattr(self, name) for name in keys.PANES}
 
     def compose(self) -> ComposeResult:
-        yield self.status
-        yield self.death
-        with Horizontal(id="body"):
-            yield self.site_tree
-            with Vertical(id="panes"):
-                yield self.tabs
-                with Horizontal():
-                    with Vertical(id="centre"):
-                        yield from (self.op, self.values)
-                    with Vertical(id="right"):
-                        yield from (self.readings, self.breaks, self.watches)
-        yield self.log_pane
-        yield self.message_line
-        yield self.command_line
-        yield self.footer
+        with Vertical(id="all"):
+            yield self.status
+            yield self.death
+            with Horizontal(id="body"):
+                yield self.site_tree
+                with Vertical(id="panes"):
+                    yield self.tabs
+                    with Horizontal():
+                        with Vertical(id="centre"):
+                            yield from (self.op, self.values)
+                        with Vertical(id="right"):
+                            yield from (self.readings, self.breaks, self.watches)
+            yield self.log_pane
+            yield self.message_line
+            yield self.command_line
+            yield self.footer
         yield Static(TOO_SMALL, classes="too-small")
 
     def on_mount(self) -> None:
@@ -129,6 +130,8 @@ class MainView(Screen[None]):
             self._show_state()
         if change & (Change.STATE | Change.SITES | Change.BREAKS | Change.VALUES):
             self._show_counts()
+        if Change.OP in change:
+            self.command_line.expressions = store.tensor_names()
         if change & (Change.OP | Change.STATE | Change.LOG):
             self.show_op()
         if change & (Change.READINGS | Change.STOPPED | Change.HELLO | Change.SITES):

@@ -209,10 +209,8 @@ def _marks(summary: Summary) -> Iterable[tuple[str, str]]:
     yield (fmt.CURRENT if summary.current else " "), "current"
     if summary.alarm:
         yield fmt.ALARM, "alarm"
-    elif summary.done:
-        yield fmt.DONE, "done"
     else:
-        yield fmt.PENDING, "pending"
+        yield summary.mark, "done" if summary.mark == fmt.DONE else "pending"
 
 
 def _cell(summary: Summary, column: str) -> str:

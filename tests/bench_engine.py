@@ -1,0 +1,194 @@
+"""What watching costs: taps that are off, probes, the session. A script, not a test.
+
+    python tests/bench_engine.py [--json FILE]
+
+Variants are interleaved and medians compared, so that a busy machine blurs but does not tilt them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dsv4_bench.engine.cpu  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.demo import demo_checkpoint
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import Implementation, Site, parse_route, spec_of
+from dsv4_bench.probes.tap import set_taps
+from dsv4_bench.workbench.cli.output import table
+from dsv4_bench.workbench.commands import parse
+from dsv4_bench.workbench.serving import SessionServer
+from dsv4_bench.workbench.session import Session
+
+PROMPT = [(7 * i + 3) % 512 for i in range(160)]
+PROBES = ("stats", "residual", "softmax", "hyper", "load", "nonfinite")
+
+
+def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant, in an order that turns; one warm-up round."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for number in range(rounds + 1):
+        names.append(names.pop(0))  # each follows each, so that nobody always has warm caches
+        for name in names:
+            started = time.perf_counter()
+            variants[name]()
+            if number:
+                samples[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def tap_off() -> dict[str, float]:
+    """ns of a site's call with its tap off, beyond the bare function's; none, one and two params."""
+    calls = 20_000
+    rows: dict[str, float] = {}
+    for params in ({}, {"a": 1}, {"a": 1, "b": 2}):
+
+        def function(x: int, y: int, a: int = 0, b: int = 0) -> int:
+            return x
+
+        site = Site("site", spec_of("moe_sum"), params, None)
+        site.use(Implementation("moe_sum", "bare", function))
+
+        def through_site(site: Site = site) -> None:
+            for _ in range(calls):
+                site(1, 2)
+
+        def bare(f: Any = function, params: dict[str, int] = params) -> None:
+            if not params:
+                for _ in range(calls):
+                    f(1, 2)
+            elif len(params) == 1:
+                for _ in range(calls):
+                    f(1, 2, a=1)
+            else:
+                for _ in range(calls):
+                    f(1, 2, a=1, b=2)
+
+        found = interleaved({"site": through_site, "bare": bare}, 21)
+        rows[f"{len(params)} params"] = 1e9 * (found["site"] - found["bare"]) / calls
+    return rows
+
+
+def without_sites(model: Transformer) -> Transformer:
+    """Replace every site of the model, wherever it is kept, by its function with its constants."""
+
+    def bare(site: Site) -> Any:
+        return partial(site.impl.function, **site.params)
+
+    stack: list[Any] = [model.embed, model.head, *model.layers]
+    model.embed = bare(model.embed)  # type: ignore[assignment]
+    while stack:
+        owner = stack.pop()
+        for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():
+            if isinstance(value, Site):
+                setattr(owner, name, bare(value))
+            elif type(value).__module__ == Transformer.__module__:
+                stack.append(value)
+    return model
+
+
+class Watcher:
+    """A tap that only runs the op."""
+
+    def wants(self, site: Site) -> bool:
+        return True
+
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        return site.run(args)
+
+
+def engine(folder: Path) -> dict[str, float]:
+    """Seconds of a decode step of the demo model after 160 tokens, by variant."""
+    models = {}
+    for name, route in (("reference", "reference"), ("kernel", "kernel"), ("bare", "kernel")):
+        model = Transformer(Checkpoint(folder))
+        model.set_route(parse_route([route]))
+        models[name] = model
+    without_sites(models["bare"])
+    watched = Transformer(Checkpoint(folder))
+    watched.set_route(parse_route(["kernel"]))
+    set_taps(watched.sites.values(), Watcher())
+    models["kernel, every tap on"] = watched
+
+    def decode(model: Transformer) -> Callable[[], None]:
+        cache = model.new_cache()
+        model.forward(cache.step([PROMPT]), cache, last_only=True)
+        saved = cache.snapshot()
+
+        def run() -> None:
+            model.forward(cache.step([[5]]), cache, last_only=True)
+            cache.lengths = list(saved["lengths"])  # type: ignore[call-overload]
+
+        return run
+
+    return interleaved({name: decode(model) for name, model in models.items()}, 40)
+
+
+def debugger(folder: Path) -> dict[str, float]:
+    """Seconds of a session over the prompt and three tokens, in this process, by what is on."""
+    rows = {}
+    for name, probes, shadow in (
+        ("no probes", (), ""),
+        ("default probes", PROBES, ""),
+        ("default probes and shadow", PROBES, "*"),
+    ):
+        with tempfile.TemporaryDirectory() as scratch:
+            server = SessionServer(Path(scratch), lambda message: None)
+            options = {"checkpoint": str(folder), "tokens": PROMPT, "max_new_tokens": 4}
+            server.open({**options, "probes": list(probes), "shadow": shadow})
+            for number, line in enumerate(("continue", "reset", "continue")):
+                server.submit(number, parse(line))
+            server.requests.put(None)
+            started = time.perf_counter()
+            server.run()
+            rows[name] = (time.perf_counter() - started) / 2
+    return rows
+
+
+def session(folder: Path) -> dict[str, float]:
+    """Seconds until the worker is open, and medians of commands through the protocol."""
+    started = time.perf_counter()
+    with Session(str(folder), tokens=PROMPT, max_new_tokens=4, probes=PROBES) as client:
+        client.wait_open()
+        rows = {"open": time.perf_counter() - started}
+        client.command("layer")
+        for line in ("breaks", "status", "step", "op", "sites", "layer", "rerun"):
+            rows[line] = interleaved({line: lambda line=line: client.command(line)}, 9)[line]  # type: ignore[misc]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args()
+    folder = demo_checkpoint()
+    with torch.inference_mode():
+        taps = tap_off()
+        decode = engine(folder)
+    results = {"tap off, ns": taps, "decode step": decode}
+    results |= {"continue over 4 passes": debugger(folder), "session": session(folder)}
+    rows = [("a tap that is off", name, f"{ns:.0f} ns") for name, ns in taps.items()]
+    for title in ("decode step", "continue over 4 passes", "session"):
+        rows += [(title, name, f"{1000 * s:.2f} ms") for name, s in results[title].items()]
+    off = decode["kernel"] / decode["bare"] - 1
+    rows.append(("decode step", "all taps off, against bare calls", f"{100 * off:+.1f} %"))
+    print(table(("what", "variant", "cost"), rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
