@@ -41,7 +41,7 @@ ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # -ffp-contract=fast lets a * b + c be one instruction; no flag here may touch NaN or infinity.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-fopenmp"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-pthread"),
 )
 
 
@@ -76,26 +76,13 @@ def choose_isa() -> str:
     return wanted
 
 
-def _openmp_flags() -> tuple[str, ...]:
-    """Link with torch's own OpenMP runtime: two of them would spin against each other.
-
-    Named libgomp.so.1 like the system's, the loader takes the one already loaded; a wheel that
-    renames its copy needs it named here.
-    """
-    root = Path(torch.__file__).parent
-    for folder in (root / "lib", root.parent / "torch.libs"):
-        for library in sorted(folder.glob("libgomp*.so*")):
-            return () if library.name == "libgomp.so.1" else ("-Wl,--as-needed", str(library))
-    return ()
-
-
 @lru_cache
 def cpu_build(isa: str) -> build.Build:
     """The build of all CPU kernels for `isa`."""
     folder = build.csrc() / "cpu"
     sources = tuple(sorted(f"cpu/{path.name}" for path in folder.glob("*.cpp")))
     command, _ = build.compiler()
-    flags = (*_FLAGS, *ISAS[isa][1], *_openmp_flags())
+    flags = (*_FLAGS, *ISAS[isa][1])
     arch = f"{platform.machine()}-{isa}"
     return build.Build(f"cpu-{isa}", sources, flags, arch, command)
 

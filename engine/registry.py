@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -214,6 +215,27 @@ class Stamp:
         return dict(vars(self))
 
 
+def with_constants(function: Function, constants: dict[str, Any]) -> Function:
+    """`function` with keyword arguments that never change, for the fastest possible call.
+
+    They become the defaults of its keyword-only parameters, which costs nothing at a call; a partial
+    or ``**constants`` costs 100 ns. Anything but a plain function that names them gets a partial.
+    """
+    if not constants:
+        return function
+    if not isinstance(function, FunctionType):
+        return partial(function, **constants)
+    code = function.__code__
+    keyword_only = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]
+    if not constants.keys() <= set(keyword_only):
+        return partial(function, **constants)
+    bound = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    bound.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **constants}
+    return bound
+
+
 class Site:
     """A place in the forward pass with a stable path; calling it runs its op on its route.
 
@@ -249,10 +271,7 @@ class Site:
     def put_back(self, impl: Implementation, stamp: Stamp) -> None:
         """Use `impl` with a stamp it had before: undoes a `use`."""
         self.impl, self.stamp = impl, stamp
-        # A partial merges the constants in C: half the time of calling with **params.
-        self._run: Function = (
-            partial(impl.function, **self.params) if self.params else impl.function
-        )
+        self._run = with_constants(impl.function, self.params)
 
     def __repr__(self) -> str:
         return f"Site({self.path}, {self.op}={self.stamp.implementation})"

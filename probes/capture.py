@@ -12,8 +12,6 @@ from torch import Tensor
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import Site
 
-Convert = Callable[[Any], Any]
-
 
 @dataclass
 class Captured:
@@ -61,10 +59,7 @@ def _double(name: str, value: Any) -> Any:
 
 
 class Capture:
-    """A tap's observer that keeps every op it wants while `call_with` runs it.
-
-    `implementation(site)` gives the function to run, by default the site's own route.
-    """
+    """A tap's observer that keeps every op it wants, as it runs on its route."""
 
     def __init__(self, wanted: Callable[[Site], bool] = lambda site: True) -> None:
         self.wanted = wanted
@@ -76,8 +71,10 @@ class Capture:
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         bound = site.spec.bind(args, site.params)
         before = {name: bound[name].clone() for name in site.spec.mutates}
+        # Copies: a later op of the layer may write what this one read (the window ring).
+        kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         result = site.run(args)
         outputs = dict(site.spec.name_outputs(result))
         outputs.update({name: bound[name].clone() for name in site.spec.mutates})
-        self.calls.append(Captured(site, args, before, outputs))
+        self.calls.append(Captured(site, kept, before, outputs))
         return result

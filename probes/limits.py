@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.probes.capture import Captured
-from dsv4_bench.probes.metrics import relative_error, worst_row_error
+from dsv4_bench.probes.metrics import tensor_and_row_error
 
 MARGIN = 2.0
 # Below this an error is not told from that of another order of float32 additions.
@@ -67,11 +67,11 @@ class Limits:
             dtype = str(self.dtype).removeprefix("torch.")
             limit = self.table.setdefault(key, Limit(op, name, dtype))
             limit.samples += 1
-            limit.honest = max(limit.honest, relative_error(call.outputs[name], exact))
-            limit.honest_row = max(limit.honest_row, worst_row_error(call.outputs[name], exact)[0])
+            error, row = tensor_and_row_error(call.outputs[name], exact)
+            limit.honest, limit.honest_row = max(limit.honest, error), max(limit.honest_row, row)
             if noisy is not None:
-                limit.noise = max(limit.noise, relative_error(noisy[name], exact))
-                limit.noise_row = max(limit.noise_row, worst_row_error(noisy[name], exact)[0])
+                error, row = tensor_and_row_error(noisy[name], exact)
+                limit.noise, limit.noise_row = max(limit.noise, error), max(limit.noise_row, row)
 
     def of(self, op: str, output: str) -> tuple[float, float]:
         """(limit of the whole tensor, limit of the worst row); the floor for an unseen output."""

@@ -5,20 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_TYPICAL = 1e-2  # rows below this share of the typical norm are not judged by their own norm
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether every value is finite; one reduction, so cheap where it is true."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
+
 
 def _finite_pair(value: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float64, with places where either is not finite set to 0 in both."""
     a, b = value.double(), truth.double()
+    if all_finite(a) and all_finite(b):
+        return a, b
     finite = torch.isfinite(a) & torch.isfinite(b)
     return torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Relative L2 over the finite places: |value - truth| / |truth|; absolute where truth is 0."""
-    a, b = _finite_pair(value, truth)
-    scale = float(b.norm())
-    error = float((a - b).norm())
-    return error / scale if scale > 0 else error
+    return tensor_and_row_error(value, truth)[0]
+
+
+def tensor_and_row_error(value: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(relative L2 of the whole, largest relative L2 of a row), over the finite places.
+
+    A row is an index of the first axis; one far below the typical norm is measured against that.
+    """
+    if truth.numel() == 0:
+        return 0.0, 0.0
+    a, b = (rows_of(t) for t in _finite_pair(value, truth))
+    errors, norms = (a - b).norm(dim=1), b.norm(dim=1)
+    error, scale = float(errors.norm()), float(norms.norm())
+    typical = scale / len(norms) ** 0.5
+    worst = float((errors / norms.clamp(min=max(_TYPICAL * typical, 1e-30))).max())
+    return (error / scale, worst) if scale > 0 else (error, error)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -26,25 +47,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.flatten(1) if x.dim() > 1 else x[:, None]
 
 
-def row_errors(value: Tensor, truth: Tensor) -> Tensor:
-    """Relative L2 of each row [rows]; rows far below the typical norm are measured against it."""
-    a, b = (rows_of(t) for t in _finite_pair(value, truth))
-    norms = b.norm(dim=1)
-    floor = 1e-2 * float(norms.square().mean().sqrt()) if len(norms) else 0.0
-    return (a - b).norm(dim=1) / norms.clamp(min=max(floor, 1e-30))
-
-
-def worst_row_error(value: Tensor, truth: Tensor) -> tuple[float, int]:
-    """(largest row error, its row); (0, 0) for no rows."""
-    errors = row_errors(value, truth)
-    if not len(errors):
-        return 0.0, 0
-    worst = int(errors.argmax())
-    return float(errors[worst]), worst
-
-
 def masks_differ(value: Tensor, truth: Tensor) -> Tensor:
     """Where exactly one of the two is not finite, or both are but differently (NaN, +inf, -inf)."""
+    if value.is_floating_point() and all_finite(value) and all_finite(truth):
+        return torch.zeros(truth.shape, dtype=torch.bool, device=truth.device)
     a, b = value.double(), truth.double()
     kind_a = torch.where(torch.isnan(a), 3.0, torch.where(torch.isinf(a), a.sign(), 0.0))
     kind_b = torch.where(torch.isnan(b), 3.0, torch.where(torch.isinf(b), b.sign(), 0.0))

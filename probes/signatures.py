@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +53,12 @@ class Difference:
 
     def explained_by(self, candidate: Tensor) -> bool:
         """Whether `candidate`, a transform of the truth, is what ours is."""
-        return relative_error(self.ours, candidate) <= max(_EXPLAINS * self.error, self.limit)
+        return relative_error(self.ours, candidate) <= self.left_over
+
+    @property
+    def left_over(self) -> float:
+        """How far a good description may be from ours: well below what it has to explain."""
+        return max(_EXPLAINS * self.error, min(self.limit, 0.3 * self.error))
 
 
 def classify(difference: Difference) -> Signature:
@@ -127,7 +134,7 @@ def _least_squares(ours: Tensor, truth: Tensor) -> float:
 
 def _same(ours: Tensor, candidate: Tensor, d: Difference) -> bool:
     error = float((ours - candidate).norm() / candidate.norm().clamp(min=1e-300))
-    return error <= max(_EXPLAINS * d.error, d.limit)
+    return error <= d.left_over
 
 
 def _groupings(truth: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -139,9 +146,14 @@ def _groupings(truth: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]
     width = truth.shape[-1]
     for parts, label in ((2, "half"), (width // 128, "block of 128 columns")):
         if parts > 1 and width % parts == 0:
-            yield label, lambda t, p=parts: t.unflatten(-1, (p, -1)).movedim(-2, 0).flatten(1)
+            yield label, partial(_column_blocks, parts)
     if truth.dim() >= 2:
         yield "column", lambda t: t.flatten(0, -2).T
+
+
+def _column_blocks(parts: int, t: Tensor) -> Tensor:
+    """[..., k] -> [parts, members]: columns cut into `parts` equal blocks."""
+    return t.unflatten(-1, (parts, -1)).movedim(-2, 0).flatten(1)
 
 
 def _saturated(d: Difference) -> Signature | None:
@@ -252,7 +264,7 @@ def _span(indices: Tensor, total: int, label: str) -> str:
         return f"{label} {values[0]} of {total}"
     if values[-1] - values[0] + 1 == len(values):
         return f"{plural} {values[0]}-{values[-1]} of {total}"
-    steps = {b - a for a, b in zip(values, values[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(values)}
     if len(steps) == 1:
         return f"every {steps.pop()}. {label} from {values[0]} of {total}"
     shown = ", ".join(map(str, values[:4]))

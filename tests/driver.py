@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv4_bench.engine import registry
 from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.registry import reference
 from dsv4_bench.workbench.commands import parse
 from dsv4_bench.workbench.serving import SessionServer
 
@@ -76,3 +77,24 @@ def implementations(**functions: Any):
     finally:
         for op, name in added:
             del registry.IMPLEMENTATIONS[op][name]
+
+
+def finish(driver: Driver) -> tuple[Any, list[int]]:
+    """Run to the end; the last logits and the generated tokens."""
+    state = driver.command("continue")
+    while state["state"] != "finished":
+        assert state["state"] == "stopped", state["why"]
+        state = driver.command("continue")
+    return driver.logits(), state["generated"]
+
+
+def scaled(op: str, factor: float) -> Any:
+    """An implementation with a constant factor on the first output."""
+
+    def run(*args, **params):
+        result = reference(op)(*args, **params)
+        if isinstance(result, tuple):
+            return (result[0] * factor, *result[1:])
+        return result * factor
+
+    return run

@@ -321,7 +321,10 @@ def test_json_is_all_of_stdout_whatever_a_kernel_prints(checkpoint, ids, tmp_pat
 def test_a_reader_that_goes_away_is_no_error(words):
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([*CLI, *words], stdout=writing, stderr=subprocess.PIPE, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [*CLI, *words], stdout=writing, stderr=subprocess.PIPE, text=True, env=buffered
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from driver import Driver, implementations
+from driver import Driver, finish, implementations, scaled
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
@@ -53,31 +53,9 @@ def straight(folder, tmp_path_factory):
         chunks=CHUNKS,
         max_new_tokens=NEW,
     )
-    result = driver.command("continue")
-    logits = driver.logits().clone()
+    logits, tokens = finish(driver)
     driver.close()
-    return logits, result["generated"]
-
-
-def finish(driver):
-    """Run to the end; the last logits and the generated tokens."""
-    state = driver.command("continue")
-    while state["state"] != "finished":
-        assert state["state"] == "stopped", state["why"]
-        state = driver.command("continue")
-    return driver.logits(), state["generated"]
-
-
-def scaled(op, factor):
-    """An implementation with a constant factor on the first output."""
-
-    def run(*args, **params):
-        result = reference(op)(*args, **params)
-        if isinstance(result, tuple):
-            return (result[0] * factor, *result[1:])
-        return result * factor
-
-    return run
+    return logits.clone(), tokens
 
 
 # ------------------------------------------------------------------------------ moving
@@ -220,16 +198,12 @@ def test_end_of_sentence_ends_the_run_also_after_going_back(start, straight, mon
 
 
 def test_top_tokens_at_the_logits_and_at_the_end(start):
-    driver = start(max_new_tokens=1)
+    driver = start(chunks=[], max_new_tokens=1)
     assert driver.command("step")["top"] == []
     here = driver.command("until head/logits")["top"]
     end = driver.command("continue")
-    assert end["top"] == [] or end["state"] == "finished"
-    state = driver.command("until head/logits") if end["state"] != "finished" else end
-    assert len(here) == 5 and here[0]["p"] >= here[1]["p"]
-    while state["state"] != "finished":
-        state = driver.command("continue")
-    assert state["generated"] == [state["top"][0]["id"]]
+    assert end["state"] == "finished" and end["top"] == here and len(here) == 5
+    assert end["generated"] == [here[0]["id"]] and here[0]["p"] >= here[1]["p"]
 
 
 # ------------------------------------------------------------------------------ type-ahead and pause

@@ -9,6 +9,7 @@ from dsv4_bench.workbench import goals
 ORDER = [
     "embed",
     "L0/attn/hc_pre",
+    "L0/attn/compressor/write",
     "L0/attn/index/wq",
     "L0/attn/index/compressor/wkv",
     "L0/attn/index/compressor/write",
@@ -39,7 +40,8 @@ def after(path):
     ("start", "stop"),
     [
         ("embed", "L0/attn/hc_pre"),
-        ("L0/attn/hc_pre", "L0/attn/index/topk"),
+        ("L0/attn/hc_pre", "L0/attn/compressor/write"),
+        ("L0/attn/compressor/write", "L0/attn/index/topk"),
         ("L0/attn/index/topk", "L0/attn/core"),
         ("L0/attn/index/wq", "L0/attn/index/compressor/write"),
         ("L0/attn/index/compressor/wkv", "L0/attn/index/compressor/write"),
@@ -56,11 +58,11 @@ def test_next(start, stop):
 
 def test_next_counts_units():
     level = goals.level_of(ORDER, after("L0/attn/hc_pre"))
-    assert run(goals.Over(group=level, count=2), after("L0/attn/hc_pre"))[0] == "L0/attn/core"
+    assert run(goals.Over(group=level, count=2), after("L0/attn/hc_pre"))[0] == "L0/attn/index/topk"
 
 
 def test_steps_count():
-    assert run(goals.Steps(count=3)) == ("L0/attn/index/wq", "step")
+    assert run(goals.Steps(count=3)) == (ORDER[2], "step")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_finish(start, stop, why):
 
 @pytest.mark.parametrize(
     ("start", "count", "stop"),
-    [(-1, 1, "L0/ffn/sum"), (1, 1, "L0/ffn/sum"), (1, 2, "L1/attn/core"), (9, 1, "head/logits")],
+    [(-1, 1, "L0/ffn/sum"), (1, 1, "L0/ffn/sum"), (1, 2, "L1/attn/core"), (10, 1, "head/logits")],
 )
 def test_layers(start, count, stop):
     assert run(goals.Layers(count=count), start)[0] == stop

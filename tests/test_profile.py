@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from driver import implementations
@@ -115,15 +112,10 @@ def test_tools_that_are_not_built_yet(call, tool):
     assert (code, out) == (3, "") and f"{tool} is not built yet" in err
 
 
-def test_layer_12_of_the_demo_checkpoint(tmp_path):
+def test_layer_12_of_the_demo_checkpoint(call, monkeypatch):
     """The very command of the README, on a machine without a checkpoint."""
-    environment = {k: v for k, v in os.environ.items() if k != "DSV4_CKPT"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dsv4_bench.workbench", "profile", "--layer", "12", "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    monkeypatch.delenv("DSV4_CKPT", raising=False)
+    code, out, err = call("profile", "--layer", "12", "--json")
+    assert code == 0, err
+    document = json.loads(out)
     assert document["layer"] == 12 and len(document["sites"]) > 20

@@ -143,6 +143,26 @@ def test_stamps_count_launches_and_start_over_with_a_switch():
         site.put_back(registry.IMPLEMENTATIONS["moe_sum"]["reference"], site.stamp)
 
 
+def test_constants_are_bound_whatever_the_function_is():
+    def plain(x, y=2, *, a, b=4):
+        return x, y, a, b
+
+    class Callable:
+        def __call__(self, x, **params):
+            return x, params
+
+    bind = registry.with_constants
+    assert bind(plain, {}) is plain
+    assert bind(plain, {"a": 3})(1) == (1, 2, 3, 4)
+    assert bind(plain, {"a": 3, "b": 5})(1, 6) == (1, 6, 3, 5)
+    assert plain(1, a=0) == (1, 2, 0, 4)  # itself unchanged
+    assert bind(lambda x, **params: (x, params), {"a": 3})(1) == (1, {"a": 3})
+    assert bind(Callable(), {"a": 3})(1) == (1, {"a": 3})
+    assert bind(lambda a, x=0: (a, x), {"x": 3})(1) == (1, 3)
+    with pytest.raises(TypeError):
+        bind(plain, {"nothing": 3})(1, a=1)
+
+
 def test_code_decides_the_hash():
     one = registry.Implementation("x", "a", lambda: 1, code=lambda: "nvcc 12.9 key 1")
     two = registry.Implementation("x", "a", lambda: 1, code=lambda: "nvcc 12.9 key 2")

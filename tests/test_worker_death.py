@@ -81,7 +81,7 @@ DEATHS = [
 def test_death_in_an_op_is_named_and_survived(start, undisturbed, how, number, site, op, line):
     client = start()
     client.wait_open()
-    client.command("layer 4")  # into the second chunk, so that there is a cache to lose
+    client.command("layer 6")  # into the second chunk, so that there is a cache to lose
     client.command("goto 0")
     client.command("watch 1 + 1")
     client.command("break inf > 0")
@@ -146,6 +146,8 @@ def test_a_worker_killed_while_it_waits_has_no_culprit(start, undisturbed, line)
     event = client.wait_for(lambda e: e["event"] == "died")
     assert (event["site"], event["signal"]) == (state["site"], "SIGKILL")
     client.command("restart")
+    if line == "until head/hc_head":
+        assert client.command("status")["why"] == "resumed before the head"
     assert client.command("route")["route"] == ["reference"]
     assert last_logits(client) == undisturbed
 

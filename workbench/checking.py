@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Implementation, RouteEntry, Site, choose
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, RouteEntry, Site
+from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.probes.limits import Limits, judged, move_inputs
-from dsv4_bench.probes.metrics import masks_differ, relative_error, worst_row_error
+from dsv4_bench.probes.metrics import masks_differ, relative_error, tensor_and_row_error
 from dsv4_bench.probes.signatures import Difference, Signature, classify
 from dsv4_bench.probes.tap import set_taps
 
 Progress = Callable[[str, int, int], None]
+Part = Callable[[Tensor, Cache, Step], Tensor]
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
 
 
@@ -136,23 +139,12 @@ class Checker:
         right, ours = model.new_cache(), model.new_cache()
         for forward, (start, stop) in enumerate(split(len(tokens), chunks)):
             steps = [cache.step([tokens[start:stop]]) for cache in (right, ours)]
-            parts: list[tuple[str, Callable[[Any, Any, Any], Tensor]]] = [
-                ("embed", lambda x, cache, step: model.embed(step.tokens)),
-                *(
-                    (f"L{i}", lambda x, cache, step, i=i: model.layers[i](x, cache.layers[i], step))
-                    for i in range(len(model.layers))
-                ),
-                ("head", lambda x, cache, step: model.head(x)),
-            ]
             x_right = x_ours = torch.empty(0)
+            parts = self._parts()
             for number, (name, part) in enumerate(parts):
                 progress(f"check {name}, tokens {start} to {stop}", number, len(parts))
-                x_right, calls = self._capture(
-                    "reference", lambda p=part, x=x_right: p(x, right, steps[0])
-                )
-                x_ours, carried = self._capture(
-                    "route", lambda p=part, x=x_ours: p(x, ours, steps[1])
-                )
+                x_right, calls = self._capture(False, part, x_right, right, steps[0])
+                x_ours, carried = self._capture(True, part, x_ours, ours, steps[1])
                 self._check_calls(calls, carried, forward, steps[0].positions)
             self.report.logits_error = max(
                 self.report.logits_error, relative_error(x_ours, x_right)
@@ -163,18 +155,29 @@ class Checker:
         self.report.seconds = time.perf_counter() - started
         return self.report
 
-    def _capture(self, which: str, run: Callable[[], Tensor]) -> tuple[Tensor, list[Captured]]:
-        """Run a part of the model on the reference or on the checked route, keeping its ops."""
+    def _parts(self) -> list[tuple[str, Part]]:
+        """The forward pass in pieces that are captured and checked one at a time."""
+        model = self.model
+
+        def layer(index: int) -> Part:
+            return lambda x, cache, step: model.layers[index](x, cache.layers[index], step)
+
+        return [
+            ("embed", lambda x, cache, step: model.embed(step.tokens)),
+            *((f"L{index}", layer(index)) for index in range(len(model.layers))),
+            ("head", lambda x, cache, step: model.head(x)),
+        ]
+
+    def _capture(
+        self, routed: bool, part: Part, x: Tensor, cache: Cache, step: Step
+    ) -> tuple[Tensor, list[Captured]]:
+        """Run a part of the model on the checked route or on the reference, keeping its ops."""
         for path, site in self.model.sites.items():
-            site.use(
-                choose(site.op, "reference", self.model.context)[0]
-                if which == "reference"
-                else self.chosen[path]
-            )
+            site.use(self.chosen[path] if routed else IMPLEMENTATIONS[site.op]["reference"])
         capture = Capture()
         set_taps(self.model.sites.values(), capture)
         try:
-            return run(), capture.calls
+            return part(x, cache, step), capture.calls
         finally:
             set_taps(self.model.sites.values(), None)
 
@@ -225,7 +228,7 @@ class Checker:
         site = call.site
         check = self.report.sites[site.path]
         limit, row_limit = self.limits.of(site.op, name)
-        error, (row_error, _) = relative_error(value, exact), worst_row_error(value, exact)
+        error, row_error = tensor_and_row_error(value, exact)
         check.own_error = max(check.own_error, error)
         check.limit = max(check.limit, limit)
         broken = bool(masks_differ(value, exact).any()) or error > limit or row_error > row_limit

@@ -184,8 +184,8 @@ void run(const Problem& p, const T* q, const T* window, const T* entries, T* o, 
     int64_t share = Memory::bytes(p, lanes);
     char* memory = (char*)scratch(kLogits, threads * share);
     int64_t work = p.n * p.heads * p.dim * keys / 8;
-    parallel(threads, p.n * groups, work, [&](int64_t begin, int64_t end) {
-        Memory mine(memory + omp_get_thread_num() * share, p, lanes);
+    parallel(threads, p.n * groups, work, [&](int64_t begin, int64_t end, int worker) {
+        Memory mine(memory + worker * share, p, lanes);
         for (int64_t i = begin; i < end; i++)
             one_group<T, N>(p, q, window, entries, i / groups, i % groups * lanes, mine, o, lse);
     });

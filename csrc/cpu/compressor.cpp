@@ -1,4 +1,4 @@
-// Op compressor: gated pooling of `ratio` tokens into one entry, with the open window kept in state.
+// Op compressor: gated pooling of `ratio` tokens into one entry; the open window is kept in state.
 //
 // Of a sequence's tokens, those of the open window lie in the state and the others in kv and score;
 // `Sequence` joins the two, so that the pooling sees one list of rows.
@@ -136,7 +136,8 @@ DSV4_EXPORT int dsv4_compressor(const float* kv, const float* score, float* kv_s
         Sequence s = {sizes, kv_state + state, score_state + state, kv,
                       score, ape, starts[b] % ratio, lengths[b]};
         int64_t windows = s.windows(), channels = sizes.channels();
-        parallel(threads, windows, windows * width * sizes.slots(), [&](int64_t first, int64_t last) {
+        int64_t work = windows * width * sizes.slots();
+        parallel(threads, windows, work, [&](int64_t first, int64_t last, int) {
             for (int64_t w = first; w < last; w++) pool(s, w, pooled + w * channels);
         });
         update_state(s);

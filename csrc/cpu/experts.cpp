@@ -49,7 +49,7 @@ void forward(const T* x, const Chosen& c, const Expert& e, float* y, int threads
     T* hidden = scratch_of<T>(kHidden, m * inner);
     matmul({xs, d, dtype}, m, e.w1, 1, {gate, inner, dtype}, threads);
     matmul({xs, d, dtype}, m, e.w3, 1, {up, inner, dtype}, threads);
-    parallel(threads, m, m * inner, [&](int64_t first, int64_t last) {
+    parallel(threads, m, m * inner, [&](int64_t first, int64_t last, int) {
         for (int64_t r = first; r < last; r++) {
             f32v weight = splat(c.routing ? c.routing[r] : 1.0f);
             for (int64_t i = r * inner; i < (r + 1) * inner; i += W) {
@@ -106,7 +106,7 @@ DSV4_EXPORT int dsv4_expert(const void* x, int x_dtype, int64_t n, const int32_t
 DSV4_EXPORT int dsv4_moe_sum(const float* a, const float* b, int64_t count, void* out,
                              int out_dtype, int threads) {
     int64_t blocks = (count + W - 1) / W;
-    parallel(threads, blocks, count, [&](int64_t first, int64_t last) {
+    parallel(threads, blocks, count, [&](int64_t first, int64_t last, int) {
         for (int64_t i = first * W; i < min64(last * W, count); i += W) {
             f32v total = load_upto(a + i, count - i) + load_upto(b + i, count - i);
             if (out_dtype == DSV4_F32) store_upto((float*)out + i, total, count - i);

@@ -50,8 +50,8 @@ DSV4_EXPORT int dsv4_gate(void* x, int x_dtype, const dsv4_weight* w, int64_t n,
         matmul({x, w->k, x_dtype}, n, *w, 1, {scores, count, DSV4_F32}, threads);
         Choice choice = {bias, given, count, k, scale};
         uint64_t* memory = scratch_of<uint64_t>(kOrder, threads * 2 * count);
-        parallel(threads, n, n * count * 32, [&](int64_t first, int64_t last) {
-            uint64_t* keys = memory + omp_get_thread_num() * 2 * count;
+        parallel(threads, n, n * count * 32, [&](int64_t first, int64_t last, int worker) {
+            uint64_t* keys = memory + worker * 2 * count;
             for (int64_t t = first; t < last; t++) {
                 float* row = scores + t * count;
                 for (int64_t e = 0; e < count; e++) row[e] = std::sqrt(softplus(row[e]));

@@ -27,7 +27,7 @@ template <class T> float inverse_rms(const T* x, int64_t count, float eps) {
     return 1.0f / std::sqrt(sum(even + odd) / float(count) + eps);
 }
 
-// mixes [n, m] = (x fn^T) * inverse_rms(x), x [n, hc * d], fn [m, hc * d]: scaled after the product.
+// mixes [n, m] = (x fn^T) * inverse_rms(x), x [n, hc * d], fn [m, hc * d]: scaled after it.
 template <class T>
 float* mix(const T* x, const Sizes& s, const float* fn, int64_t m, float eps, int threads) {
     int dtype = sizeof(T) == 4 ? DSV4_F32 : DSV4_BF16;
@@ -35,7 +35,7 @@ float* mix(const T* x, const Sizes& s, const float* fn, int64_t m, float eps, in
     float* mixes = scratch_of(kMixes, s.n * m);
     dsv4_weight weight = {fn, nullptr, m, width, 1.0f, DSV4_DENSE_F32};
     matmul({(void*)x, width, dtype}, s.n, weight, 1, {mixes, m, DSV4_F32}, threads);
-    parallel(threads, s.n, s.n * width, [&](int64_t first, int64_t last) {
+    parallel(threads, s.n, s.n * width, [&](int64_t first, int64_t last, int) {
         for (int64_t t = first; t < last; t++) {
             float rho = inverse_rms(x + t * width, width, eps);
             for (int64_t i = 0; i < m; i++) mixes[t * m + i] *= rho;
@@ -89,7 +89,7 @@ void pre(const T* x, const Sizes& s, const Mapping& p, int64_t iters, T* u, floa
          float* comb, int threads) {
     int64_t hc = s.hc, m = (2 + hc) * hc;
     float* mixes = mix(x, s, p.fn, m, p.norm_eps, threads);
-    parallel(threads, s.n, s.n * hc * s.d, [&](int64_t first, int64_t last) {
+    parallel(threads, s.n, s.n * hc * s.d, [&](int64_t first, int64_t last, int) {
         for (int64_t t = first; t < last; t++) {
             float *row = mixes + t * m, *own = comb + t * hc * hc;
             for (int64_t h = 0; h < hc; h++) {
@@ -107,7 +107,7 @@ void pre(const T* x, const Sizes& s, const Mapping& p, int64_t iters, T* u, floa
 template <class T>
 void head(const T* x, const Sizes& s, const Mapping& p, T* out, int threads) {
     float* mixes = mix(x, s, p.fn, s.hc, p.norm_eps, threads);
-    parallel(threads, s.n, s.n * s.hc * s.d, [&](int64_t first, int64_t last) {
+    parallel(threads, s.n, s.n * s.hc * s.d, [&](int64_t first, int64_t last, int) {
         for (int64_t t = first; t < last; t++) {
             float* row = mixes + t * s.hc;
             for (int64_t h = 0; h < s.hc; h++)
@@ -122,7 +122,7 @@ template <class TY, class T>
 void post(const TY* y, const T* x, const float* post, const float* comb, const Sizes& s, T* out,
           int threads) {
     int64_t hc = s.hc, d = s.d;
-    parallel(threads, s.n * hc, s.n * hc * hc * d, [&](int64_t first, int64_t last) {
+    parallel(threads, s.n * hc, s.n * hc * hc * d, [&](int64_t first, int64_t last, int) {
         for (int64_t i = first; i < last; i++) {
             int64_t t = i / hc, k = i % hc;
             const float* column = comb + t * hc * hc + k;

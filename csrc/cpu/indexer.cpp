@@ -70,8 +70,8 @@ void score_all(const Problem& p, const T* q, const T* keys, const TW* weights, c
     for (int64_t b = 0; b < batch.count; b++) {
         int64_t n = batch.lengths[b], start = batch.starts[b];
         int64_t work = n * p.total * p.heads * p.dim / 8;
-        parallel(threads, n * blocks, work, [&](int64_t begin, int64_t end) {
-            float* mine = memory + omp_get_thread_num() * share;
+        parallel(threads, n * blocks, work, [&](int64_t begin, int64_t end, int worker) {
+            float* mine = memory + worker * share;
             for (int64_t i = begin; i < end; i++) {
                 int64_t t = i / blocks, first = i % blocks * kKeyBlock;
                 int64_t visible = (start + t + 1) / p.ratio;
@@ -121,8 +121,8 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t total, int64_t k, int32_t* index, int threads) {
     return guarded([&] {
         uint64_t* memory = scratch_of<uint64_t>(kOrder, threads * total);
-        parallel(threads, n, n * total * 8, [&](int64_t first, int64_t last) {
-            uint64_t* keys = memory + omp_get_thread_num() * total;
+        parallel(threads, n, n * total * 8, [&](int64_t first, int64_t last, int worker) {
+            uint64_t* keys = memory + worker * total;
             for (int64_t t = first; t < last; t++) {
                 best_first(score + t * total, total, k, keys, index + t * k);
                 for (int64_t i = t * k; i < (t + 1) * k; i++)

@@ -13,10 +13,10 @@
 namespace dsv4 {
 namespace {
 
-constexpr int64_t kFewRows = 8;       // most rows for which the weight is decoded in registers
-constexpr int64_t kRowsAtOnce = 512;  // activation rows held as float32 in the blocked path
-constexpr int64_t kBlockRows = 32;    // weight rows decoded at a time
-constexpr int64_t kBlockDepth = 1024; // columns of them
+constexpr int64_t kFewRows = 8;        // most rows for which the weight is decoded in registers
+constexpr int64_t kRowsAtOnce = 512;   // activation rows held as float32 in the blocked path
+constexpr int64_t kBlockRows = 32;     // weight rows decoded at a time
+constexpr int64_t kBlockDepth = 1024;  // columns of them
 
 // x [m, k] with row stride -> float32 [m, padded], zeros behind column k.
 void widen(Matrix x, int64_t first, int64_t m, int64_t k, int64_t padded, float* out) {
@@ -92,61 +92,59 @@ void product_row(const dsv4_weight& w, int64_t n, const Activations& a, Matrix y
     for (int64_t r = 0; r < a.m; r++) put(y, r, n, out[r] * w.global_scale);
 }
 
-template <int R, int M, int Parts, int Block>
+// y[first ... first + M, n ... n + R] for R rows of 4-bit codes.
+template <int R, int M, bool Pairs, int Block>
 void product_tile(const dsv4_weight& w, int64_t n, int64_t first, const Activations& a, Matrix y) {
     int64_t per_group = w.n / a.groups, step = a.groups * a.stride;
     const uint32_t* x = (const uint32_t*)a.x + n / per_group * a.stride + first * step;
     float out[R][M];
-    dot_rows<R, M, Parts, Block>(E2m1Row<Block>(w, n), w.k, x, step, out);
+    dot_rows<R, M, Pairs, Block>(E2m1Row<Block>(w, n), w.k, x, step, out);
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) put(y, first + m, n + r, out[r][m] * w.global_scale);
 }
 
-// Rows [n, n + R) of 4-bit codes. Two at a time, each activation is loaded once for both; that
-// helps with one activation row only, more of them fill the registers.
-template <int R, int Parts, int Block>
-void product_rows(const dsv4_weight& w, int64_t n, const Activations& a, Matrix y) {
-    int64_t i = 0;
-    if constexpr (R == 1) {
-        for (; i + 4 <= a.m; i += 4) product_tile<1, 4, Parts, Block>(w, n, i, a, y);
-        for (; i + 2 <= a.m; i += 2) product_tile<1, 2, Parts, Block>(w, n, i, a, y);
-    }
-    for (; i < a.m; i++) product_tile<R, 1, Parts, Block>(w, n, i, a, y);
-}
-
-template <int Parts, int Block>
+// Rows [first, last) of 4-bit codes. A single activation row goes through two weight rows at a
+// time, so that it is loaded once for both; more activation rows fill the registers themselves.
+template <bool Pairs, int Block>
 void few_e2m1_rows(const dsv4_weight& w, int64_t first, int64_t last, const Activations& a,
                    Matrix y) {
     int64_t per_group = w.n / a.groups, n = first;
-    while (n < last)
+    while (n < last) {
         if (a.m == 1 && n + 1 < last && n / per_group == (n + 1) / per_group) {
-            product_rows<2, Parts, Block>(w, n, a, y);
+            product_tile<2, 1, Pairs, Block>(w, n, 0, a, y);
             n += 2;
-        } else {
-            product_rows<1, Parts, Block>(w, n++, a, y);
+            continue;
         }
+        int64_t i = 0;
+        for (; i + 4 <= a.m; i += 4) product_tile<1, 4, Pairs, Block>(w, n, i, a, y);
+        for (; i + 2 <= a.m; i += 2) product_tile<1, 2, Pairs, Block>(w, n, i, a, y);
+        for (; i < a.m; i++) product_tile<1, 1, Pairs, Block>(w, n, i, a, y);
+        n++;
+    }
 }
 
 bool is_e2m1(const dsv4_weight& w) { return w.format == DSV4_NVFP4 || w.format == DSV4_MXFP4; }
 
-// y = x W^T for m <= kFewRows; xf are the float32 activations, `padded` a row, `parts` as above.
+// y = x W^T for m <= kFewRows. xf holds the activations as float32, `padded` a row; `is_bf16` says
+// that bfloat16 holds them too.
 void few_rows(const float* xf, int64_t padded, int64_t m, const dsv4_weight& w, int64_t groups,
-              int parts, Matrix y, int threads) {
+              bool is_bf16, Matrix y, int threads) {
     Activations a = {xf, m, groups, padded};
+    const bool pairs = kHasPairs && is_bf16;
     if (is_e2m1(w)) {
-        a.stride = prepared_size(padded, parts);
+        a.stride = prepared_size(padded, pairs);
         uint32_t* prepared = scratch_of<uint32_t>(kPrepared, m * groups * a.stride);
         for (int64_t i = 0; i < m * groups; i++)
-            prepare(xf + i * padded, padded, parts, prepared + i * a.stride);
+            prepare(xf + i * padded, padded, pairs, prepared + i * a.stride);
         a.x = prepared;
     }
-    parallel(threads, w.n, w.n * w.k, [&](int64_t first, int64_t last) {
+    parallel(threads, w.n, w.n * w.k, [&](int64_t first, int64_t last, int) {
         if (w.format == DSV4_NVFP4) {
-            if (parts == 1) few_e2m1_rows<1, 16>(w, first, last, a, y);
-            else few_e2m1_rows<3, 16>(w, first, last, a, y);
+            if (pairs) few_e2m1_rows<kHasPairs, 16>(w, first, last, a, y);
+            else few_e2m1_rows<false, 16>(w, first, last, a, y);
         } else if (w.format == DSV4_MXFP4) {
-            if (parts == 1) few_e2m1_rows<1, 32>(w, first, last, a, y);
-            else few_e2m1_rows<3, 32>(w, first, last, a, y);
+            if (pairs) few_e2m1_rows<kHasPairs, 32>(w, first, last, a, y);
+            else few_e2m1_rows<false, 32>(w, first, last, a, y);
         } else {
             with_format(w, [&](auto tag) {
                 using Row = typename decltype(tag)::type;
@@ -220,8 +218,8 @@ void many_rows(const float* x, int64_t stride, int64_t m, const dsv4_weight& w, 
     int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     int64_t block_size = kBlockRows * kBlockDepth, c_size = m * kBlockRows;
     float* memory = scratch_of(kWeightBlock, threads * (block_size + c_size));
-    parallel(threads, blocks, n * w.k, [&](int64_t first, int64_t last) {
-        float* block = memory + omp_get_thread_num() * (block_size + c_size);
+    parallel(threads, blocks, n * w.k, [&](int64_t first, int64_t last, int worker) {
+        float* block = memory + worker * (block_size + c_size);
         for (int64_t b = first; b < last; b++) {
             int64_t row = first_row + b * kBlockRows;
             int64_t rows = min64(kBlockRows, first_row + n - row);
@@ -243,7 +241,7 @@ void matmul(Matrix x, int64_t m, const dsv4_weight& w, int64_t groups, Matrix y,
                 Matrix part = {(char*)x.data + (i * x.stride + g * k) * size, x.stride, x.dtype};
                 widen(part, 0, 1, k, padded, xf + (i * groups + g) * padded);
             }
-        few_rows(xf, padded, m, w, groups, x.dtype == DSV4_BF16 ? 1 : 3, y, threads);
+        few_rows(xf, padded, m, w, groups, x.dtype == DSV4_BF16, y, threads);
         return;
     }
     int64_t padded = round_up(k, W);

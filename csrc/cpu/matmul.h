@@ -16,7 +16,4 @@ struct Matrix {
 // [g * n/groups, (g+1) * n/groups) of W see only columns [g * k, (g+1) * k) of x.
 void matmul(Matrix x, int64_t m, const dsv4_weight& w, int64_t groups, Matrix y, int threads);
 
-// The same for one activation that two weights of the same shape share (gate and up).
-inline Matrix float_matrix(float* data, int64_t stride) { return {data, stride, DSV4_F32}; }
-
 }  // namespace dsv4

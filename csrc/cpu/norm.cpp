@@ -40,7 +40,7 @@ using namespace dsv4;
 DSV4_EXPORT int dsv4_rms_norm(const void* x, int dtype, int64_t rows, int64_t d, const void* weight,
                               int weight_dtype, float eps, void* y, int threads) {
     auto run = [&](auto* typed_x, auto* typed_weight, auto* typed_y) {
-        parallel(threads, rows, rows * d, [&](int64_t first, int64_t last) {
+        parallel(threads, rows, rows * d, [&](int64_t first, int64_t last, int) {
             for (int64_t r = first; r < last; r++)
                 norm_row(typed_x + r * d, d, typed_weight, eps, typed_y + r * d);
         });

@@ -24,8 +24,8 @@ template <class T>
 void rope(const T* x, const int64_t* positions, int64_t n, int64_t heads, int64_t d,
           const float* freqs, int64_t half, float sign, T* y, int threads) {
     float* memory = scratch_of(kMixes, threads * 2 * half);
-    parallel(threads, n, n * heads * d, [&](int64_t first, int64_t last) {
-        float *cos = memory + omp_get_thread_num() * 2 * half, *sin = cos + half;
+    parallel(threads, n, n * heads * d, [&](int64_t first, int64_t last, int worker) {
+        float *cos = memory + worker * 2 * half, *sin = cos + half;
         for (int64_t t = first; t < last; t++) {
             for (int64_t i = 0; i < half; i++) {
                 float angle = float(positions[t]) * freqs[i];

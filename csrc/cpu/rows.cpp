@@ -71,7 +71,8 @@ DSV4_EXPORT int dsv4_gather_swa(const void* ring, int64_t r, const void* kv, int
 DSV4_EXPORT int dsv4_read_bytes(const void* data, int64_t bytes, float* total, int threads) {
     int64_t lines = bytes / 256;
     float sums[256] = {};
-    parallel(threads < 256 ? threads : 256, lines, bytes, [&](int64_t first, int64_t last) {
+    threads = threads < 256 ? threads : 256;
+    parallel(threads, lines, bytes, [&](int64_t first, int64_t last, int worker) {
         u32v parts[4] = {};
         const char* base = (const char*)data;
         for (int64_t i = first; i < last; i++)
@@ -79,7 +80,7 @@ DSV4_EXPORT int dsv4_read_bytes(const void* data, int64_t bytes, float* total, i
                 for (int v = 0; v < 4; v++)
                     parts[v] ^= load_raw<u32v>(base + i * 256 + j + v * sizeof(u32v));
         u32v all = parts[0] ^ parts[1] ^ parts[2] ^ parts[3];
-        sums[omp_get_thread_num()] = float(all[0] ^ all[W - 1]);
+        sums[worker] += float(all[0] ^ all[W - 1]);
     });
     *total = 0;
     for (float sum : sums) *total += sum;

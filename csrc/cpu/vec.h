@@ -247,17 +247,25 @@ inline f32v e2m1(u32v code) {
 #endif
 }
 
-// Codes j and j + 4 of words of eight e2m1 codes, j < 4: the low and the high half of each lane.
-inline void e2m1_two(u32v words, int j, f32v& low, f32v& high) {
+// Codes j and j + 4 of words of eight e2m1 codes, j < 4, are the low nibbles of the two halves of
+// a lane once these are shifted: one shift serves both.
 #if defined(__AVX512F__)
-    // One shift serves both halves. The high one is looked up as bfloat16, the upper part of a
-    // float, with zero below; the table is there twice because five index bits count.
+// Both as bfloat16, in their halves; of the halves masked out, 0. The table of sixteen values is
+// there twice because five index bits count.
+inline __m512i e2m1_pairs(u32v words, int j, __mmask32 halves = 0xffffffff) {
     const uint64_t t0 = 0x3fc03f803f000000, t1 = 0x40c0408040404000, sign = 0x8000800080008000;
     const __m512i table =
         _mm512_setr_epi64(t0, t1, t0 | sign, t1 | sign, t0, t1, t0 | sign, t1 | sign);
     __m512i shifted = _mm512_srli_epi16((__m512i)words, 4 * j);
-    low = e2m1((u32v)shifted);
-    high = (f32v)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, shifted, table);
+    return _mm512_maskz_permutexvar_epi16(halves, shifted, table);
+}
+#endif
+
+// Both as floats. A bfloat16 with zeros below it is a float.
+inline void e2m1_two(u32v words, int j, f32v& low, f32v& high) {
+#if defined(__AVX512F__)
+    low = e2m1((u32v)_mm512_srli_epi16((__m512i)words, 4 * j));
+    high = (f32v)e2m1_pairs(words, j, 0xaaaaaaaa);
 #else
     low = e2m1(words >> (4 * j));
     high = e2m1(words >> (4 * j + 16));

@@ -1,8 +1,8 @@
 """What the demo model is taught: its vocabulary, its texts and the prompts it is judged with.
 
-A document is a run of sentences of a small language of about 440 words: facts ("the code of anna
-is 57 ."), questions about earlier facts ("what is the code of anna ? 57 ."), little stories with
-consistent people, animals and days, sums, counting, and copying. Everything comes from a seed, and
+A document is a run of sentences of a small language of about 400 words: facts ("note anna 57 ."),
+requests for an earlier fact ("recall anna 57 .", sometimes "what is the code of anna ? 57 ."),
+little stories with consistent people, animals and days, sums, counting, and copying. Everything comes from a seed, and
 nothing here needs torch.
 
 Every token has a kind, which says how much its prediction counts in training and which line of the
@@ -65,6 +65,7 @@ def _vocabulary() -> list[str]:
     words += [*_RELATIVES, *_OPPOSITES, *_OPPOSITES.values(), *ANIMALS]
     for plural, food in _FOOD.values():
         words += [plural, food]
+    words += ["note", "recall"]
     unique = list(dict.fromkeys(words))
     assert len(unique) <= VOCAB_SIZE, len(unique)
     return unique + [f"<unused{i}>" for i in range(VOCAB_SIZE - len(unique))]
@@ -101,9 +102,9 @@ def write_tokenizer(path: Path) -> None:
 
 # ------------------------------------------------------------------------------ documents
 
-TEXT, RANDOM, RECALL, COPY, SUM, RULE = range(6)  # kinds of a token
-KIND_NAMES = ("text", "random", "recall", "copy", "sum", "rule")
-WEIGHTS = (0.5, 0.05, 3.0, 1.0, 1.0, 1.0)  # of a kind's loss; RANDOM cannot be predicted
+TEXT, RANDOM, RECALL, COPY, SUM, RULE, QUESTION = range(7)  # kinds of a token
+KIND_NAMES = ("text", "random", "recall", "copy", "sum", "rule", "question")
+WEIGHTS = (0.5, 0.05, 3.0, 1.0, 1.0, 1.0, 2.0)  # of a kind's loss; RANDOM cannot be predicted
 BANDS = ((1, 128), (128, 512), (512, 1024), (1024, 1 << 30))
 BAND_NAMES = ("d<128", "128-511", "512-1023", ">=1024")
 
@@ -159,9 +160,8 @@ class Writer:
         if key in self.free:
             self.free.remove(key)
         value = str(self.rng.randrange(10, 100))
-        self.doc.add("the code of")
+        self.doc.add("note")
         self.doc.add(key, RANDOM)
-        self.doc.add("is")
         self.where[key] = len(self.doc)
         self.values[key] = value
         self.open.append(key)
@@ -169,18 +169,21 @@ class Writer:
         self.doc.add(".")
         return key
 
-    def query(self, key: str) -> None:
-        self.doc.add("what is the code of")
+    def query(self, key: str, question: bool = False) -> None:
+        """Ask for a value: "recall anna 57 .", or as a question, where it does not follow the key."""
+        self.doc.add("what is the code of" if question else "recall")
         self.doc.add(key, RANDOM)
-        self.doc.add("?")
+        if question:
+            self.doc.add("?")
         position = len(self.doc)
-        self.doc.add(self.values[key], RECALL, position - self.where[key])
+        distance = position - self.where[key]
+        self.doc.add(self.values[key], QUESTION if question else RECALL, distance)
         self.where[key] = position
         self.doc.add(".")
 
     def distant_key(self) -> str | None:
         """A key that may be asked for, the distant ones more often; None: rather write on."""
-        here = len(self.doc) + 7
+        here = len(self.doc) + 2
         if not self.open or self.rng.random() < 0.3:
             return None
         share = [(here - self.where[key]) ** 0.7 for key in self.open]
@@ -192,11 +195,13 @@ class Writer:
         return key
 
     def copy(self) -> None:
-        letters = " ".join(self.rng.choices(LETTERS, k=self.rng.randint(3, 10)))
+        """Letters, names or numbers, all different: what follows one of them is unambiguous."""
+        pool = self.rng.choice((LETTERS, NAMES, NUMBERS, (*LETTERS, *NAMES, *NUMBERS)))
+        items = " ".join(self.rng.sample(pool, self.rng.randint(3, 10)))
         self.doc.add("copy")
-        self.doc.add(letters, RANDOM)
+        self.doc.add(items, RANDOM)
         self.doc.add(":")
-        self.doc.add(f"{letters} .", COPY)
+        self.doc.add(f"{items} .", COPY)
 
     def sum(self) -> None:
         a, b = self.rng.randrange(10), self.rng.randrange(10)
@@ -306,9 +311,9 @@ def document(seed: str, length: int) -> Document:
     """A training text of exactly `length` tokens, with its own density of facts and questions."""
     rng = random.Random(seed)
     writer = Writer(rng)
-    mix = Mix(fact=rng.uniform(0.03, 0.30), query=rng.uniform(0.20, 0.60))
+    mix = Mix(fact=rng.uniform(0.04, 0.30), query=rng.uniform(0.30, 0.65))
     if rng.random() < 0.6:  # many facts first, so that there are distant ones to ask for
-        for _ in range(rng.randint(1, length // 40)):
+        for _ in range(rng.randint(1, length // 24)):
             writer.fact()
     while len(writer.doc) < length:
         draw = rng.random()
@@ -320,7 +325,7 @@ def document(seed: str, length: int) -> Document:
                 break
         key = writer.distant_key() if name == "query" else None
         if key:
-            writer.query(key)
+            writer.query(key, rng.random() < 0.12)
         elif name == "fact" and writer.free:
             writer.fact()
         elif name in ("copy", "sum", "rule"):
@@ -344,7 +349,7 @@ def needle(seed: str, distance: int, others: int = 3) -> tuple[list[int], int, i
     writer = Writer(rng)
     filler(writer, 1 + rng.randrange(40))
     key = writer.fact()
-    end = writer.where[key] + distance - 7  # a question takes 7 tokens before the answer
+    end = writer.where[key] + distance - 2  # `recall` and the key come before the answer
     last = max(end, len(writer.doc) + 1)
     places = sorted(rng.randrange(len(writer.doc), last) for _ in range(others))
     for place in places:
@@ -378,7 +383,8 @@ def samples(name: str, count: int, seed: str = "eval") -> list[Document]:
 
 PROMPTS = (
     "on monday anna went to the forest . there she saw a",
-    "the code of maria is 42 . the code of hugo is 17 . what is the code of maria ?",
+    "note maria 42 . note hugo 17 . recall maria",
+    "note maria 42 . note hugo 17 . what is the code of hugo ?",
     "copy d e m o : ",
     "3 + 4 =",
     "the day after friday is",

@@ -64,7 +64,7 @@ def index_score(
     return score.masked_fill(columns >= visible[:, None], -torch.inf)
 
 
-@op("index_topk", outputs=("index",), discrete=("index",))
+@op("index_topk", outputs=("index",), discrete=("index",), nonfinite=("score",))
 def index_topk(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
     """The k best entries of each query: score [n, T], visible [n] -> index [n, min(k, T)] int32.
 

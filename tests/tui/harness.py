@@ -55,6 +55,11 @@ class Driver:
             before = now
             await self.pilot.pause(0.2)
 
+    async def shows(self, *texts: str) -> None:
+        """Until all of `texts` are on the screen."""
+        for text in texts:
+            await self.until(lambda text=text: text in self.screen_text(), f"not shown: {text}")
+
     async def press(self, *keys: str) -> None:
         """One key after the other, each having had its effect."""
         for key in keys:

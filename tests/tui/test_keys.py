@@ -101,9 +101,9 @@ def test_running_refuses_with_a_message():
         await ui.press("c")
         await ui.press("s", "n", "x", "b")
         assert ui.sent() == ["continue"]
-        assert "error: shadow: the engine is running" in ui.screen_text()
+        await ui.shows("error: shadow: the engine is running")
         await ui.press("p")
-        assert "print: the engine is running" in ui.screen_text()
+        await ui.shows("print: the engine is running")
         await ui.type("o")
         await ui.press("enter")
         assert ui.main.query_one(CommandLine).input.value == "print o"  # kept for later
@@ -131,12 +131,21 @@ def test_allowed(state: str, name: str, ok: bool):
     assert keys.allowed(name, state) is ok
 
 
-def test_bindings_have_unique_ids_and_a_short_footer():
+def test_bindings_have_unique_ids_and_the_key_bar_is_short():
     bindings = [*keys.session_bindings(), *keys.ui_bindings()]
     ids = [binding.id for binding in bindings]
     assert len(set(ids)) == len(ids)
-    assert len([binding for binding in bindings if binding.show]) <= 9  # one only while running
+    assert len(keys.BAR) == 9  # one of them only while running
     assert all(binding.tooltip for binding in bindings)
+
+
+def test_the_key_bar_can_be_clicked():
+    async def script(ui: Driver) -> None:
+        await ui.pilot.click("#keys", offset=(3, 0))
+        await ui.settle()
+        assert ui.sent() == ["step"]
+
+    drive(script)
 
 
 def test_every_command_has_an_action_without_a_site():

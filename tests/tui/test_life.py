@@ -39,7 +39,7 @@ def test_death_while_running():
         await ui.press("c")
         assert ui.app.store.running
         ui.session.die("L3/ffn/experts", signal=None)
-        await ui.until(lambda: "return code -11" in ui.screen_text())
+        await ui.shows("return code -11")
         assert not ui.app.store.running
 
     drive(script)
@@ -49,8 +49,8 @@ def test_a_checkpoint_that_cannot_be_opened():
     async def script(ui: Driver) -> None:
         error = {"message": "no such folder: x", "hint": "give a checkpoint", "exit_code": 4}
         ui.session.on_event({"event": "fatal", "error": error})
-        await ui.until(lambda: "no such folder: x" in ui.screen_text())
-        assert "hint: give a checkpoint" in ui.screen_text()
+        await ui.shows("no such folder: x")
+        await ui.shows("hint: give a checkpoint")
 
     drive(script, opened=False)
 

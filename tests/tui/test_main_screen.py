@@ -64,7 +64,7 @@ def test_search_and_anomalies():
         await ui.press("down", "enter")
         assert tree.site == "L1/attn/core"
         await ui.press("right_square_bracket")
-        assert "no anomaly so far" in ui.screen_text()
+        await ui.shows("no anomaly so far")
         ui.session.alarms = {"L2/attn/core": "3 NaN", "L3/ffn/gate": "load"}
         await ui.do("goto 4")
         await ui.press("left_square_bracket")
@@ -103,7 +103,7 @@ def test_a_switch_without_effect_says_so():
         ui.session.stuck = {"embed"}
         await ui.press("s", "k")
         assert "NO EFFECT: both are cpu" in ui.text("#op")
-        assert "embed: cpu → cpu  NO EFFECT" in ui.screen_text()
+        await ui.shows("embed: cpu → cpu  NO EFFECT")
         await ui.press("s")
         assert "NO EFFECT" not in ui.text("#op")
 
@@ -114,8 +114,9 @@ def test_contract_opens_and_closes():
     async def script(ui: Driver) -> None:
         await ui.press("s", "i")
         await ui.still()
-        assert "window [n, w, hd]" in ui.screen_text()
+        await ui.shows("window [n, w, hd]")
         await ui.press("escape")
+        await ui.still()
         assert "window [n, w, hd]" not in ui.screen_text()
 
     drive(script)
@@ -125,9 +126,10 @@ def test_breakpoint_list_deletes():
     async def script(ui: Driver) -> None:
         await ui.press("s", "b", "B")
         assert ui.app.focused is ui.main.query_one(BreakList)
-        assert "● 1  embed" in ui.screen_text()
+        await ui.shows("● 1  embed")
         await ui.press("down", "delete")
         assert ui.sent()[-1] == "delete 1"
+        await ui.still()
         assert "● 1  embed" not in ui.screen_text()
 
     drive(script)
@@ -138,7 +140,7 @@ def test_values_come_to_the_front_and_go_back():
         await ui.press("s")
         await ui.do("print o[0,:3]")
         assert ui.main.chosen == "values"
-        await ui.until(lambda: "-2.1200" in ui.screen_text())
+        await ui.shows("-2.1200")
         await ui.press("1")
         assert ui.main.chosen == "op"
 
@@ -162,7 +164,7 @@ def test_watches_and_shadow_show():
         await ui.do("watch o.max()")
         await ui.press("x")
         assert "tensor(1.0021)" in ui.text("#watches")
-        assert "shadow *" in ui.screen_text()
+        await ui.shows("shadow *")
 
     drive(script)
 
@@ -172,6 +174,7 @@ def test_log_shows_everything_and_hides():
         ui.session.log("stderr", "nvcc: warning")
         ui.session.log("stdout", "hello from a kernel\n")
         await ui.press("s")
+        await ui.still()
         text = ui.screen_text()
         assert "nvcc: warning" in text and "hello from a kernel" in text and "›    step" in text
         await ui.press("o")
@@ -189,7 +192,7 @@ def test_resizing_rearranges():
         await ui.settle()
         assert ui.main.shown == ("op",)
         await ui.press("3")
-        assert "residual norm" in ui.screen_text()
+        await ui.shows("residual norm")
         await ui.pilot.resize_terminal(200, 60)
         await ui.settle()
         assert len(ui.main.shown) == 5
@@ -217,7 +220,7 @@ def test_opening_shows_progress():
     async def script(ui: Driver) -> None:
         ui.session.log("worker", "mapping shard 3 of 46")
         await ui.until(lambda: "mapping shard 3 of 46" in ui.text("#op"))
-        assert "opening" in ui.screen_text()
+        await ui.shows("opening")
         await ui.press("s")
         assert ui.sent() == []
         ui.session.open()
@@ -249,7 +252,7 @@ def test_palette_finds_commands_and_sites():
         await ui.settle()
         await ui.pilot.press("ctrl+p")
         await ui.type("goto LAY")
-        await ui.until(lambda: "go to the end of a layer" in ui.screen_text())
+        await ui.shows("go to the end of a layer")
 
     drive(script)
 

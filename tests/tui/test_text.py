@@ -14,10 +14,11 @@ from dsv4_bench.workbench.tui.op_view import op_lines
 from dsv4_bench.workbench.tui.panes import break_text, death_lines, residual_points, status_line
 from dsv4_bench.workbench.tui.plot import line_plot, spark
 from dsv4_bench.workbench.tui.queries import Queries
+from dsv4_bench.workbench.tui.records import SiteInfo
 from dsv4_bench.workbench.tui.results import any_result
 from dsv4_bench.workbench.tui.site_model import SiteModel, neighbour, search
 from dsv4_bench.workbench.tui.spans import plain, width_of
-from dsv4_bench.workbench.tui.store import Change, SiteInfo, Store
+from dsv4_bench.workbench.tui.store import Change, Store
 
 
 def told(*lines: str, **session: object) -> Store:

@@ -59,14 +59,18 @@ def run(args: argparse.Namespace) -> int:
 def check_target(target: Path) -> None:
     """Raise DSV4Error now if `target` could not be written later."""
     if not target.parent.is_dir():
-        raise DSV4Error(f"no such folder: {target.parent}", "-o names a file in a folder that exists")
+        raise DSV4Error(
+            f"no such folder: {target.parent}", "-o names a file in a folder that exists"
+        )
     if target.is_dir():
         raise DSV4Error(f"{target} is a folder", "-o names a file")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise CannotAnswer(f"cannot write into {target.parent}: {error.strerror}", "-o elsewhere") from None
+        raise CannotAnswer(
+            f"cannot write into {target.parent}: {error.strerror}", "-o elsewhere"
+        ) from None
 
 
 def _save(target: Path, logits: object) -> None:

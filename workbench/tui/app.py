@@ -21,8 +21,9 @@ from dsv4_bench.workbench.tui.inbox import Inbox
 from dsv4_bench.workbench.tui.layout import HEIGHT_CLASSES, WIDTH_CLASSES
 from dsv4_bench.workbench.tui.palette import SessionProvider
 from dsv4_bench.workbench.tui.queries import Queries
+from dsv4_bench.workbench.tui.records import Event
 from dsv4_bench.workbench.tui.screens.main import MainScreen
-from dsv4_bench.workbench.tui.store import Change, Event, Store
+from dsv4_bench.workbench.tui.store import Change, Store
 
 if TYPE_CHECKING:
     from dsv4_bench.workbench.session import SessionOptions

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from dsv4_bench.workbench.tui.store import Event
+from dsv4_bench.workbench.tui.records import Event
 
 URGENT = frozenset({"hello", "state", "reply", "died"})
 FLOOD_INTERVAL = 0.1

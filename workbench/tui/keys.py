@@ -9,7 +9,7 @@ from textual.binding import Binding
 from dsv4_bench.workbench.commands import BY_NAME, SESSION_COMMANDS, SessionCommand
 from dsv4_bench.workbench.tui.store import Store
 
-FOOTER = {
+BAR_LABELS = {
     "pause": "Pause",
     "step": "Step",
     "next": "Next",
@@ -41,7 +41,6 @@ UI_KEYS: tuple[tuple[str, str, str], ...] = (
     ("question_mark,f1", "help", "this help"),
 )
 TYPING = ("command_line", "search")  # these open the line: what is typed next must not overtake
-_UI_FOOTER = {"command_line": "Command", "help": "Help"}
 _SHOWN = {"colon": ":", "slash": "/", "right_square_bracket": "]", "left_square_bracket": "["}
 _SHOWN |= {"question_mark": "?", "full_stop": "."}
 
@@ -62,16 +61,15 @@ class Prompt:
 
 def session_bindings() -> list[Binding]:
     bindings = []
-    order = {name: index for index, name in enumerate(FOOTER)}
-    for command in sorted(SESSION_COMMANDS, key=lambda c: order.get(c.name, len(order))):
+    for command in SESSION_COMMANDS:
         if not command.keys:
             continue
         bindings.append(
             Binding(
                 ",".join(command.keys),
                 f"command('{command.name}')",
-                FOOTER.get(command.name, command.help),
-                show=command.name in FOOTER,
+                command.help,
+                show=False,
                 tooltip=command.help,
                 priority=prompts(command),
                 id=f"command.{command.name}",
@@ -85,8 +83,8 @@ def ui_bindings() -> list[Binding]:
         Binding(
             key,
             action,
-            _UI_FOOTER.get(action, text),
-            show=action in _UI_FOOTER,
+            text,
+            show=False,
             tooltip=text,
             priority=action in TYPING,
             key_display=key_text(key.split(",")[0]),
@@ -102,6 +100,15 @@ def key_text(key: str) -> str:
         return _SHOWN[key]
     return key.upper() if key[:1] == "f" and key[1:].isdigit() else key
 
+
+BAR = [
+    *(
+        (name, key_text(BY_NAME[name].keys[0]), label, f"command('{name}')")
+        for name, label in BAR_LABELS.items()
+    ),
+    ("command_line", ":", "Command", "command_line"),
+    ("help", "?", "Help", "help"),
+]
 
 _ON_SITE = ("break", "shadow", "toggle", "until", "op")  # these know what they act on
 

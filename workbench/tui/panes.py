@@ -10,6 +10,7 @@ from typing import Any
 from dsv4_bench.workbench.tui import format as fmt
 from dsv4_bench.workbench.tui.op_view import readings_by_site
 from dsv4_bench.workbench.tui.plot import Point, line_plot
+from dsv4_bench.workbench.tui.records import Event, Value
 from dsv4_bench.workbench.tui.spans import (
     ACCENT,
     BAD,
@@ -22,7 +23,7 @@ from dsv4_bench.workbench.tui.spans import (
     Line,
     width_of,
 )
-from dsv4_bench.workbench.tui.store import Event, Store, Value
+from dsv4_bench.workbench.tui.store import Store
 
 # -- readings
 

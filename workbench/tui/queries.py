@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from dsv4_bench.workbench.tui.store import Change, Event, Store
+from dsv4_bench.workbench.tui.records import Event
+from dsv4_bench.workbench.tui.store import Change, Store
 
 PANE_OF = {"op": "op", "layer": "readings", "residual": "readings"}
 RESHAPES = ("toggle", "route", "shadow", "back", "rerun", "goto", "reset", "restart")

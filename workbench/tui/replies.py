@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsv4_bench.workbench.tui.records import Event, SiteInfo, Value
 from dsv4_bench.workbench.tui.results import any_result, readings_table
-from dsv4_bench.workbench.tui.store import Change, Event, SiteInfo, Store, Value, command_name
+from dsv4_bench.workbench.tui.store import Change, Store, command_name
 
 VALUES_KEPT = 50
 Handler = Callable[[Store, str, Event, bool], Change]

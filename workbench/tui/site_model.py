@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dsv4_bench.workbench.tui.format import DONE, PENDING, SKIPPED
-from dsv4_bench.workbench.tui.store import SiteInfo
+from dsv4_bench.workbench.tui.records import SiteInfo
 
 
 @dataclass(frozen=True)

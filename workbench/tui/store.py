@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import Any, TypeAlias
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
-
-Event: TypeAlias = dict[str, Any]
+from dsv4_bench.workbench.tui.records import Event, LogLine, SiteInfo, Value, stub_view
 
 IDLE = ("ready", "stopped", "finished")
 LOG_LINES_KEPT = 2000
@@ -33,41 +31,6 @@ class Change(Flag):
     LOG = auto()
     ERROR = auto()
     DEATH = auto()
-
-
-@dataclass
-class SiteInfo:
-    """One row of the tree. `alarm_forward`: the forward pass that `alarm` is from."""
-
-    path: str
-    op: str = ""
-    layer: int | None = None
-    kind: str | None = None
-    done: bool = False
-    seconds: float | None = None
-    own_error: float | None = None
-    alarm: str = ""
-    alarm_forward: int = 0
-    route: str = ""
-    note: str = ""
-    stops: bool = False
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """`stream`: stdout, stderr, worker; command, result or error for what was typed."""
-
-    stream: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Value:
-    """The result of a command that looked at something."""
-
-    line: str
-    title: str
-    text: str
 
 
 @dataclass
@@ -283,18 +246,6 @@ class Store:
         if quiet:
             return Change.NONE
         return self.fail(event.get("error") or {}) | Change.STATE
-
-
-def stub_view(info: SiteInfo) -> Event:
-    """What is known of a site before the session was asked about it."""
-    return {
-        "site": info.path,
-        "op": info.op,
-        "state": "done" if info.done else "pending",
-        "route": info.route,
-        "stamp": {"implementation": info.route, "note": info.note} if info.route else None,
-        "times": {info.route or "last": info.seconds} if info.seconds is not None else {},
-    }
 
 
 def command_name(line: str) -> str:

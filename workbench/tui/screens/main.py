@@ -34,7 +34,7 @@ class MainScreen(MainView):
 
     @on(CommandLine.Opened)
     def _line_opened(self) -> None:
-        self.footer.display = False
+        self.key_bar.display = False
 
     @on(CommandLine.Entered)
     def _entered(self, event: CommandLine.Entered) -> None:
@@ -59,7 +59,7 @@ class MainScreen(MainView):
         if not event.kept and self._before_search:
             self.select(self._before_search)
         self._before_search = None
-        self.footer.display = True
+        self.key_bar.display = True
         self.set_focus(self.site_tree)
 
     # -- actions
@@ -69,12 +69,8 @@ class MainScreen(MainView):
             return False  # letters are text
         if action != "command":
             return True
-        name, state = str(parameters[0]), self.store.name
-        if name == "pause":
-            return self.store.running
-        if keys.allowed(name, state) or name not in keys.FOOTER:
-            return True  # what is not in the footer answers with a message instead
-        return None
+        name = str(parameters[0])
+        return self.usable(name) if name in keys.BAR_LABELS else True  # the rest says why not
 
     def action_command(self, name: str) -> None:
         action = keys.action_for(name, self.store, self.cursor)

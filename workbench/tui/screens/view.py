@@ -10,8 +10,9 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
+from dsv4_bench.workbench.commands import BY_NAME
 from dsv4_bench.workbench.tui import format as fmt
 from dsv4_bench.workbench.tui import keys, panes
 from dsv4_bench.workbench.tui.layout import (
@@ -28,6 +29,7 @@ from dsv4_bench.workbench.tui.store import Change, Store
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
 from dsv4_bench.workbench.tui.widgets.command_line import CommandLine
 from dsv4_bench.workbench.tui.widgets.death_banner import DeathBanner
+from dsv4_bench.workbench.tui.widgets.key_bar import KeyBar
 from dsv4_bench.workbench.tui.widgets.lines_pane import LinesPane
 from dsv4_bench.workbench.tui.widgets.log_pane import LogPane
 from dsv4_bench.workbench.tui.widgets.site_tree import SiteTree
@@ -35,7 +37,7 @@ from dsv4_bench.workbench.tui.widgets.status_bar import StatusBar
 from dsv4_bench.workbench.tui.widgets.tab_strip import TabStrip
 
 TOO_SMALL = f"the terminal is too small: {MIN_WIDTH}×{MIN_HEIGHT} is the least"
-GREY_AFTER = 0.2  # seconds of running before the footer shows it; short steps do not flicker
+GREY_AFTER = 0.2  # seconds of running before the key bar shows it; short steps do not flicker
 
 
 class MainView(Screen[None]):
@@ -54,7 +56,6 @@ class MainView(Screen[None]):
         self._progress = ""
         self._values_asked = False
         self._grey: Timer | None = None
-        self._bindings_for = "opening"
         self.status = StatusBar(store, id="status")
         self.death = DeathBanner(id="death")
         self.site_tree = SiteTree(id="tree")
@@ -67,7 +68,7 @@ class MainView(Screen[None]):
         self.log_pane = LogPane(id="log")
         self.message_line = Static(id="message", markup=False)
         self.command_line = CommandLine(id="command")
-        self.footer = Footer(show_command_palette=False)
+        self.key_bar = KeyBar(self.usable, id="keys")
         self.panes = {name: getattr(self, name) for name in keys.PANES}
 
     def compose(self) -> ComposeResult:
@@ -86,7 +87,7 @@ class MainView(Screen[None]):
             yield self.log_pane
             yield self.message_line
             yield self.command_line
-            yield self.footer
+            yield self.key_bar
         yield Static(TOO_SMALL, classes="too-small")
 
     def on_mount(self) -> None:
@@ -163,19 +164,20 @@ class MainView(Screen[None]):
 
     def _show_state(self) -> None:
         if self.store.running:
-            self._grey = self._grey or self.set_timer(GREY_AFTER, self._show_bindings)
+            self._grey = self._grey or self.set_timer(GREY_AFTER, self.key_bar.refresh)
             return
         if self._grey is not None:
             self._grey.stop()
         self._grey = None
-        self._show_bindings()
+        self.key_bar.refresh()
 
-    def _show_bindings(self) -> None:
-        """Let the footer grey out what cannot be done in this state, if it does not yet."""
-        state = "idle" if self.store.idle else self.store.name
-        if state != self._bindings_for:
-            self._bindings_for = state
-            self.refresh_bindings()
+    def usable(self, name: str) -> bool | None:
+        """Whether a command can be sent now: None greys it out, False hides it."""
+        if name == "pause":
+            return self.store.running
+        if name not in BY_NAME or keys.allowed(name, self.store.name):
+            return True
+        return None
 
     def _show_counts(self) -> None:
         counts = {fmt.ALARM: len(self.store.anomalies()), fmt.BREAK: len(self.store.breaks)}

@@ -13,7 +13,7 @@ from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from dsv4_bench.workbench.tui.panes import break_text
-from dsv4_bench.workbench.tui.store import Event
+from dsv4_bench.workbench.tui.records import Event
 
 
 class BreakList(OptionList):

@@ -6,7 +6,7 @@ from textual import events
 from textual.widgets import Static
 
 from dsv4_bench.workbench.tui.panes import death_lines
-from dsv4_bench.workbench.tui.store import Event
+from dsv4_bench.workbench.tui.records import Event
 from dsv4_bench.workbench.tui.widgets.lines_pane import to_content
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.text import Text
 from textual.widgets import RichLog
 
-from dsv4_bench.workbench.tui.store import LogLine
+from dsv4_bench.workbench.tui.records import LogLine
 
 LABELS = {
     "stdout": ("out  ", ""),

@@ -16,8 +16,8 @@ from textual.strip import Strip
 
 from dsv4_bench.workbench.tui import format as fmt
 from dsv4_bench.workbench.tui.layout import tree_columns
+from dsv4_bench.workbench.tui.records import SiteInfo
 from dsv4_bench.workbench.tui.site_model import Node, SiteModel, Summary
-from dsv4_bench.workbench.tui.store import SiteInfo
 
 MARKS = 3  # columns of signs before the name
 ROOMY = 32  # from this width on, indent by two

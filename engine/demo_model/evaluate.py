@@ -1,0 +1,204 @@
+"""Judge a checkpoint of the demo model with this engine: what it says, not how far its numbers are.
+
+    python -m dsv4_bench.engine.demo_model.evaluate [CKPT] [--quick] [--route kernel] [--fault NAME]
+
+Texts of 2304 tokens, never seen in training, are read once: the loss, and the share of tokens
+predicted right by kind, recalled values by their distance d to the latest mention. Then prompts
+with one fact at a chosen distance, and a few prompts that are continued greedily. `--fault` makes
+one known mistake in the engine, to see whether the answers show it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.demo_model import tasks
+from dsv4_bench.engine.generate import generate, teacher_forced_logits
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import Site, parse_route
+
+HERE = Path(__file__).parent / "checkpoint"
+NEEDLES = (20, 60, 100, 160, 300, 450, 600, 900, 1200, 1600, 2000)
+Tally = dict[str, list[int]]  # right, asked
+
+
+def _negate(site: Site) -> None:
+    site.params["scale"] = -site.params["scale"]
+
+
+def _forward(site: Site) -> None:
+    site.params["inverse"] = False
+
+
+def _shift(site: Site) -> None:
+    site.params["ape"] = site.params["ape"].roll(1, 0)
+
+
+def _few(site: Site) -> None:
+    site.params["k"] = 1
+
+
+FAULTS: dict[str, tuple[str, Callable[[Site], None], str]] = {
+    "worst-entries": ("attn/index/score", _negate, "the indexer keeps the worst entries"),
+    "one-entry": ("attn/index/topk", _few, "the indexer keeps one entry"),
+    "no-inverse-rope": ("attn/o_rope", _forward, "the output is rotated forwards"),
+    "ape-off-by-one": ("attn/compressor/pool", _shift, "position bias rows moved by one"),
+    "one-expert": ("ffn/gate", _few, "one expert a token instead of two"),
+}
+
+
+def break_engine(model: Transformer, fault: str) -> int:
+    """Make the named mistake at every site it concerns; how many there are."""
+    ending, change, _ = FAULTS[fault]
+    sites = [site for path, site in model.sites.items() if path.endswith(ending)]
+    for site in sites:
+        change(site)
+    return len(sites)
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def count(tally: Tally, name: str, right: bool) -> None:
+    entry = tally.setdefault(name, [0, 0])
+    entry[0] += int(right)
+    entry[1] += 1
+
+
+def band(distance: int) -> str:
+    for name, (low, high) in zip(tasks.BAND_NAMES, tasks.BANDS, strict=True):
+        if low <= distance < high:
+            return name
+    raise ValueError(distance)
+
+
+def read_documents(model: Transformer, number: int, length: int) -> tuple[float, Tally]:
+    """Loss over all tokens, and the tallies by kind and band."""
+    tally: Tally = {}
+    losses = []
+    for index in range(number):
+        doc = tasks.document(f"eval/{index}", length)
+        logits = teacher_forced_logits(model, doc.ids[:-1])
+        target = torch.tensor(doc.ids[1:])
+        losses.append(float(F.cross_entropy(logits, target)))
+        right = (logits.argmax(-1) == target).tolist()
+        for hit, kind, distance in zip(right, doc.kinds[1:], doc.distances[1:], strict=True):
+            name = tasks.KIND_NAMES[kind]
+            if kind in (tasks.RECALL, tasks.QUESTION):
+                name += f" {band(distance)}"
+            if kind != tasks.RANDOM:
+                count(tally, name, hit)
+        _progress(f"document {index + 1} of {number}")
+    return sum(losses) / len(losses), tally
+
+
+def find_needles(model: Transformer, each: int, distances: tuple[int, ...]) -> Tally:
+    """Recall of one fact at each distance, by distance."""
+    tally: Tally = {}
+    for distance in distances:
+        for index in range(each):
+            ids, value, _exact = tasks.needle(f"needle/{distance}/{index}", distance)
+            found = last_logits(model, ids).argmax()
+            count(tally, f"needle {distance}", int(found) == value)
+        _progress(f"needles at {distance}")
+    return tally
+
+
+def last_logits(model: Transformer, ids: list[int]) -> Tensor:
+    cache = model.new_cache()
+    return model.forward(cache.step([ids]), cache, last_only=True)[0]
+
+
+def continuations(model: Transformer, new: int) -> list[tuple[str, str]]:
+    """Each prompt with what the model says next, greedily."""
+    found = []
+    for prompt in tasks.PROMPTS:
+        ids = [tasks.ID[tasks.BOS], *tasks.encode(prompt)]
+        found.append((prompt, tasks.decode(list(generate(model, ids, new)))))
+        _progress(f"continued {prompt!r}")
+    return found
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:70}", end="", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------ command
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command prints, as one JSON object."""
+    start = time.monotonic()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    model = Transformer(Checkpoint(args.checkpoint), dtype=dtype, device=args.device)
+    model.set_route(parse_route([args.route]))
+    broken = break_engine(model, args.fault) if args.fault else 0
+    documents = args.documents or (2 if args.quick else 20)
+    each = args.needles if args.needles >= 0 else (0 if args.quick else 8)
+    loss, tally = read_documents(model, documents, args.length)
+    tally |= find_needles(model, each, NEEDLES)
+    texts = continuations(model, 16) if args.text else []
+    return {
+        "checkpoint": Path(args.checkpoint).name,
+        "route": args.route,
+        "dtype": args.dtype,
+        "fault": args.fault,
+        "sites broken": broken,
+        "documents": documents,
+        "loss": round(loss, 4),
+        "tally": tally,
+        "texts": texts,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The result as a table."""
+    fault = f", fault {result['fault']}" if result["fault"] else ""
+    print(
+        f"{result['checkpoint']}: route {result['route']}, {result['dtype']}{fault}; "
+        f"{result['documents']} documents, loss {result['loss']:.4f}, {result['seconds']} s"
+    )
+    order = {name: place for place, name in enumerate(tasks.BAND_NAMES)}
+    names = sorted(result["tally"], key=lambda n: (n.split()[0], order.get(n.split()[-1], 0)))
+    for name in names:
+        right, asked = result["tally"][name]
+        print(f"  {name:20} {100 * right / asked:6.1f} %  of {asked}")
+    for prompt, text in result["texts"]:
+        print(f"  {prompt} -> {text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("checkpoint", nargs="?", default=str(HERE))
+    parser.add_argument("--route", default="reference", help="reference or kernel")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="2 documents, no needles")
+    parser.add_argument("--documents", type=int, default=0)
+    parser.add_argument("--needles", type=int, default=-1, help="prompts for each distance")
+    parser.add_argument("--length", type=int, default=2304)
+    parser.add_argument("--text", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--fault", default="", choices=("", *FAULTS))
+    parser.add_argument("--json", default="", help="also write the result to this file")
+    args = parser.parse_args()
+    result = evaluate(args)
+    show(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
