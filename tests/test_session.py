@@ -151,3 +151,12 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
         assert error.value.exit_code == 4
         reply = client.wait_for(lambda e: e["event"] == "reply" and e["id"] == number)
         assert not reply["ok"] and client.state["state"] == "dead"
+
+
+def test_what_a_program_asks_is_not_in_the_script(client):
+    client.command("step")
+    client.send("readings", log=False)
+    client.command("status")  # answered after it
+    client.send("readings")
+    client.command("status")
+    assert client.commands == ["step", "readings"]

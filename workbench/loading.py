@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dsv4_bench.engine.census import layout_words
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import resolve_checkpoint
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
@@ -98,7 +99,7 @@ def load_model(options: dict[str, Any]) -> Loaded:
     checkpoint.require_complete()
     model = Transformer(checkpoint, dtype, device)
     model.set_route(route)
-    loaded = Loaded(model, load_tokenizer(checkpoint.folder), getattr(checkpoint, "layout", ""))
+    loaded = Loaded(model, load_tokenizer(checkpoint.folder), layout_words(checkpoint))
     fallbacks = sorted({f"{s.op}: {s.stamp.note}" for s in model.sites.values() if s.stamp.note})
     loaded.notes = [f"reference instead of a kernel for {text}" for text in fallbacks]
     return loaded

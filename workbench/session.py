@@ -97,6 +97,7 @@ class Session:
         self._changed = threading.Condition()
         self._sent: dict[int, Parsed] = {}  # not answered yet
         self._awaited: set[int] = set()  # ids that `command` waits for
+        self._unlogged: set[int] = set()  # ids that leave no line in `commands`
         self._replies: dict[int, Event] = {}
         self._running: Running | None = None
         self._culprit: Running | None = None
@@ -145,13 +146,16 @@ class Session:
         error = reply["error"]
         raise DSV4Error(error["message"], error["hint"], error["exit_code"])
 
-    def send(self, line: str) -> int:
+    def send(self, line: str, log: bool = True) -> int:
         """Send one command; its reply arrives as an event with the returned id.
 
-        Raises DSV4Error at once for a line that cannot be parsed.
+        With `log` false it leaves no line in `commands`: a program asked, not its user. Raises
+        DSV4Error at once for a line that cannot be parsed.
         """
         parsed = parse(line)
         number = self._number(parsed)
+        if not log:
+            self._unlogged.add(number)
         if parsed.command.where == "client":
             threading.Thread(target=self._run_here, args=(number, parsed), daemon=True).start()
         else:
@@ -331,8 +335,9 @@ class Session:
         parsed = self._sent.pop(number, None)
         if parsed is not None:
             message["line"] = parsed.line
-            if message["ok"] and parsed.command.logged:
+            if message["ok"] and parsed.command.logged and number not in self._unlogged:
                 self.commands.append(_as_done(parsed, message["result"]))
+            self._unlogged.discard(number)
         with self._changed:
             if number in self._awaited:
                 self._replies[number] = message

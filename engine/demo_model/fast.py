@@ -98,16 +98,64 @@ def index_scores(u: Tensor, qr: Tensor, p: Params, cos: Tensor, sin: Tensor) -> 
     return (torch.relu(dots).float() * weights.unsqueeze(-1)).sum(2)
 
 
-def indexer_loss(
-    le: Tensor, m: Tensor, pw: Tensor, sink: Tensor, scores: Tensor, sel: Tensor
-) -> Tensor:
-    """[2]: mean cross-entropy to the heads' attention over the entries, and the share selected."""
-    pe = torch.exp(le - m)
-    total = pw.sum(-1, keepdim=True) + pe.sum(-1, keepdim=True) + torch.exp(sink[:, None] - m)
-    teacher = (pe / total).sum(2).detach()  # [b, s, T]
+def indexer_loss(teacher: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+    """[2]: mean cross-entropy of the scores to the heads' attention over the entries, and how much
+    of that attention goes to the chosen ones. teacher, scores, chosen [b, s, T]."""
     mass = teacher.sum() + 1.0
     loss = -(teacher * scores.log_softmax(-1)).sum() / mass
-    return torch.stack((loss, ((teacher * sel).sum() / mass).detach()))
+    return torch.stack((loss, ((teacher * chosen).sum() / mass).detach()))
+
+
+def project(
+    u: Tensor, p: Params, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed input -> query latent [b, s, qr], queries [b, s, h, hd], window keys [b, s, hd]."""
+    b, s, _ = u.shape
+    qr = rms(mm(u, p["self_attn.q_a_proj.weight"]), p["self_attn.q_a_norm.weight"], 1e-6)
+    q = mm(qr, p["self_attn.q_b_proj.weight"]).view(b, s, heads, -1).float()
+    q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
+    q = rope(q.to(u.dtype), cos[:, None], sin[:, None])
+    kv = rms(mm(u, p["self_attn.kv_proj.weight"]), p["self_attn.kv_norm.weight"], 1e-6)
+    return qr, q, rope(kv, cos, sin)
+
+
+def window_logits(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [b, s, h, 256] of each token for its own block of 128 and the one before, hidden
+    where outside the last 128 tokens; and those keys [b, s/128, 256, hd]."""
+    b, s, heads, width = q.shape
+    blocks = s // WINDOW
+    keys = kv.view(b, blocks, WINDOW, width)
+    keys = torch.cat((F.pad(keys[:, :-1], (0, 0, 0, 0, 1, 0)), keys), 2)
+    logits = q.reshape(b, blocks, WINDOW * heads, width) @ keys.transpose(2, 3)
+    logits = logits.view(b, blocks, WINDOW, heads, 2 * WINDOW).float()
+    row = torch.arange(WINDOW, device=q.device)[:, None] + WINDOW
+    column = torch.arange(2 * WINDOW, device=q.device)
+    seen = (column <= row) & (column > row - WINDOW)  # [128, 256]
+    first = torch.arange(blocks, device=q.device)[:, None, None] > 0
+    seen = seen & (first | (column >= WINDOW))  # [n, 128, 256]
+    logits = torch.where(seen[None, :, :, None], logits * width**-0.5, HIDDEN)
+    return logits.view(b, s, heads, -1), keys
+
+
+def entry_logits(q: Tensor, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    """Logits [b, s, h, T], hidden where an entry is not complete yet; which are [s, T]."""
+    b, s, heads, width = q.shape
+    count = entries.shape[1]
+    logits = q.reshape(b, s * heads, width) @ entries.transpose(1, 2)
+    ends = (torch.arange(s, device=q.device) + 1) // ratio
+    visible = torch.arange(count, device=q.device) < ends[:, None]
+    logits = logits.view(b, s, heads, count).float() * width**-0.5
+    return torch.where(visible[None, :, None], logits, HIDDEN), visible
+
+
+def choose(scores: Tensor, visible: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The scores, hidden where not visible, and which entries they choose; topk 0: all visible."""
+    scores = torch.where(visible, scores, HIDDEN)
+    chosen = visible.expand(scores.shape)
+    if topk:
+        edge = scores.detach().topk(min(topk, scores.shape[-1]), -1).values[..., -1:]
+        chosen = chosen & (scores.detach() >= edge)
+    return scores, chosen
 
 
 def attend(
@@ -126,64 +174,37 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The attention sublayer, from its collapsed input u; topk 0: all visible entries are used."""
     b, s, _ = u.shape
-    a = "self_attn"
     u = rms(u, p["input_layernorm.weight"], 1e-6).to(dtype)
-    qr = rms(mm(u, p[f"{a}.q_a_proj.weight"]), p[f"{a}.q_a_norm.weight"], 1e-6)
-    q = mm(qr, p[f"{a}.q_b_proj.weight"]).view(b, s, heads, -1).float()
-    q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
-    q = rope(q.to(dtype), cos[:, None], sin[:, None])
+    qr, q, kv = project(u, p, cos, sin, heads)
     width = q.shape[-1]
-    kv = rms(mm(u, p[f"{a}.kv_proj.weight"]), p[f"{a}.kv_norm.weight"], 1e-6)
-    kv = rope(kv, cos, sin)
-    blocks = s // WINDOW
-    keys = kv.view(b, blocks, WINDOW, width)
-    keys = torch.cat((F.pad(keys[:, :-1], (0, 0, 0, 0, 1, 0)), keys), 2)  # [b, n, 256, hd]
-    qb = q.reshape(b, blocks, WINDOW * heads, width)
-    lw = (qb @ keys.transpose(2, 3)).view(b, blocks, WINDOW, heads, 2 * WINDOW).float()
-    row = torch.arange(WINDOW, device=u.device)[:, None] + WINDOW
-    column = torch.arange(2 * WINDOW, device=u.device)
-    seen = (column <= row) & (column > row - WINDOW)  # [128, 256]
-    first = torch.arange(blocks, device=u.device)[:, None, None] > 0
-    seen = seen & (first | (column >= WINDOW))  # [n, 128, 256]
-    lw = torch.where(seen[None, :, :, None], lw * width**-0.5, HIDDEN).view(b, s, heads, -1)
-    sink = p[f"{a}.sinks"]
+    lw, keys = window_logits(q, kv)
+    sink = p["self_attn.sinks"]
     m = torch.maximum(lw.amax(-1), sink)
     stats = u.new_zeros(2, dtype=torch.float32)
+    oe = torch.zeros((), dtype=dtype, device=u.device)
     if ratio:
-        entries = compress(u, p, f"{a}.compressor", ratio, cos, sin)  # [b, T, hd]
-        count = entries.shape[1]
-        le = (q.reshape(b, s * heads, width) @ entries.transpose(1, 2)).view(b, s, heads, count)
-        ends = (torch.arange(s, device=u.device) + 1) // ratio
-        sel = torch.arange(count, device=u.device) < ends[:, None]  # [s, T]
-        le = torch.where(sel[None, :, None], le.float() * width**-0.5, HIDDEN)
-        m = torch.maximum(m, le.amax(-1)).detach().unsqueeze(-1)
-        pw = torch.exp(lw - m)
-        if ratio == CSA_RATIO:
-            scores = index_scores(u.detach(), qr.detach(), p, cos, sin)
-            scores = torch.where(sel, scores, HIDDEN)
-            chosen = sel.expand(b, s, count)
-            if topk:
-                edge = scores.detach().topk(min(topk, count), -1).values[..., -1:]
-                chosen = chosen & (scores.detach() >= edge)  # [b, s, T]
-            stats = indexer_loss(le.detach(), m, pw.detach(), sink.detach(), scores, chosen)
-            if topk:
-                le = torch.where(chosen.unsqueeze(2), le, HIDDEN)
+        entries = compress(u, p, "self_attn.compressor", ratio, cos, sin)  # [b, T, hd]
+        le, visible = entry_logits(q, entries, ratio)
+        m = torch.maximum(m, le.amax(-1))
+    m = m.detach().unsqueeze(-1)
+    pw = torch.exp(lw - m)
+    total = pw.sum(-1, keepdim=True) + torch.exp(sink[:, None] - m)
+    if ratio:
         pe = torch.exp(le - m)
-        total = pw.sum(-1, keepdim=True) + pe.sum(-1, keepdim=True) + torch.exp(sink[:, None] - m)
-        oe = pe.to(dtype).view(b, s * heads, count) @ entries
-        oe = oe.view(b, s, heads, width)
-    else:
-        m = m.detach().unsqueeze(-1)
-        pw = torch.exp(lw - m)
-        total = pw.sum(-1, keepdim=True) + torch.exp(sink[:, None] - m)
-        oe = torch.zeros((), dtype=dtype, device=u.device)
-    ow = pw.to(dtype).view(b, blocks, WINDOW * heads, -1) @ keys
+        if ratio == CSA_RATIO:
+            teacher = (pe / (total + pe.sum(-1, keepdim=True))).sum(2).detach()
+            scores = index_scores(u.detach(), qr.detach(), p, cos, sin)
+            scores, chosen = choose(scores, visible, topk)
+            stats = indexer_loss(teacher, scores, chosen)
+            pe = pe * chosen.unsqueeze(2)
+        total = total + pe.sum(-1, keepdim=True)
+        oe = (pe.to(dtype).reshape(b, s * heads, -1) @ entries).view(b, s, heads, width)
+    ow = pw.to(dtype).view(b, s // WINDOW, WINDOW * heads, -1) @ keys
     o = ((ow.view(b, s, heads, width).float() + oe.float()) / total).to(dtype)
-    o = rope(o, cos[:, None], -sin[:, None])
-    w = p[f"{a}.o_a_proj.weight"].to(dtype).view(groups, -1, heads // groups * width)
-    z = torch.einsum("bsgk,gnk->bsgn", o.reshape(b, s, groups, -1), w).flatten(2)
-    y = mm(z, p[f"{a}.o_b_proj.weight"])
-    return expand(y, x, post, comb), stats
+    o = rope(o, cos[:, None], -sin[:, None]).reshape(b, s, groups, -1)
+    w = p["self_attn.o_a_proj.weight"].to(dtype).view(groups, -1, heads // groups * width)
+    z = torch.einsum("bsgk,gnk->bsgn", o, w).flatten(2)
+    return expand(mm(z, p["self_attn.o_b_proj.weight"]), x, post, comb), stats
 
 
 def experts(

@@ -21,17 +21,22 @@ VOCAB_SIZE = 448
 
 # ------------------------------------------------------------------------------ vocabulary
 
-_SHE = """anna bella carla diana elena fiona greta hanna irene julia karen laura maria nina olga paula
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_SHE = _words("""anna bella carla diana elena fiona greta hanna irene julia karen laura maria nina olga paula
 rosa sara tina ursula vera wanda yara zoe alice betty clara dora emma flora gina helga ida jana katja
 linda mona nora petra rita stella tessa uma viola wilma agnes berta celia doris edith freda gerda
-hilda iris joan kira lena martha nelly orla polly ruth sonja""".split()
-_HE = """adam boris carlo david emil felix georg hugo ivan jonas karl lukas max nico oskar paul
+hilda iris joan kira lena martha nelly orla polly ruth sonja""")
+_HE = _words("""adam boris carlo david emil felix georg hugo ivan jonas karl lukas max nico oskar paul
 ralf simon tom ulrich viktor walter yuri zeno albert bruno chris dirk erik frank gustav henry ian
 jakob kevin leo martin noah otto peter quentin robert stefan theo udo vincent willi anton basil
-conrad dennis ernst fritz gregor hans igor jan kurt lars moritz norbert oliver philip""".split()
+conrad dennis ernst fritz gregor hans igor jan kurt lars moritz norbert oliver philip""")
 NAMES = (*_SHE[:60], *_HE[:60])
 _IS_SHE = frozenset(_SHE)
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 NUMBERS = [str(i) for i in range(100)]
 _FOOD = {
@@ -47,17 +52,17 @@ _FOOD = {
     "duck": ("ducks", "bread"),
 }
 ANIMALS = list(_FOOD)
-_PLACES = "river market forest garden school beach castle farm mountain lake".split()
-_LOOKS = "small big old young white black brown grey".split()
-_MOODS = "hungry thirsty tired sad cold".split()
-_RELATIVES = "mother father brother sister".split()
+_PLACES = _words("river market forest garden school beach castle farm mountain lake")
+_LOOKS = _words("small big old young white black brown grey")
+_MOODS = _words("hungry thirsty tired sad cold")
+_RELATIVES = _words("mother father brother sister")
 _OPPOSITES = {"hot": "cold", "big": "small", "old": "young", "black": "white", "happy": "sad"}
 _OPPOSITES |= {"wet": "dry", "fast": "slow", "high": "low", "full": "empty", "open": "closed"}
-_GLUE = """the code of is what ? . : + - = on went to there he she saw was gave some slept under
+_GLUE = _words("""the code of is what ? . : + - = on went to there he she saw was gave some slept under
 tree sang song for him her his made warm fire then happy followed in evening home told about next
 day after before every likes all like one two three walks walk runs run sleeps sleep eats eat count
 from copy opposite water and it that good they were friends at night morning rained sun shone
-answer very an""".split()
+answer very an""")
 
 
 def _vocabulary() -> list[str]:

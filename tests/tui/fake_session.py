@@ -121,7 +121,7 @@ class FakeSession:
 
     # -- the session's interface
 
-    def send(self, line: str) -> int:
+    def send(self, line: str, log: bool = True) -> int:
         self._number += 1
         self.lines.append(line)
         if self.state == "dead" and not line.startswith("restart"):

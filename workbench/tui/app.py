@@ -37,7 +37,7 @@ DEBOUNCE = 0.08  # seconds the tree cursor rests before the session is asked abo
 class SessionLike(Protocol):
     """What the UI needs of a session."""
 
-    def send(self, line: str) -> int: ...
+    def send(self, line: str, log: bool = True) -> int: ...
 
     def close(self) -> None: ...
 
@@ -162,9 +162,9 @@ class WorkbenchApp(App[None]):
             self.store.run_sent, self._since = number, self._clock()
         self._show(Change.LOG | Change.STATE)
 
-    def _transmit(self, line: str) -> int | None:
+    def _transmit(self, line: str, log: bool = True) -> int | None:
         try:
-            return self.session.send(line) if self.session else None
+            return self.session.send(line, log) if self.session else None
         except (DSV4Error, OSError, ValueError) as error:
             self._show(self.store.fail({"message": str(error), "hint": "R restarts the worker"}))
             return None
@@ -173,7 +173,7 @@ class WorkbenchApp(App[None]):
         """Send the quiet lines that bring the shown panes up to date."""
         main = self._main
         for kind, line in self.queries.next(self.store, main.cursor, main.shown):
-            number = self._transmit(line)
+            number = self._transmit(line, log=False)
             if number is not None:
                 self.store.silent.add(number)
                 self.queries.sent(kind, number, main.cursor)
