@@ -33,6 +33,7 @@ from dsv4_bench.engine.step import Step
 
 THREADS = 2
 COLD_BYTES = 640 << 20  # of one set of matrices
+TURN, REST = 5, 0.008  # calls in a row, seconds before them
 Call = Callable[[], Any]
 
 
@@ -59,18 +60,25 @@ class Times:
 
 
 def take_turns(variants: dict[str, Sequence[Call]], seconds: float) -> dict[str, Times]:
-    """Time the variants in turn, each time the next call of each; at least three rounds."""
+    """Time the variants in turn, a few calls of each, always the next ones; at least three rounds.
+
+    Before its turn a variant rests until the other's threads have stopped spinning for more work,
+    which OpenMP's do for milliseconds; its first call then wakes its own and is not counted.
+    """
     times = {name: Times() for name in variants}
-    for calls in variants.values():  # warm up: threads, code, allocator
-        calls[-1]()
-    end, turn = time.perf_counter() + seconds, 0
-    while turn < 3 or time.perf_counter() < end:
+    next_call = dict.fromkeys(variants, 0)
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 3 or time.perf_counter() < end:
         for name, calls in variants.items():
-            call = calls[turn % len(calls)]
-            start = time.perf_counter()
-            call()
-            times[name].seconds.append(time.perf_counter() - start)
-        turn += 1
+            time.sleep(REST)
+            for counted in (False, *[True] * TURN):
+                call = calls[next_call[name] % len(calls)]
+                next_call[name] += 1
+                start = time.perf_counter()
+                call()
+                if counted:
+                    times[name].seconds.append(time.perf_counter() - start)
+        rounds += 1
     return times
 
 
@@ -131,7 +139,7 @@ def bench_matvec(
         seconds,
     )
     slow = take_turns(
-        {"dequantize": [lambda w=w: x.float() @ w.dequantize().T for w in weights[:5]]}, 0
+        {"dequantize": [lambda w=w: x.float() @ w.dequantize().T for w in weights[:5]]}, 0.0
     )
     times.update(slow)
     rate, read = nbytes / times["nvfp4"].median, nbytes / times["read"].median

@@ -160,6 +160,7 @@ def test_bad_token_ids_write_nothing(call, checkpoint, ids, tmp_path, data):
         (["--route", "L77/*=reference"], 2, "no site matches 'L77/*'"),
         (["--plugin", "/no/such.py"], 2, "no such plugin file"),
         (["--device", "cuda"], 3, "torch sees no CUDA device"),
+        (["--numerics", "official"], 3, "not built yet"),
     ],
 )
 def test_engine_errors(call, checkpoint, ids, tmp_path, words, code, message):

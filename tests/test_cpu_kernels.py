@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -794,6 +798,34 @@ def test_reasons(monkeypatch):
         cpu_library.choose_isa()
     monkeypatch.delenv("DSV4_CPU_ISA")
     assert cpu_library.choose_isa() == "avx2"
+
+
+def test_callers_at_the_same_time():
+    """A call releases the GIL; the second one finds the threads taken and works alone."""
+    weight, x = make_weight("nvfp4", 512, 1024), torch.randn(3, 1024)
+    want = kernel("linear", x, weight=weight, out_dtype=None)
+
+    def call(_: int) -> bool:
+        torch.set_num_threads(2)
+        return torch.equal(kernel("linear", x, weight=weight, out_dtype=None), want)
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(call, range(200)))
+
+
+def test_a_forked_child_works_alone():
+    weight, x = make_weight("nvfp4", 512, 1024), torch.randn(1, 1024)
+    want = kernel("linear", x, weight=weight, out_dtype=None)
+    child = os.fork()
+    if child == 0:
+        got = kernel("linear", x, weight=weight, out_dtype=None)
+        os._exit(0 if bool((got.numpy() == want.numpy()).all()) else 1)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert ended[1] == 0
 
 
 def test_thread_counts_agree():

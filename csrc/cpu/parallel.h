@@ -137,7 +137,7 @@ inline Pool& pool() {
 // a rough number of elements touched in all: small jobs stay on the calling thread, since handing
 // them out costs a few microseconds.
 template <class Body> void parallel(int threads, int64_t count, int64_t work, const Body& body) {
-    constexpr int64_t worth_it = 1 << 16;
+    constexpr int64_t worth_it = 1 << 17;
     if (threads <= 1 || count <= 1 || work < worth_it) {
         KeepDenormals keep;
         body(int64_t(0), count, 0);

@@ -91,10 +91,19 @@ def decode(ids: list[int]) -> str:
 
 def write_tokenizer(path: Path) -> None:
     """The same vocabulary as a tokenizer.json: words and marks, begin-of-sentence put in front."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     tokenizer = Tokenizer(models.WordLevel(vocab=dict(ID), unk_token=UNK))
     tokenizer.add_special_tokens([BOS, EOS, UNK])
+    tokenizer.normalizer = normalizers.Lowercase()
     pieces = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pieces
     begin = [(BOS, ID[BOS])]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--route, --dtype, --device: how the engine runs."""
+    """--route, --dtype, --device, --numerics: how the engine runs."""
     parser.add_argument(
         "--route",
         action="append",
@@ -18,6 +18,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the activations")
     parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--numerics",
+        choices=("plain", "official"),
+        default="plain",
+        help="official simulates the release's quantisation of activations and KV (not built yet)",
+    )
+
+
+def check_numerics(args: argparse.Namespace) -> None:
+    """Raise CannotAnswer for numerics the engine does not have."""
+    if args.numerics != "plain":
+        raise CannotAnswer(
+            f"--numerics {args.numerics} is not built yet",
+            "plain, the default, leaves out the simulated quantisation of activations and KV",
+        )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +58,8 @@ def parse_chunks(text: str | None) -> tuple[int, ...]:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The dictionary `load_model` takes."""
+    """The dictionary `load_model` takes. Raises CannotAnswer for numerics that are not built."""
+    check_numerics(args)
     return {
         "checkpoint": args.checkpoint,
         "route": args.route or ["kernel"],
@@ -82,6 +98,7 @@ def session_options(args: argparse.Namespace) -> Any:
     """SessionOptions from parsed arguments."""
     from dsv4_bench.workbench.session import SessionOptions
 
+    check_numerics(args)
     if args.max_new_tokens < 0:
         raise DSV4Error(f"--max-new-tokens {args.max_new_tokens} is negative", "0 or more")
     fields: dict[str, Any] = {}
