@@ -239,8 +239,8 @@ def with_constants(function: Function, constants: dict[str, Any]) -> Function:
 class Site:
     """A place in the forward pass with a stable path; calling it runs its op on its route.
 
-    `params` are the op's keyword arguments that never change (weights, constants). `tap`, when
-    set, takes over the call; see probes/tap.py.
+    `params` are the op's keyword arguments that never change (weights, constants); `use` binds
+    them. `tap`, when set, takes over the call; see probes/tap.py.
     """
 
     __slots__ = ("_run", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")

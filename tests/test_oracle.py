@@ -174,9 +174,11 @@ def test_clamps_are_hit(pair: Any) -> None:
     saved = dict(site.params)
     try:
         site.params["limit"] = 1e9
+        site.use(site.impl)  # binds the constants
         assert relative_l2(engine_logits(both.engine, tokens), truth) > 100 * LIMIT
     finally:
         site.params.update(saved)
+        site.use(site.impl)
 
 
 def test_a_batch_of_different_lengths_equals_each_alone(pair: Any) -> None:

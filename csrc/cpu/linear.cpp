@@ -218,7 +218,7 @@ void many_rows(const float* x, int64_t stride, int64_t m, const dsv4_weight& w, 
     int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
     int64_t block_size = kBlockRows * kBlockDepth, c_size = m * kBlockRows;
     float* memory = scratch_of(kWeightBlock, threads * (block_size + c_size));
-    parallel(threads, blocks, n * w.k, [&](int64_t first, int64_t last, int worker) {
+    parallel(threads, blocks, m * n * w.k / 8, [&](int64_t first, int64_t last, int worker) {
         float* block = memory + worker * (block_size + c_size);
         for (int64_t b = first; b < last; b++) {
             int64_t row = first_row + b * kBlockRows;

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "fault": args.fault,
         "sites broken": broken,
+        "sites by implementation": Counter(
+            site.stamp.implementation for site in model.sites.values()
+        ),
         "documents": documents,
         "loss": round(loss, 4),
         "tally": tally,
@@ -171,6 +175,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['checkpoint']}: route {result['route']}, {result['dtype']}{fault}; "
         f"{result['documents']} documents, loss {result['loss']:.4f}, {result['seconds']} s"
     )
+    used = ", ".join(f"{n} {name}" for name, n in result["sites by implementation"].items())
+    print(f"  sites by implementation: {used}; sites broken: {result['sites broken']}")
     order = {name: place for place, name in enumerate(tasks.BAND_NAMES)}
     names = sorted(result["tally"], key=lambda n: (n.split()[0], order.get(n.split()[-1], 0)))
     for name in names:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4_bench.engine.config import CSA_RATIO, HCA_RATIO, Config
+from dsv4_bench.engine.config import CSA_RATIO, Config
 from dsv4_bench.engine.demo_model.sinkhorn import sinkhorn
 
 WINDOW = 128
@@ -343,6 +343,3 @@ class FastForward:
         tail = [self.params[f"model.{name}"] for name in names]
         out.logits = self.finish(x, *tail, self.params["lm_head.weight"])
         return out
-
-
-__all__ = ["CSA_RATIO", "HCA_RATIO", "FastForward", "Output"]

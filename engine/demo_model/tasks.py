@@ -14,7 +14,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 BOS, EOS, UNK = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<unk>"
 VOCAB_SIZE = 448
@@ -384,17 +383,6 @@ def _pad(writer: Writer, length: int) -> None:
         writer.doc.add("count from 1 : " + " ".join(str(1 + i) for i in range(length - 5)) + " .")
 
 
-def samples(name: str, count: int, seed: str = "eval") -> list[Document]:
-    """Short documents with context and one task at the end: `copy`, `sum` or `rule`."""
-    found = []
-    for index in range(count):
-        writer = Writer(random.Random(f"{seed}/{name}/{index}"))
-        filler(writer, 24)
-        getattr(writer, name)()
-        found.append(writer.doc)
-    return found
-
-
 PROMPTS = (
     "on monday anna went to the forest . there she saw a",
     "note maria 42 . note hugo 17 . recall maria",
@@ -405,9 +393,3 @@ PROMPTS = (
     "all cats like",
     "count from 7 :",
 )
-
-
-def describe() -> dict[str, Any]:
-    """What the language is made of, for the log."""
-    used = sum(not word.startswith("<unused") for word in VOCABULARY)
-    return {"words": used, "vocab_size": VOCAB_SIZE, "names": len(NAMES)}
