@@ -1,16 +1,14 @@
-"""Synthetic checkpoints and the demo: the promised values are there, nothing is left half-written."""
+"""Synthetic checkpoints: the promised values are there, nothing is left half-written."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import torch
 from conftest import SMALL, MakeCheckpoint, with_ratios
 from safetensors.torch import load_file
 
-from dsv4_bench.engine import demo, synthetic
+from dsv4_bench.engine import synthetic
 from dsv4_bench.engine.checkpoint import Checkpoint
-from dsv4_bench.engine.config import TINY, Config
-from dsv4_bench.engine.errors import BadCheckpoint, CannotAnswer, DSV4Error
+from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.names import Expected, expected_tensors
 from dsv4_bench.engine.synthetic import LAYOUTS, estimated_bytes, make_tensor, write_checkpoint
 from dsv4_bench.workbench.cli import main
@@ -325,96 +323,3 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None
         synthetic._Shards = original  # type: ignore[misc]
         synthetic._SHARD_BYTES = 2 << 30
     assert max(live) <= 300_000 < sum(1 for _ in live) * 300_000
-
-
-# ------------------------------------------------------------------------------ demo
-
-
-@pytest.fixture
-def quick_demo(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> Iterator[Path]:
-    monkeypatch.setattr(demo, "TINY", ONE)
-    yield cache_folder
-
-
-def test_the_demo_is_large_enough_to_be_interesting_and_quick(cache_folder: Path) -> None:
-    calls: list[tuple[str, int, int]] = []
-    started = time.perf_counter()
-    folder = demo.demo_checkpoint(lambda *args: calls.append(args))
-    seconds = time.perf_counter() - started
-    checkpoint = Checkpoint(folder)
-    assert checkpoint.problems == []
-    assert checkpoint.config.num_hidden_layers >= 16
-    assert folder.parent == cache_folder
-    assert calls[-1][1] == calls[-1][2] > 0
-    assert seconds < 15  # 1.1 s on an idle machine
-    before = folder.stat().st_mtime_ns
-    assert demo.demo_checkpoint() == folder
-    assert folder.stat().st_mtime_ns == before
-
-
-def test_the_name_changes_with_what_is_generated(
-    quick_demo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = demo.demo_checkpoint()
-    monkeypatch.setattr(demo, "TINY", with_ratios(SMALL, 128))
-    assert demo.demo_checkpoint() != first
-
-
-def test_resolve_checkpoint_prefers_argument_then_variable_then_demo(
-    quick_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    assert demo.resolve_checkpoint(None).parent == quick_demo
-    monkeypatch.setenv("DSV4_CKPT", str(tmp_path / "b"))
-    assert demo.resolve_checkpoint(None) == tmp_path / "b"
-    assert demo.resolve_checkpoint(str(tmp_path / "a")) == tmp_path / "a"
-    monkeypatch.setenv("DSV4_CKPT", str(tmp_path / "gone"))
-    with pytest.raises(BadCheckpoint, match="DSV4_CKPT"):
-        demo.resolve_checkpoint(None)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo.resolve_checkpoint("~/a") == tmp_path / "a"
-
-
-def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DSV4_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CannotAnswer, match="demo checkpoint") as caught:
-        demo.demo_checkpoint()
-    assert "DSV4_CACHE" in caught.value.hint
-
-
-def test_a_demo_that_somebody_took_files_from(quick_demo: Path) -> None:
-    folder = demo.demo_checkpoint()
-    next(folder.glob("*.safetensors")).unlink()
-    with pytest.raises(BadCheckpoint, match="lacks model-00001") as caught:
-        demo.demo_checkpoint()
-    assert "delete" in caught.value.hint
-
-
-def _make(config: Config, barrier: Any, results: Any) -> None:
-    demo.TINY = config
-    barrier.wait()
-    results.put(str(demo.demo_checkpoint()))
-
-
-def test_several_processes_at_once_make_one_demo(cache_folder: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(3), context.Queue()
-    workers = [context.Process(target=_make, args=(ONE, barrier, results)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    made = {results.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
-    assert len(made) == 1
-    assert files(cache_folder) == [Path(made.pop()).name]  # no scratch folder is left
-    assert all(worker.exitcode == 0 for worker in workers)
-
-
-def test_finding_the_checkpoint_imports_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from dsv4_bench.engine.demo import resolve_checkpoint;"
-        f"resolve_checkpoint({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -118,6 +118,14 @@ def load_tokenizer(folder: Path) -> Any:
         raise DSV4Error(f"{path}: {error}", "without tokenizer.json, --tokens FILE works") from None
 
 
+def default_prompt(folder: Path) -> str:
+    """prompt.txt of the checkpoint, if it has one it was trained for; else a few sentences."""
+    try:
+        return (folder / "prompt.txt").read_text().strip() or DEFAULT_PROMPT
+    except (OSError, UnicodeDecodeError):
+        return DEFAULT_PROMPT
+
+
 def prompt_tokens(loaded: Loaded, prompt: str | None, tokens: list[int] | None) -> list[int]:
     """Ids to feed: `tokens`, or `prompt` encoded with begin-of-sentence, or a default prompt."""
     config = loaded.model.config
@@ -132,7 +140,8 @@ def prompt_tokens(loaded: Loaded, prompt: str | None, tokens: list[int] | None) 
         if prompt is not None:
             raise DSV4Error(f"no tokenizer.json in {loaded.folder}", "give ids with --tokens FILE")
         return [(7 * i + 3) % config.vocab_size for i in range(160)]
-    ids = list(loaded.tokenizer.encode(prompt or DEFAULT_PROMPT, add_special_tokens=False).ids)
+    text = prompt or default_prompt(loaded.folder)
+    ids = list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
     if not ids or ids[0] != config.bos_token_id:
         ids.insert(0, config.bos_token_id)
     check_token_ids(ids, config.vocab_size)

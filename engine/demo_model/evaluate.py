@@ -65,6 +65,7 @@ def break_engine(model: Transformer, fault: str) -> int:
     sites = [site for path, site in model.sites.items() if path.endswith(ending)]
     for site in sites:
         change(site)
+        site.use(site.impl)  # binds the parameters anew
     return len(sites)
 
 
@@ -144,6 +145,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     model = Transformer(Checkpoint(args.checkpoint), dtype=dtype, device=args.device)
+    if args.route != "reference":
+        import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
     model.set_route(parse_route([args.route]))
     broken = break_engine(model, args.fault) if args.fault else 0
     documents = args.documents or (2 if args.quick else 20)

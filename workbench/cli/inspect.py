@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_bench.engine.checkpoint import Checkpoint
     from dsv4_bench.engine.demo import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.checkpoint, progress)
+    folder = resolve_checkpoint(args.checkpoint)
     if not args.checkpoint:
         narrate(f"inspecting {folder}")
     census = take_census(Checkpoint(folder), args.all, progress)
