@@ -25,7 +25,9 @@ CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 
 
 
 @pytest.fixture(scope="module", params=["nvfp4", "deepseek", "bf16"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
     folder: Path = tmp_path_factory.mktemp("cuda") / request.param
     return Checkpoint(write_checkpoint(folder, CONFIG, request.param, seed=3))
 

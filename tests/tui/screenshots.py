@@ -10,7 +10,13 @@ from dsv4_bench.workbench.session import Session, SessionOptions
 from dsv4_bench.workbench.tui.app import WorkbenchApp
 
 SIZES = {"workbench": (140, 42)}
-STEPS = ("until L3/ffn/hc_post", "shadow on", "break nan > 0", "break L6/attn/core", "until L4/attn/core")
+STEPS = (
+    "until L3/ffn/hc_post",
+    "shadow on",
+    "break nan > 0",
+    "break L6/attn/core",
+    "until L4/attn/core",
+)
 PATIENCE = 60.0  # seconds for one command
 
 

@@ -36,7 +36,9 @@ COMMANDS: tuple[CliCommand, ...] = (
     CliCommand("generate", "prefill and decode a prompt"),
     CliCommand("logits", "teacher-forced logits of every position, as safetensors"),
     CliCommand("inspect", "offline census of a checkpoint: formats, shapes, scales"),
-    CliCommand("check", "a route against the reference, every site: own and carried error, a verdict"),
+    CliCommand(
+        "check", "a route against the reference, every site: own and carried error, a verdict"
+    ),
     CliCommand("profile", "time per site of one layer, reference beside kernel"),
     CliCommand("kernels", "every op x implementation: available or why not", checkpoint=False),
     CliCommand("script", "run a session script without a screen", checkpoint=False),
