@@ -32,7 +32,7 @@ from dsv4_bench.workbench.commands import parse
 from dsv4_bench.workbench.serving import SessionServer
 from dsv4_bench.workbench.session import Session
 
-PROMPT = [(7 * i + 3) % 512 for i in range(160)]
+PROMPT = [(17 * i + 5) % 400 for i in range(160)]
 PROBES = ("stats", "residual", "softmax", "hyper", "load", "nonfinite")
 
 

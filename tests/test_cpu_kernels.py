@@ -382,6 +382,16 @@ def test_experts_keep_nan(dtype):
     check("shared_expert", infinite, expert=bank[4], limit=1.0, bound=LIMIT[dtype])
 
 
+@pytest.mark.parametrize("which", ["w1", "w2", "w3"])
+def test_experts_keep_a_nan_in_one_matrix(dtype, which):
+    """The clamps of gate and up must not turn NaN into a number."""
+    expert = make_bank(64, 32)[0]
+    getattr(expert, which).scale.view(torch.uint8)[3] = 0x7F
+    x = torch.randn(2, 64).to(dtype)
+    got = check("shared_expert", x, expert=expert, limit=1.0, bound=LIMIT[dtype])["y"]
+    assert got.isnan().any()
+
+
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1])
 def test_expert_out_of_range(bad):
     ids = torch.tensor([[0, bad]], dtype=torch.int32)

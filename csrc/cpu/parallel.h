@@ -3,8 +3,7 @@
 // A pool of our own, not OpenMP: there the caller waits at the end of a loop for every thread,
 // which on a machine with other work means waiting until the system gives each of them a turn,
 // spinning meanwhile. Here the work is cut into pieces that any thread takes; a thread that is not
-// running takes none, and the caller waits only for pieces that were begun. In a child process
-// after fork(), where the other threads are gone, the caller simply does it all.
+// running takes none, and the caller waits only for pieces that were begun.
 #pragma once
 
 #include <atomic>
@@ -15,6 +14,14 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 #include "../common/abi.h"
 
@@ -50,14 +57,16 @@ class Pool {
     using Run = void (*)(const void* job, int64_t piece, int worker);
 
     // Calls run(job, piece, worker) for all pieces, worker < threads; the caller is worker 0.
-    // A second caller at the same time does its pieces alone.
+    // A second caller at the same time does its pieces alone, and so does a child process after
+    // fork(), where the other threads are gone.
     void run(int threads, int64_t pieces, Run function, const void* job) {
         std::unique_lock<std::mutex> owner(in_use, std::try_to_lock);
-        if (!owner.owns_lock()) {
+        if (!owner.owns_lock() || getpid() != process) {
             for (int64_t piece = 0; piece < pieces; piece++) function(job, piece, 0);
             return;
         }
         start(threads - 1);
+        keep_workers_away();
         current_run.store(function, std::memory_order_relaxed);
         current_job.store(job, std::memory_order_relaxed);
         unfinished.store(pieces, std::memory_order_relaxed);
@@ -85,21 +94,39 @@ class Pool {
     std::atomic<int> sleepers{0};
     std::mutex in_use, sleeping;
     std::condition_variable wake;
-    int workers = 0;  // beside the caller; guarded by in_use
+    const pid_t process = getpid();
+    std::vector<std::thread> workers;  // beside the caller; guarded by in_use
+    int kept_from = -1;                // the CPU that the workers may not use
 
     static bool has_piece(uint64_t s, int worker) {
         return (s & kField) < (s >> 24 & kField) && worker < int(s >> 48);
     }
 
     void start(int wanted) {
-        while (workers < wanted) {
+        while (int(workers.size()) < wanted) {
+            int me = int(workers.size()) + 1;
             try {
-                std::thread([this, me = workers + 1] { work(me); }).detach();
+                workers.emplace_back([this, me] { work(me); });
             } catch (const std::system_error&) {
                 return;  // fewer threads do the same work
             }
-            workers++;
+            kept_from = -1;
         }
+    }
+
+    // A thread is often woken on the CPU of the one that wakes it, which here goes on working: the
+    // two would take turns there. So workers may run anywhere but on the caller's CPU.
+    void keep_workers_away() {
+#if defined(__linux__)
+        int here = sched_getcpu();
+        cpu_set_t allowed;
+        if (here == kept_from || here < 0) return;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+        CPU_CLR(here, &allowed);
+        for (std::thread& worker : workers)
+            pthread_setaffinity_np(worker.native_handle(), sizeof allowed, &allowed);
+        kept_from = here;
+#endif
     }
 
     void serve(int worker) {
