@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.numerics import acc
+from dsv4_bench.engine.numerics import acc, acc_dtype
 from dsv4_bench.engine.registry import nbytes, op
 
 _GATHER_BLOCK = 1 << 24  # float32 elements of gathered keys kept at once
@@ -59,7 +59,8 @@ def attention(
     domain: it adds exp(sink) to the denominator and has no value. Returns o [n, h, hd] in q's
     dtype and lse [n, h] float32 = log(sum exp(logits) + exp(sink)).
     """
-    outs, lses = [], []
+    outs = [q.new_empty(0, *q.shape[1:])]  # so that no tokens give empty outputs
+    lses = [q.new_empty(0, q.shape[1], dtype=acc_dtype())]
     width = window_index.shape[1] + (entry_index.shape[1] if entry_index is not None else 0)
     block = max(1, _GATHER_BLOCK // (max(width, 1) * q.shape[2]))
     for first in range(0, q.shape[0], block):
