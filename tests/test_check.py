@@ -185,3 +185,11 @@ def test_ulp_histogram_by_hand() -> None:
         "5-16": 0,
         "more": 0,
     }
+
+
+def test_the_attention_reference_takes_no_tokens() -> None:
+    """A ragged step may leave an implementation with nothing to do."""
+    none = torch.zeros(0, 3, dtype=torch.int32)
+    q, pool = torch.zeros(0, 2, 8), torch.zeros(4, 8)
+    o, lse = reference("attention")(q, pool, none, None, None, sink=torch.zeros(2), scale=1.0)
+    assert o.shape == (0, 2, 8) and lse.shape == (0, 2)
