@@ -15,20 +15,12 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, Site, choose
+from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.probes.compare import Comparison, compare, limit_for
 from dsv4_bench.probes.nvtx import site_range
 from dsv4_bench.probes.tap import set_taps
 
 _MIN_REPEATS, _MAX_REPEATS, _SITE_SECONDS = 3, 50, 0.4
-
-
-@dataclass
-class Captured:
-    """One op of the layer: its arguments, in-place ones copied as they were before."""
-
-    site: Site
-    args: tuple[Any, ...]
-    before: dict[str, Tensor]
 
 
 @dataclass
@@ -59,23 +51,6 @@ class SiteTime:
         return {**asdict(self), "speedup": self.speedup}
 
 
-class _LayerCapture:
-    """The tap's observer: keeps every op of one layer, during one forward pass."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-        self.calls: list[Captured] = []
-
-    def wants(self, site: Site) -> bool:
-        return site.layer == self.layer
-
-    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
-        bound = site.spec.bind(args, site.params)
-        before = {name: bound[name].clone() for name in site.spec.mutates}
-        self.calls.append(Captured(site, args, before))
-        return site.run(args)
-
-
 def capture_layer(
     model: Transformer, layer: int, tokens: list[int], phase: str, progress: Callable[[str], None]
 ) -> list[Captured]:
@@ -90,7 +65,7 @@ def capture_layer(
     if phase == "decode" and len(tokens) < 2:
         raise DSV4Error("decode needs at least 2 tokens of context", "--context or a longer prompt")
     cache = model.new_cache()
-    observer = _LayerCapture(layer)
+    observer = Capture(lambda site: site.layer == layer)
     with torch.inference_mode():
         pieces = split(len(tokens), [len(tokens) - 1, 1] if phase == "decode" else [])
         for number, (start, stop) in enumerate(pieces):
