@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from oracle import transformers_logits, transformers_model
 
 import dsv4_bench.engine.cpu  # noqa: F401
 from dsv4_bench.engine import demo
@@ -18,7 +21,9 @@ from dsv4_bench.engine.demo_model import tasks
 from dsv4_bench.engine.errors import BadCheckpoint
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import parse_route
+from dsv4_bench.workbench.cli import main as cli
 from dsv4_bench.workbench.loading import default_prompt
 
 ROUTES = ("reference", "kernel")
@@ -110,6 +115,67 @@ def test_routes_predict_the_same_words(checkpoint: Checkpoint) -> None:
         clear = (best[:, 0] - best[:, 1]) > 1e-2
         words.append(torch.where(clear, logits.argmax(-1), -1))
     assert torch.equal(*words)
+
+
+def digest(logits: torch.Tensor) -> list[float]:
+    """Eight numbers that every logit moves: its sum with fixed random signs, by the square root of
+    the number of logits. Unlike a hash they bear another order of additions."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (8, logits.numel()), generator=generator).double() * 2 - 1
+    return (signs @ logits.double().flatten() / logits.numel() ** 0.5).tolist()
+
+
+# Of the reference in float64 on the text tasks.document("pinned", 300).
+PINNED_DIGEST = [-4.85991, -4.17755, -0.84932, 7.22679, 1.66447, 13.06432, 2.06112, 1.3759]
+PINNED_WORDS = "song for the cat . then the cat was happy . the"
+
+
+def test_pinned_tokens_and_logits(model: Transformer) -> None:
+    ids = tasks.document("pinned", 300).ids
+    assert digest(teacher_forced_logits(model, ids)) == pytest.approx(PINNED_DIGEST, abs=1e-4)
+    assert tasks.decode(list(generate(model, ids, 12))) == PINNED_WORDS
+
+
+def test_the_pinned_digest_is_that_of_float64_and_of_transformers(checkpoint: Checkpoint) -> None:
+    ids = tasks.document("pinned", 300).ids
+    with double_precision():
+        ours = teacher_forced_logits(Transformer(checkpoint), ids)
+    theirs = transformers_logits(transformers_model(checkpoint), ids)
+    assert digest(ours) == pytest.approx(PINNED_DIGEST, abs=2e-5)
+    assert digest(theirs) == pytest.approx(PINNED_DIGEST, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------ generate --eval
+
+
+def test_eval_measures_what_it_can_do(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli(["generate", "--eval", "1", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    bands = {name: hits for name, hits in result["tally"].items() if name.startswith("recall")}
+    assert set(bands) >= {"recall d<128", "recall 128-511", "recall 512-1023"}
+    assert all(right / asked >= 0.95 for right, asked in bands.values())
+    assert ["3 + 4 =", "7 ."] in [[prompt, text[:3]] for prompt, text in result["texts"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--eval", "0"], 2, "at least one text"),
+        (["--eval", "--prompt", "recall maria"], 2, "brings its own prompts"),
+    ],
+)
+def test_eval_refuses(
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["generate", *arguments]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_eval_knows_the_demo_model_only(
+    make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["generate", str(make_checkpoint()), "--eval"]) == 3
+    assert "demo model's words" in capsys.readouterr().err
 
 
 def test_the_default_prompt_asks_for_something(model: Transformer) -> None:

@@ -251,9 +251,9 @@ class Trainer:
             self.resumed_at = self.step
             print(f"continues from bfloat16 weights, step {self.step}", flush=True)
 
-    def save(self) -> None:
+    def save(self, suffix: str = "") -> None:
         note = {"step": self.step, "plan": self.args.plan, "lr": self.args.lr}
-        save_weights(self.model, Path(self.args.out), note)
+        save_weights(self.model, Path(self.args.out + suffix), note)
         if self.args.state:
             data = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save({**data, "step": self.step}, self.args.state + ".part")
@@ -354,6 +354,8 @@ class Trainer:
                 self.save()
                 since, tokens = time.monotonic(), 0
         print(f"stage {number} ends at step {self.step}", flush=True)
+        if self.args.keep_stages:
+            self.save(f"-stage{number}")
 
     def _line(self, seen: dict[str, Tensor], norm: Tensor) -> str:
         right, kinds, distances = seen["right"], seen["kinds"], seen["distances"]
@@ -502,6 +504,9 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="file for a profile of one step a stage")
     parser.add_argument("--steer", default="", help="file with a plan that replaces --plan")
     parser.add_argument("--warm", action="store_true", help="only compile: two steps a stage")
+    parser.add_argument(
+        "--keep-stages", action="store_true", help="save each stage's end, in OUT-stage<n>"
+    )
     parser.add_argument("--save-every", type=float, default=120)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--workers", type=int, default=12)

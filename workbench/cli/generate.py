@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.workbench.cli import common, output
 
 
@@ -17,6 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--eval",
+        type=int,
+        nargs="?",
+        const=4,
+        metavar="N",
+        help="measure what the demo model can do: N unseen texts (default 4), N / 2 facts at every "
+        "distance, and the shipped prompts",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         raise DSV4Error(f"--temperature {args.temperature} must be 0 or more", "0 is greedy")
     if not -(2**63) <= args.seed < 2**63:
         raise DSV4Error(f"--seed {args.seed} does not fit in 64 bits", "e.g. --seed 1")
+    if args.eval is not None:
+        return _evaluate(args)
     tokens = common.read_tokens(args.tokens, args.prompt)
     chunks = common.parse_chunks(args.chunks)
 
@@ -44,6 +55,34 @@ def run(args: argparse.Namespace) -> int:
             f"{len(prompt)} prompt tokens in {result['prefill_seconds']:.2f} s, "
             f"{len(result['tokens'])} new {rate}"
         )
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """`--eval`: the texts and questions the demo model was trained for, none of them seen before."""
+    if args.eval < 1:
+        raise DSV4Error(f"--eval {args.eval}: at least one text is needed", "e.g. --eval 4")
+    if args.prompt is not None or args.tokens is not None:
+        raise DSV4Error("--eval brings its own prompts", "leave out --prompt and --tokens")
+
+    from dsv4_bench.engine.demo_model import tasks
+    from dsv4_bench.engine.demo_model.evaluate import evaluate, show
+    from dsv4_bench.workbench.loading import load_model
+
+    loaded = load_model(common.engine_options(args))
+    words = loaded.tokenizer.get_vocab() if loaded.tokenizer else {}
+    if words != tasks.ID:
+        raise CannotAnswer(
+            f"--eval knows the demo model's words, and {loaded.folder} has {len(words)} others",
+            "leave out CKPT for the demo checkpoint",
+        )
+    for note in loaded.notes:
+        output.narrate(f"note: {note}")
+    result = evaluate(loaded.model, args.eval, args.eval // 2, 2304, True, output.narrate)
+    if args.json:
+        output.print_json(result)
+    else:
+        show(result)
     return 0
 
 
