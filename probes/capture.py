@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.layout import clone_tensors
 
 
 @dataclass
@@ -33,7 +34,11 @@ class Captured:
         `changed` replaces arguments by name.
         """
         spec = self.site.spec
-        inputs = {**self.inputs, **{name: t.clone() for name, t in self.before.items()}, **changed}
+        inputs = self.inputs
+        if self.before:  # together, so that an argument that shares their memory still does
+            tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+            inputs.update(clone_tensors(tensors))
+        inputs.update(changed)
         names = spec.parameters[: len(self.args)]
         params = {name: inputs[name] for name in self.site.params}
         result = function(*(inputs[name] for name in names), **params)
@@ -69,12 +74,14 @@ class Capture:
         return self.wanted(site)
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
-        bound = site.spec.bind(args, site.params)
-        before = {name: bound[name].clone() for name in site.spec.mutates}
-        # Copies: a later op of the layer may write what this one read (the window ring).
-        kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        # Copies: a later op of the layer may write what this one read (the window ring). They keep
+        # strides, padding and aliasing: a kernel that gets those wrong has to get it wrong again.
+        bound = dict(zip(site.spec.parameters, args, strict=False))
+        tensors = clone_tensors({n: a for n, a in bound.items() if isinstance(a, Tensor)})
+        kept = tuple(tensors.get(name, a) for name, a in bound.items())
+        before = {name: tensors[name] for name in site.spec.mutates}
         result = site.run(args)
         outputs = dict(site.spec.name_outputs(result))
-        outputs.update({name: bound[name].clone() for name in site.spec.mutates})
+        outputs.update(clone_tensors({name: bound[name] for name in site.spec.mutates}))
         self.calls.append(Captured(site, kept, before, outputs))
         return result
