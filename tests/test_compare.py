@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_bench.probes.compare import bits_equal, compare, limit_for
+from dsv4_bench.probes.compare import bits_equal, compare
 from dsv4_bench.probes.stats import first_nonfinite, tensor_stats
 
 NAN, INF = float("nan"), float("inf")
@@ -75,8 +75,15 @@ def test_bits():
     assert bits_equal(torch.arange(6).view(2, 3).T, torch.arange(6).view(2, 3).T.contiguous())
 
 
-def test_limits_by_dtype():
-    assert limit_for(torch.float32) < limit_for(torch.bfloat16)
+def test_one_wrong_row_is_over_its_own_limit():
+    theirs = torch.ones(10_000, 2)
+    ours = theirs.clone()
+    ours[77] *= 1.01
+    found = compare("y", ours, theirs, limit=1e-3, row_limit=1e-3)
+    assert found.relative_l2 == pytest.approx(1e-4) and found.row_error == pytest.approx(0.01)
+    assert (found.verdict, found.worst) == ("over", (found.row_error, 1e-3))
+    assert found.times == pytest.approx(10, rel=1e-3)
+    assert compare("y", ours, theirs, limit=1e-3).verdict == "ok"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -281,8 +281,9 @@ def test_break_on_own_error_names_coordinate_and_values(start):
         assert error["relative_l2"] == pytest.approx(1e-3, rel=1e-3)
         assert error["ours"] == pytest.approx(1.001 * error["theirs"], rel=1e-4)
         row, column = error["coordinate"]
-        assert f"y[{row}, {column}]: {error['ours']:.6g}, reference" in state["why"]
-        assert error["verdict"] == "over"
+        assert f"y[{row}, {column}]: {error['ours']:.6g}, float64" in state["why"]
+        assert "; y = 1.001 x reference" in state["why"]
+        assert error["verdict"] == "over" and error["times"] > 100
 
 
 def test_own_error_of_a_nan_is_infinite_and_stops(start):

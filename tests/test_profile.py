@@ -13,6 +13,7 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route, reference
 from dsv4_bench.workbench import cli, profiling
 from dsv4_bench.workbench.cli import output
+from dsv4_bench.probes.judge import Judge
 from dsv4_bench.workbench.profiling import capture_layer, time_site
 
 TOKENS = [(17 * i + 5) % 300 for i in range(20)]
@@ -64,7 +65,7 @@ def test_a_slow_and_wrong_kernel_shows(model):
             for c in capture_layer(model, 1, TOKENS, "decode", lambda t: None)
             if c.site.op == "attention"
         )
-        row = time_site(model, core)
+        row = time_site(model, core, Judge(model.dtype))
         model.set_route(parse_route(["reference"]))
     assert row.kernel == "slow" and row.repeats >= 3
     assert row.speedup < 0.5 and row.own_error == pytest.approx(0.01, rel=1e-2)
@@ -75,7 +76,7 @@ def test_in_place_ops_are_timed_on_fresh_copies(model):
     calls = capture_layer(model, 1, TOKENS, "decode", lambda text: None)
     pool = next(c for c in calls if c.site.op == "compressor")
     before = {name: tensor.clone() for name, tensor in pool.before.items()}
-    time_site(model, pool)
+    time_site(model, pool, Judge(model.dtype))
     assert all(before[name].equal(pool.before[name]) for name in before)
 
 

@@ -121,6 +121,13 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         group="Change",
     ),
     SessionCommand(
+        "carried",
+        "run the whole reference beside this run, show how far errors have spread: on, off",
+        (Argument("what", "word", True),),
+        ("X",),
+        group="Change",
+    ),
+    SessionCommand(
         "probes",
         "choose probes: all, none, or names",
         (Argument("names", "rest", True),),

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Implementation, Site, choose, matches
+from dsv4_bench.engine.registry import Implementation, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe
-from dsv4_bench.probes.compare import Comparison, bits_equal, compare, limit_for
+from dsv4_bench.probes.compare import Comparison, bits_equal
 from dsv4_bench.probes.readings import Call, Reading
+from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench import goals
 from dsv4_bench.workbench.breakpoints import Breakpoint
+from dsv4_bench.workbench.shadow import Shadow
 from dsv4_bench.workbench.snapshots import LayerSnapshot, Resume, SnapshotStore, take
 
 Emit = Callable[[dict[str, Any]], None]
@@ -45,6 +47,10 @@ class Rewind(Exception):
 
 class Restart(Exception):
     """Leave the forward pass and begin again at the first token."""
+
+
+class Paused(Exception):
+    """A reference run was paused before it had caught up; the text says where."""
 
 
 class Quit(BaseException):
@@ -85,6 +91,8 @@ class Record:
     state: str = "pending"
     seconds: dict[str, float] = field(default_factory=dict)  # by implementation
     own_error: Comparison | None = None
+    signature: Signature | None = None  # of an own error over its limit
+    carried_error: float | None = None
     alarm: str = ""
 
 
@@ -116,9 +124,9 @@ class Debugger:
         self.goal: goals.Goal | None = None
         self.breaks: list[Breakpoint] = []
         self.probes: list[Probe] = []
-        self.shadow = ""  # site glob, empty for off
         self._complained: set[str] = set()  # probes whose exception was logged
         self._spans = plan.spans()
+        self.shadow = Shadow(model, self._spans, self._timed, self._between_reference_layers)
         self.clear()
         set_taps(model.sites.values(), self)
 
@@ -143,6 +151,7 @@ class Debugger:
         self.readings: dict[tuple[str, ...], Reading] = {}
         self._fresh_readings: list[dict[str, Any]] = []
         self.ran = 0  # ops since the last stop
+        self.shadow.reference.clear()
         for probe in self.probes:
             probe.reset()
 
@@ -397,9 +406,11 @@ class Debugger:
         call, path = held.call, held.call.site.path
         record = self.records[path]
         readings = [reading for probe in self.probes for reading in self._ask(probe, call)]
-        record.own_error = None
-        if self.shadow and matches(path, self.shadow):
+        record.own_error = record.signature = record.carried_error = None
+        if self.shadow.covers(path):
             readings += self._shadow_readings(held)
+        if self.shadow.carried:
+            readings += self._carried_readings(call)
         alarms = [r for r in readings if r.verdict == "alarm"]
         record.alarm = "; ".join(dict.fromkeys(_alarm_text(r) for r in alarms[:2]))
         record.state = "done"
@@ -422,55 +433,58 @@ class Debugger:
 
     def _shadow_readings(self, held: Held) -> list[Reading]:
         call, site = held.call, held.call.site
-        other = self.other_implementation(site)
+        other = self.shadow.other(site)
         if other is None:
             return []
         self._emit_running(site, other, shadow=True)
+        record = self.records[site.path]
         try:
-            error = self._shadow_error(held, other)
+            record.seconds[other.name], outputs = self.shadow.rerun(call, held.args, other)
+            found = self.shadow.judged(call, held.args, outputs, range(*self.span))
         except (Exception, SystemExit) as raised:
             text = f"{other.name} raised {type(raised).__name__}: {_first_line(raised)}"
             return [call.reading("shadow", "error", text, verdict="alarm", detail=text)]
+        if found is None:
+            return []
+        record.own_error, record.signature = found.comparison, found.signature
+        return [self._own_error_reading(call, found.comparison, found.signature)]
+
+    @staticmethod
+    def _own_error_reading(call: Call, error: Comparison, signature: Signature | None) -> Reading:
+        detail = f"{error.output}{error.coordinate}: {error.ours:.6g}, "
+        detail += f"{error.against} {error.theirs:.6g}"
+        if signature is not None:
+            detail += f"; {signature.detail}"
+        verdict = "ok" if error.verdict == "ok" else "alarm"
+        value, limit = error.worst
+        return call.reading("shadow", "own_error", value, "relative L2", limit, verdict, detail)
+
+    def _carried_readings(self, call: Call) -> list[Reading]:
+        """How far the outputs are from those of a whole run on the reference."""
+        layer = self.layer_at(self.index)
+        try:
+            self.shadow.reference.hold(self.forward, layer, self.tokens)
+        except Paused as paused:
+            self.shadow.carried = False
+            note = f"carried error is off: paused {paused}; `carried on` goes on from there\n"
+            self.emit({"event": "log", "stream": "worker", "text": note})
+            return []
+        error = self.shadow.reference.error(call.site, call.outputs)
+        self.records[call.site.path].carried_error = error
         if error is None:
             return []
-        self.records[site.path].own_error = error
-        return [self._own_error_reading(call, error)]
+        return [call.reading("shadow", "carried_error", error, "relative L2")]
+
+    def _between_reference_layers(self, forward: int, layer: int) -> None:
+        """Say what runs, and let `pause` end a reference run that has far to go."""
+        where = f"in layer {layer} of forward pass {forward + 1} of the reference run"
+        if self.pause:
+            raise Paused(where)
+        site = self.order[self._first_of(layer)]
+        self.emit({"event": "running", "site": site, "route": "reference", "shadow": True})
 
     def _keep(self, reading: Reading) -> None:
         self.readings[(reading.site, reading.probe, reading.name, reading.output)] = reading
-
-    @staticmethod
-    def _own_error_reading(call: Call, error: Comparison) -> Reading:
-        verdict = "ok" if error.verdict == "ok" else "alarm"
-        return call.reading(
-            "shadow", "own_error", error.relative_l2, "relative L2", error.limit, verdict,
-            f"{error.output}{error.coordinate}: {error.ours:.6g}, reference {error.theirs:.6g}",
-        )  # fmt: skip
-
-    def other_implementation(self, site: Site) -> Implementation | None:
-        """What the shadow compares with: the reference, or if that runs, the best kernel."""
-        name = "kernel" if site.stamp.implementation == "reference" else "reference"
-        impl, _ = choose(site.op, name, self.model.context)
-        return None if impl.name == site.stamp.implementation else impl
-
-    def _shadow_error(self, held: Held, other: Implementation) -> Comparison | None:
-        """Run `other` on the same inputs; the worst output's comparison, None if it has none."""
-        call, site = held.call, held.call.site
-        inputs = {**call.inputs, **{name: t.clone() for name, t in call.before.items()}}
-        args = tuple(inputs[name] for name in site.spec.parameters[: len(held.args)])
-        seconds, result = self._timed(lambda: other.function(*args, **site.params))
-        self.records[site.path].seconds[other.name] = seconds
-        outputs = _named_outputs(site, result) | {name: inputs[name] for name in call.before}
-        ours, theirs = call.outputs, outputs
-        if site.stamp.implementation == "reference":
-            ours, theirs = theirs, ours
-        limit = limit_for(self.model.dtype)
-        found = [
-            compare(name, ours[name], theirs[name], limit, name in site.spec.discrete)
-            for name in theirs
-            if name in ours
-        ]
-        return max(found, key=lambda c: (c.verdict == "over", c.relative_l2), default=None)
 
     # -- stopping
 
@@ -522,6 +536,8 @@ class Debugger:
                 "seconds": record.seconds.get(site.stamp.implementation),
                 "alarm": record.alarm,
                 "own_error": None if error is None else error.relative_l2,
+                "times": None if error is None else error.times,
+                "carried_error": record.carried_error,
                 "route": site.stamp.implementation,
             }
         )

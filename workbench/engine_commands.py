@@ -196,14 +196,23 @@ class EngineCommands:
         }
 
     def do_shadow(self, what: str = "") -> dict[str, Any]:
-        debugger = self.debugger
+        debugger, shadow = self.debugger, self.debugger.shadow
         if what in ("off", "none"):
-            debugger.shadow = ""
+            shadow.pattern = ""
         elif what in ("", "on", "all"):
-            debugger.shadow = "*" if what or not debugger.shadow else ""
+            shadow.pattern = "*" if what or not shadow.pattern else ""
         else:
             self._sites(what)
-            debugger.shadow = what
+            shadow.pattern = what
+        debugger.look_again()
+        return self.state()
+
+    def do_carried(self, what: str = "") -> dict[str, Any]:
+        """Compare with a reference run from the first token on; it catches up here and now."""
+        debugger, shadow = self.debugger, self.debugger.shadow
+        if what not in ("", "on", "off"):
+            raise DSV4Error(f"carried: {what!r} is neither on nor off")
+        shadow.carried = what == "on" or (not what and not shadow.carried)
         debugger.look_again()
         return self.state()
 
@@ -254,8 +263,8 @@ class EngineCommands:
     def _enable_for(self, name: str, pattern: str) -> str:
         """Turn on the probe, or the shadow, that takes the reading a breakpoint asks for."""
         debugger = self.debugger
-        if name == "own_error" and not debugger.shadow:
-            debugger.shadow = pattern
+        if name == "own_error" and not debugger.shadow.pattern:
+            debugger.shadow.pattern = pattern
             return f" (shadow on for {pattern})"
         needed = probe_that_reads(name) if name else None
         if needed and needed not in [probe.name for probe in debugger.probes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Implementation, Site, choose
+from dsv4_bench.engine.registry import Implementation, choose
 from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.probes.compare import Comparison, compare, limit_for
+from dsv4_bench.probes.judge import Judge
 from dsv4_bench.probes.nvtx import site_range
 from dsv4_bench.probes.tap import set_taps
 
@@ -84,8 +84,8 @@ def capture_layer(
     return observer.calls
 
 
-def time_site(model: Transformer, captured: Captured) -> SiteTime:
-    """Reference and the route's kernel, interleaved on the same inputs."""
+def time_site(model: Transformer, captured: Captured, judge: Judge) -> SiteTime:
+    """Reference and the route's kernel, interleaved on the same inputs; `judge` has the limits."""
     site = captured.site
     kernel = site.impl
     if kernel.name == "reference":
@@ -115,8 +115,11 @@ def time_site(model: Transformer, captured: Captured) -> SiteTime:
     cost = site.spec.cost(captured.args, site.params, tuple(results["reference"].values()))
     row.bytes, row.flops = cost.bytes, cost.flops
     if kernel.name != "reference":
-        worst = _worst(site, results[kernel.name], results["reference"], model.dtype)
-        row.own_error, row.verdict = worst.relative_l2, worst.verdict
+        call = replace(captured, outputs=results["reference"])
+        with torch.inference_mode():
+            found = judge.judge(call, results[kernel.name])
+        if found is not None:
+            row.own_error, row.verdict = found.comparison.relative_l2, found.comparison.verdict
     return row
 
 
@@ -138,13 +141,3 @@ def _run(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     return seconds, {**spec.name_outputs(result), **fresh}
-
-
-def _worst(
-    site: Site, ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype
-) -> Comparison:
-    found = [
-        compare(name, ours[name], theirs[name], limit_for(dtype), name in site.spec.discrete)
-        for name in theirs
-    ]
-    return max(found, key=lambda c: (c.verdict == "over", c.relative_l2))

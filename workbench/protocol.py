@@ -34,6 +34,7 @@ OPEN_FIELDS: dict[str, type | list[type]] = {
     "plugins": [str],
     "probes": [str],
     "shadow": str,
+    "carried": bool,
     "resume": str,  # a folder that a worker before this one has left
     "breaks": [dict],
     "watches": [str],

@@ -52,6 +52,7 @@ class SessionServer:
         self.debugger.probes = make_probes(options.get("probes", []))
         if options.get("shadow"):
             self.commands.do_shadow(options["shadow"])
+        self.debugger.shadow.carried = options.get("carried", False)
         resume = store.load(self.debugger.cache) if options.get("resume") else None
         if resume is not None:
             self.debugger.resume(resume)

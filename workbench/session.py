@@ -48,6 +48,7 @@ class SessionOptions:
     plugins: tuple[str, ...] = ()
     probes: tuple[str, ...] = ("stats", "residual", "softmax", "hyper", "load", "nonfinite")
     shadow: str = ""
+    carried: bool = False
     connect: str | None = None  # a shell command that starts a worker elsewhere, e.g. over ssh
 
 
@@ -276,11 +277,12 @@ class Session:
                 "route": state["route"],
                 "probes": state["probes"],
                 "shadow": "" if state["shadow"] == "off" else state["shadow"],
+                "carried": state["carried"],
                 "breaks": state["breaks"],
                 "watches": [watch["expression"] for watch in state["watches"]],
             }
         if culprit is not None and culprit.shadow:
-            fields["shadow"] = ""
+            fields |= {"shadow": "", "carried": False}
         elif culprit is not None:
             entry = f"{culprit.site}=reference"
             route = fields.get("route", self.options.route)

@@ -25,6 +25,7 @@ LINES = {
     "r": "rerun",
     "k": "toggle L2/ffn/hc_post",
     "x": "shadow on",
+    "X": "carried on",
     "b": "break L2/ffn/hc_post",
     "B": "breaks",
     "R": "restart",

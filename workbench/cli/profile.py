@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise DSV4Error(f"--context {args.context}: at least 1 token is needed", "e.g. 256")
     tokens = common.read_tokens(args.tokens, args.prompt)
 
+    from dsv4_bench.probes.judge import Judge
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
     from dsv4_bench.workbench.profiling import capture_layer, time_site
 
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     calls = capture_layer(
         loaded.model, args.layer, prompt, args.phase, lambda text: _narrate(text) if tty else None
     )
-    rows = []
+    rows, judge = [], Judge(loaded.model.dtype)
     for number, call in enumerate(calls):
-        rows.append(time_site(loaded.model, call))
+        rows.append(time_site(loaded.model, call, judge))
         output.progress("site", number + 1, len(calls))
     document = {
         "checkpoint": str(loaded.folder),
@@ -99,7 +100,7 @@ def report(document: dict[str, Any]) -> str:
                 f"{1e6 * site['seconds'][kernel]:.1f}" if compared else "",
                 kernel if compared else "",
                 f"{site['speedup']:.2f}x" if site["speedup"] else "",
-                f"{site['own_error']:.1e}" if compared else "",
+                "" if site["own_error"] is None else f"{site['own_error']:.1e}",
                 site["verdict"],
                 output.bytes_text(site["bytes"]),
             )

@@ -110,7 +110,7 @@ BAR = [
     ("help", "?", "Help", "help"),
 ]
 
-_ON_SITE = ("break", "shadow", "toggle", "until", "op")  # these know what they act on
+_ON_SITE = ("break", "shadow", "carried", "toggle", "until", "op")  # these know what they act on
 
 
 def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
@@ -124,6 +124,8 @@ def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
         return Send(f"break {here}") if here else Prompt("break ")
     if name == "shadow":
         return Send("shadow off" if store.state.get("shadow", "off") != "off" else "shadow on")
+    if name == "carried":
+        return Send("carried off" if store.state.get("carried") else "carried on")
     if name in ("toggle", "until", "op"):
         return Send(f"{name} {here}") if here else Prompt(f"{name} ")
     return Prompt(f"{name} ") if prompts(command) else Send(name)
