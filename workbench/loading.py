@@ -89,7 +89,8 @@ def load_model(options: dict[str, Any]) -> Loaded:
 
     Uses checkpoint, plugins, device, dtype and route; raises DSV4Error, changing nothing on disk.
     """
-    import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
+    import dsv4_bench.engine.cpu  # (registers the CPU kernels)
+    import dsv4_bench.engine.cuda  # noqa: F401  (and those for sm_90a)
 
     load_plugins(list(options.get("plugins") or []))
     device = pick_device(options.get("device"))

@@ -1,0 +1,141 @@
+// Ops rms_norm (weighted, and unweighted for each head) and rope (forward and inverse).
+
+#include "dispatch.cuh"
+
+namespace dsv4 {
+namespace {
+
+// ---------------------------------------------------------------- rms_norm
+
+// y = x * rsqrt(mean(x^2) + eps) * weight for one row of d; one block a row. Vectors says that d is
+// a whole number of 16-byte vectors.
+template <class T, class W, int Threads, bool Vectors>
+__global__ void __launch_bounds__(Threads)
+    rms_norm_kernel(const T* x, int64_t d, const W* weight, float eps, T* y) {
+    constexpr int V = Vectors ? Vector<T>::kSize : 1;
+    __shared__ float partial[Threads / 32];
+    let_next_start();
+    wait_for_previous();
+    x += blockIdx.x * d;
+    y += blockIdx.x * d;
+    float sum = 0;
+    for (int64_t i = threadIdx.x * V; i < d; i += Threads * V) {
+        Vector<T> v;
+        if (Vectors) v = load_vector(x + i);
+        else v.at[0] = x[i];
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += to_float(v.at[j]) * to_float(v.at[j]);
+    }
+    float factor = 1 / sqrtf(block_sum<Threads>(sum, partial) / (float)d + eps);
+    for (int64_t i = threadIdx.x * V; i < d; i += Threads * V) {
+        Vector<T> v;
+        if (Vectors) v = load_vector(x + i);  // again, now from L1
+        else v.at[0] = x[i];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float value = to_float(v.at[j]) * factor;
+            v.at[j] = from_float<T>(weight ? value * to_float(weight[i + j]) : value);
+        }
+        if (Vectors) store_vector(y + i, v);
+        else y[i] = v.at[0];
+    }
+}
+
+template <class T, class W, int Threads>
+int rms_norm(const T* x, int64_t rows, int64_t d, const W* weight, float eps, T* y, void* stream) {
+    auto kernel = d % Vector<T>::kSize == 0 ? rms_norm_kernel<T, W, Threads, true>
+                                            : rms_norm_kernel<T, W, Threads, false>;
+    return launch(kernel, dim3(rows), Threads, 0, stream, x, d, weight, eps, y);
+}
+
+// ---------------------------------------------------------------- rope
+
+constexpr int kRopeThreads = 128;
+constexpr int kMostPairs = 256;  // rotated pairs of a head
+
+// cos and sin of position * freq. The product is rounded to float32, as the reference does; the
+// whole turns are taken off in float64, so that large angles keep every bit.
+__device__ inline float2 turn(int64_t position, float freq, bool inverse) {
+    double turns = (double)((float)position * freq) * 0.15915494309189533577;
+    float2 cos_sin;
+    sincospif(2 * (float)(turns - rint(turns)), &cos_sin.y, &cos_sin.x);
+    if (inverse) cos_sin.y = -cos_sin.y;
+    return cos_sin;
+}
+
+// One block rotates heads [y * per_block, ...) of token x. Vectors: d and the rotated part are whole
+// 16-byte vectors; else one element at a time.
+template <class T, bool Vectors>
+__global__ void __launch_bounds__(kRopeThreads)
+    rope_kernel(const T* x, const int64_t* positions, int64_t heads, int64_t per_block, int64_t d,
+                const float* freqs, int64_t half, bool inverse, T* y) {
+    constexpr int V = Vectors ? Vector<T>::kSize : 1;
+    __shared__ float2 cos_sin[kMostPairs];
+    let_next_start();
+    wait_for_previous();
+    for (int i = threadIdx.x; i < half; i += kRopeThreads)
+        cos_sin[i] = turn(positions[blockIdx.x], freqs[i], inverse);
+    __syncthreads();
+    int64_t first = blockIdx.y * per_block, plain = d - 2 * half;
+    int64_t count = (first + per_block < heads ? per_block : heads - first) * d;
+    int64_t base = (blockIdx.x * heads + first) * d;
+    for (int64_t i = threadIdx.x * V; i < count; i += kRopeThreads * V) {
+        int64_t at = i % d - plain;  // in the rotated part if >= 0
+        if (Vectors) {
+            Vector<T> v = load_vector(x + base + i);
+            if (at >= 0) {
+#pragma unroll
+                for (int j = 0; j < V; j += 2) {
+                    float even = to_float(v.at[j]), odd = to_float(v.at[j + 1]);
+                    float2 cs = cos_sin[(at + j) / 2];
+                    v.at[j] = from_float<T>(even * cs.x - odd * cs.y);
+                    v.at[j + 1] = from_float<T>(even * cs.y + odd * cs.x);
+                }
+            }
+            store_vector(y + base + i, v);
+        } else if (at < 0) {
+            y[base + i] = x[base + i];
+        } else {
+            float2 cs = cos_sin[at / 2];
+            float mine = to_float(x[base + i]), other = to_float(x[base + (at % 2 ? i - 1 : i + 1)]);
+            y[base + i] = from_float<T>(mine * cs.x + (at % 2 ? other : -other) * cs.y);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace dsv4
+
+using namespace dsv4;
+
+// x [rows, d] -> y [rows, d] of the same dtype; weight [d] or null.
+DSV4_EXPORT int dsv4_rms_norm(const void* x, int dtype, int64_t rows, int64_t d, const void* weight,
+                              int weight_dtype, float eps, void* y, void* stream) {
+    return with_dtype(dtype, [&](auto tag) {
+        return with_dtype(weight_dtype, [&](auto weight_tag) {
+            using T = type_of<decltype(tag)>;
+            using W = type_of<decltype(weight_tag)>;
+            if (d <= 512)
+                return rms_norm<T, W, 64>((const T*)x, rows, d, (const W*)weight, eps, (T*)y,
+                                          stream);
+            return rms_norm<T, W, 512>((const T*)x, rows, d, (const W*)weight, eps, (T*)y, stream);
+        });
+    });
+}
+
+// x [n, heads, d] -> y: the pairs of the last 2 * half dims rotated by positions[n] * freqs[half].
+DSV4_EXPORT int dsv4_rope(const void* x, int dtype, const int64_t* positions, int64_t n,
+                          int64_t heads, int64_t d, const float* freqs, int64_t half, int inverse,
+                          void* y, void* stream) {
+    if (half > kMostPairs) return kUnsupported;
+    return with_dtype(dtype, [&](auto tag) {
+        using T = type_of<decltype(tag)>;
+        constexpr int V = Vector<T>::kSize;
+        bool vectors = d % V == 0 && 2 * half % V == 0;
+        int64_t per_block = vectors && d < 2 * V * kRopeThreads ? 2 * V * kRopeThreads / d : 1;
+        auto kernel = vectors ? rope_kernel<T, true> : rope_kernel<T, false>;
+        return launch(kernel, dim3(n, ceil_div(heads, per_block)), kRopeThreads, 0, stream,
+                      (const T*)x, positions, heads, per_block, d, freqs, half, (bool)inverse,
+                      (T*)y);
+    });
+}

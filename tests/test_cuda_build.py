@@ -1,0 +1,110 @@
+"""Every CUDA kernel compiles for sm_90a, loads, and spills no register; needs nvcc, but no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine import cuda_library, ptxas
+from dsv4_bench.engine.errors import CannotAnswer
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, KERNEL_ORDER, Context
+
+needs_nvcc = pytest.mark.skipif(cuda_library.nvcc()[0] is None, reason=cuda_library.nvcc()[1])
+
+# Kernels that may use local memory, by a part of their name, and why that is no accident.
+MAY_SPILL: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Path]:
+    """Every source, built into the user's cache: only what changed is compiled."""
+    return cuda_library.build_all(workers=2)
+
+
+@needs_nvcc
+def test_every_source_is_declared_and_every_function_is_exported(built: dict[str, Path]) -> None:
+    assert set(built) == set(cuda_library._LIBRARIES)
+    for name, path in built.items():
+        library = ctypes.CDLL(str(path))
+        assert library.dsv4_error_string
+        for function in cuda_library._LIBRARIES[name].signatures:
+            assert getattr(library, f"dsv4_{function}")
+
+
+@needs_nvcc
+def test_no_kernel_spills(built: dict[str, Path]) -> None:
+    spilled = []
+    for name, path in built.items():
+        found = ptxas.resources_of(path)
+        assert found, f"{name}: ptxas reported no kernel"
+        for title, used in zip(ptxas.demangled([r.kernel for r in found]), found, strict=True):
+            print(f"{name}: {title}: {used.registers} registers, {used.shared} bytes shared")
+            if used.spills and not any(part in title for part in MAY_SPILL):
+                spilled.append(f"{title}: {used}")
+    assert not spilled, "\n".join(spilled)
+
+
+REPORT = """\
+ptxas info    : Compiling entry function '_Z1fPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1fPf
+    {0} bytes stack frame, {1} bytes spill stores, {2} bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 64 bytes smem
+ptxas info    : Compile time = 3.1 ms
+"""
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 0), (8, 0, 0), (0, 4, 0), (0, 0, 4)])
+def test_the_report_is_read(numbers: tuple[int, int, int]) -> None:
+    (found,) = ptxas.resources(REPORT.format(*numbers))
+    assert (found.kernel, found.registers, found.shared) == ("_Z1fPf", 40, 64)
+    assert (found.stack, found.spill_stores, found.spill_loads) == numbers
+    assert found.spills == any(numbers)
+
+
+def test_template_arguments_stay_in_the_name_and_parameters_go() -> None:
+    mangled = "_ZN4dsv412_GLOBAL__N_14kernIfLb1EEEvPKT_l"
+    (name,) = ptxas.demangled([mangled])
+    assert name in (mangled, "dsv4::(anonymous namespace)::kern<float, true>")
+
+
+def test_the_gpu_route_prefers_these_kernels() -> None:
+    assert KERNEL_ORDER["cuda"][0] == "sm90"
+
+
+def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    impl = IMPLEMENTATIONS["rms_norm"]["sm90"]
+    cuda, cpu = Context("cuda"), Context("cpu")
+    monkeypatch.setattr(cuda_library, "_device_reason", lambda: "no CUDA device")
+    assert impl.unavailable(cuda) == impl.unavailable(cpu) == "no CUDA device"
+    monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
+    assert impl.unavailable(cpu) == "needs CUDA tensors, this is cpu"
+    monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
+    monkeypatch.setenv("DSV4_NVCC", str(tmp_path / "nvcc"))
+    cuda_library.cuda_build.cache_clear()
+    try:
+        assert impl.unavailable(cuda) == "nvcc not found and not built"
+        with pytest.raises(CannotAnswer, match="norm_sm90 is not built"):
+            cuda_library.library_path("norm")
+    finally:
+        monkeypatch.undo()
+        cuda_library.cuda_build.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, reason", [((9, 0), None), ((10, 0), "needs sm_90a, this is sm_100")]
+)
+def test_another_gpu_is_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cuda_library._device_reason.cache_clear()
+    try:
+        assert cuda_library._device_reason() == reason
+    finally:
+        cuda_library._device_reason.cache_clear()
