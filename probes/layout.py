@@ -2,7 +2,8 @@
 
 A kernel that ignores a row stride, or reads past its rows, is right on a contiguous copy. So a
 capture copies *storages*: every storage once, the bytes its tensors cover and the gaps between them
-included, and makes each tensor again as a view of its copy.
+included, and makes each tensor again as a view of its copy, at the same address modulo 64: libraries
+choose their paths, and with them the order of additions, by alignment.
 """
 
 from __future__ import annotations
@@ -13,19 +14,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ALIGN = 64  # bytes; copies keep their address modulo this, kernels take paths by alignment
+_ALIGN = 64  # bytes: a cache line, the widest vector
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The bytes [start, stop) of one storage that a group of tensors covers."""
+    """The bytes [start, stop) of one storage that a group of tensors covers.
+
+    A copy begins with `phase` unused bytes, so that it keeps its address modulo 64.
+    """
 
     start: int
     stop: int
+    phase: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Bytes of a copy."""
+        return self.phase + self.stop - self.start
+
+    def offset(self, tensor: Tensor) -> int:
+        """Where `tensor` begins in a copy, in elements."""
+        if tensor.numel() == 0:
+            return 0
+        size = tensor.element_size()
+        return int(tensor.storage_offset()) + (self.phase - self.start) // size
+
+    def joined(self, other: Extent) -> Extent:
+        """What covers both, of the same storage."""
+        return Extent(min(self.start, other.start), max(self.stop, other.stop), self.phase)
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -41,12 +58,13 @@ def extent_of(tensor: Tensor) -> Extent:
     size = tensor.element_size()
     first = tensor.storage_offset() * size
     if tensor.numel() == 0:
-        return Extent(first // _ALIGN * _ALIGN, first // _ALIGN * _ALIGN)
+        return Extent(0, 0)
     dims = list(zip(tensor.shape, tensor.stride(), strict=True))
     last = sum((length - 1) * stride for length, stride in dims) + 1
     padded = max([last, *(length * stride for length, stride in dims)])
     stop = min(first + padded * size, tensor.untyped_storage().nbytes())
-    return Extent(first // _ALIGN * _ALIGN, max(stop, first + last * size))
+    phase = tensor.untyped_storage().data_ptr() % _ALIGN
+    return Extent(first // _ALIGN * _ALIGN, max(stop, first + last * size), phase)
 
 
 def extents(tensors: Iterable[Tensor]) -> dict[int, Extent]:
@@ -54,15 +72,26 @@ def extents(tensors: Iterable[Tensor]) -> dict[int, Extent]:
     found: dict[int, Extent] = {}
     for tensor in tensors:
         key, new = storage_key(tensor), extent_of(tensor)
-        old = found.get(key, new)
-        found[key] = Extent(min(old.start, new.start), max(old.stop, new.stop))
+        old = found.get(key)
+        if old is None or old.stop == 0:  # an empty tensor covers nothing of a storage
+            found[key] = new
+        elif new.stop:
+            found[key] = old.joined(new)
     return found
 
 
 def storage_bytes(tensor: Tensor, extent: Extent) -> Tensor:
-    """The bytes of `extent` of the tensor's storage: uint8 [nbytes], a view."""
+    """The bytes of `extent` of the tensor's storage: uint8 [stop - start], a view."""
     raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(tensor.untyped_storage(), extent.start, (extent.nbytes,), (1,))
+    return raw.set_(tensor.untyped_storage(), extent.start, (extent.stop - extent.start,), (1,))
+
+
+def _copy(tensor: Tensor, extent: Extent) -> Tensor:
+    """The bytes of `extent` behind its phase, in new memory: uint8 [nbytes]."""
+    copy = torch.empty(extent.nbytes, dtype=torch.uint8, device=tensor.device)
+    copy[: extent.phase] = 0
+    copy[extent.phase :] = storage_bytes(tensor, extent)
+    return copy
 
 
 def view_of(
@@ -85,8 +114,7 @@ def clone_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = storage_key(tensor)
         extent = needed[key]
         if key not in copies:
-            copies[key] = storage_bytes(tensor, extent).clone()
-        offset = tensor.storage_offset() - extent.start // tensor.element_size()
-        offset = 0 if tensor.numel() == 0 else offset
+            copies[key] = _copy(tensor, extent)
+        offset = extent.offset(tensor)
         result[name] = view_of(copies[key], tensor.dtype, offset, tensor.shape, tensor.stride())
     return result

@@ -1,0 +1,139 @@
+"""One captured op with the reference's answer, and how far each output is from the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.probes.capture import Captured
+from dsv4_bench.probes.compare import bits_equal
+from dsv4_bench.probes.limits import Limits, judged, move_inputs
+from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
+
+_NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output against float64, beside its limits.
+
+    `own_error` is the relative L2 of the whole tensor, `row_error` that of its worst row; of a set
+    (top-k, routing) the share of rows that picked another one. Both are infinite where NaN or
+    infinities stand in other places than they should. `bits_equal`: to the reference.
+    """
+
+    own_error: float
+    row_error: float
+    limit: float
+    limit_row: float
+    bits_equal: bool
+    verdict: str  # ok, over, or unjudged (integers that are no set)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class BundleCall:
+    """A captured op, what the reference makes of the same inputs, and the verdict on each output.
+
+    `stamp` says what ran: implementation, hash, note. `forward` counts the forward passes of the run.
+    """
+
+    captured: Captured
+    forward: int
+    reference: dict[str, Tensor]
+    checks: dict[str, OutputCheck]
+    stamp: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> str:
+        return self.captured.site.path
+
+    @property
+    def verdict(self) -> str:
+        """over if any output is, ok if any was judged and none is over, else unjudged."""
+        verdicts = {check.verdict for check in self.checks.values()}
+        return next((v for v in ("over", "ok") if v in verdicts), "unjudged")
+
+    @property
+    def worst(self) -> tuple[str, OutputCheck] | None:
+        """The output furthest beyond its limit, by share of it."""
+        rated = [item for item in self.checks.items() if item[1].verdict != "unjudged"]
+        return max(rated, key=lambda item: excess(item[1]), default=None)
+
+
+def excess(check: OutputCheck) -> float:
+    """Error over limit, the larger of tensor and worst row; infinite for a set that differs."""
+    if check.verdict == "over" and check.limit == 0:
+        return float("inf")
+    ratios = [
+        error / limit
+        for error, limit in (
+            (check.own_error, check.limit),
+            (check.row_error, check.limit_row),
+        )
+        if limit > 0
+    ]
+    return max(ratios, default=0.0)
+
+
+@torch.inference_mode()
+def examine(captured: Captured, forward: int, limits: Limits) -> BundleCall:
+    """Run the reference and the float64 oracle on a captured op, teach `limits`, and judge it."""
+    site = captured.site
+    reference = captured.run(site.spec.reference)
+    truth = captured.oracle()
+    seen = limits.table.get((site.op, next(iter(truth), "")))
+    noisy = None
+    if seen is None or seen.samples < _NOISE_SAMPLES:
+        noisy = captured.oracle(**move_inputs(captured, limits.dtype))
+    honest = Captured(site, captured.args, captured.before, reference)
+    limits.learn(honest, truth, noisy)
+    bounds = {name: limits.of(site.op, name) for name in truth}
+    checks = judge(captured, captured.outputs, reference, truth, bounds)
+    stamp = {k: v for k, v in site.stamp.to_dict().items() if k != "launches"}
+    return BundleCall(captured, forward, reference, checks, stamp)
+
+
+def judge(
+    captured: Captured,
+    outputs: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    bounds: Mapping[str, tuple[float, float]],
+) -> dict[str, OutputCheck]:
+    """A check of every output in `truth`; `bounds` holds (limit, limit of the worst row)."""
+    checks = {}
+    for name, exact in truth.items():
+        value = outputs[name]
+        equal = bits_equal(value, reference[name])
+        if value.shape != exact.shape:
+            infinite = float("inf")
+            checks[name] = OutputCheck(infinite, infinite, 0.0, 0.0, False, "over")
+        elif name in captured.site.spec.discrete:
+            share = _other_sets(value, exact)
+            verdict = "over" if share else "ok"
+            checks[name] = OutputCheck(share, share, 0.0, 0.0, equal, verdict)
+        elif not judged(captured, name, exact):
+            checks[name] = OutputCheck(0.0, 0.0, 0.0, 0.0, equal, "unjudged")
+        else:
+            limit, limit_row = bounds[name]
+            error, row = tensor_and_row_error(value, exact)
+            if bool(masks_differ(value, exact).any()):
+                error = row = float("inf")
+            verdict = "ok" if error <= limit and row <= limit_row else "over"
+            checks[name] = OutputCheck(error, row, limit, limit_row, equal, verdict)
+    return checks
+
+
+def _other_sets(value: Tensor, exact: Tensor) -> float:
+    """Share of the rows [..., k] that hold another set than the truth."""
+    if exact.numel() == 0:
+        return 0.0
+    a, b = value.sort(-1).values, exact.sort(-1).values
+    return float((a != b).any(-1).double().mean())
