@@ -140,6 +140,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cache_write": (_P, _I, _P, _N, _P, _I, _N, _N, _N),
     "gather_swa": (_P, _N, _P, _N, _N, _I, _I, _P),
     "read_bytes": (_P, _N, _P, _I),
+    "stats": (_P, _I, _N, _P, _I),
 }
 
 
@@ -158,6 +159,16 @@ _kernels: Kernels | None = None
 def kernels() -> Kernels:
     """The loaded library; the first call builds it if need be. Raises CannotAnswer when it fails."""
     return _kernels or _load()
+
+
+def kernels_at_hand() -> Kernels | None:
+    """The library if it is loaded or need only be loaded; None where it would have to be built."""
+    if _kernels is not None:
+        return _kernels
+    try:
+        return _load() if cpu_build(choose_isa()).find() is not None else None
+    except (DSV4Error, OSError):
+        return None
 
 
 def _load() -> Kernels:

@@ -13,7 +13,10 @@ A probe is a small class; register it with `@probe`, from here or from a user's 
             return site.op == "linear"
 
         def observe(self, call):
-            yield call.reading(self.name, "peak", float(call.outputs["y"].abs().max()))
+            yield call.reading(self.name, "peak", call.outputs["y"].abs().max())
+
+A value may be a tensor: on an accelerator it stays there until the layer is over, and all values of
+the layer are fetched together. To judge one, give `verdict` a rule instead of a word: `at_most(4.0)`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,15 @@ class Probe:
         raise NotImplementedError
 
     def observe(self, call: Call) -> Iterable[Reading]:
+        """Readings of a call, right after the op; changes no tensor."""
         raise NotImplementedError
+
+    def explain(self, call: Call) -> Iterable[Reading]:
+        """More readings, once `call.stats` are numbers (on an accelerator: at the end of the layer).
+
+        For what takes a closer look, and only where something is wrong.
+        """
+        return ()
 
     def reset(self) -> None:
         """Forget what was seen; called when a session starts over."""

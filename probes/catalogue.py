@@ -1,3 +1,12 @@
 """The built-in probes; importing this module registers them."""
 
-from dsv4_bench.probes import model, scales, tensor  # noqa: F401
+from dsv4_bench.probes import (  # noqa: F401
+    attention,
+    experts,
+    indexer,
+    model,
+    occupancy,
+    origin,
+    scales,
+    tensor,
+)

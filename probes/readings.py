@@ -1,23 +1,30 @@
-"""What a probe returns, and what it is given."""
+"""What a probe returns, and what it is given.
+
+On an accelerator nobody waits for a value while the model runs: a reading may hold a tensor there,
+and a rule instead of a verdict, until `fetch` brings the values of many readings in one transfer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dsv4_bench.engine.registry import Site
-from dsv4_bench.probes.stats import Stats, tensor_stats
+from dsv4_bench.probes.stats import Stats, device_stats, tensor_stats
 
-Value = float | int | str | list[float]
+Value = float | int | str | list[float] | Tensor
+Rule = Callable[[Any], str]  # value -> verdict
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """One number (or small array) taken at a site.
 
-    `verdict` is ``alarm``, ``ok`` (judged and fine) or ``info`` (not judged).
+    `verdict` is ``alarm``, ``ok`` (judged and fine) or ``info`` (not judged). `limit` is the bound
+    that was judged against; `detail` says what the value cannot, sampling above all.
     """
 
     site: str
@@ -26,14 +33,34 @@ class Reading:
     value: Value
     unit: str = ""
     limit: float | None = None
-    verdict: str = "info"
+    verdict: str | Rule = "info"
     layer: int | None = None
     forward: int = 0
     detail: str = ""
     output: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return self._asdict()
+
+    @property
+    def pending(self) -> bool:
+        """Whether the value is still on a device."""
+        return isinstance(self.value, Tensor)
+
+
+def at_most(limit: float) -> Rule:
+    """ok up to `limit`; NaN is an alarm."""
+    return lambda value: "ok" if value <= limit else "alarm"
+
+
+def at_least(limit: float) -> Rule:
+    """ok from `limit` on; NaN is an alarm."""
+    return lambda value: "ok" if value >= limit else "alarm"
+
+
+def near(target: float, tolerance: float) -> Rule:
+    """ok within `tolerance` of `target`; NaN is an alarm."""
+    return lambda value: "ok" if abs(value - target) <= tolerance else "alarm"
 
 
 @dataclass
@@ -55,8 +82,14 @@ class Call:
     def stats(self, output: str) -> Stats | None:
         """Statistics of one output, computed once for all probes; None if it is not of floats."""
         if output not in self._stats:
-            self._stats[output] = tensor_stats(self.outputs[output])
+            tensor = self.outputs[output]
+            self._stats[output] = tensor_stats(tensor) if tensor.is_cpu else device_stats(tensor)
         return self._stats[output]
+
+    @property
+    def pending(self) -> bool:
+        """Whether statistics are still on a device."""
+        return any(s is not None and isinstance(s.nan, Tensor) for s in self._stats.values())
 
     def reading(
         self,
@@ -65,12 +98,51 @@ class Call:
         value: Value,
         unit: str = "",
         limit: float | None = None,
-        verdict: str = "info",
+        verdict: str | Rule = "info",
         detail: str = "",
         output: str = "",
     ) -> Reading:
-        """A reading at this call's site."""
+        """A reading at this call's site; a tensor as value is fetched, now on the CPU, later elsewhere."""
+        if isinstance(value, Tensor) and value.is_cpu:
+            value = value.tolist()
+        if not isinstance(verdict, str) and not isinstance(value, Tensor):
+            verdict = verdict(value)
         site, at = self.site, self.forward
         return Reading(
             site.path, probe, name, value, unit, limit, verdict, site.layer, at, detail, output
         )
+
+
+def fetch(readings: Sequence[Reading], calls: Sequence[Call] = ()) -> list[Reading]:
+    """The readings with their values on the host and judged, in one transfer a device.
+
+    Statistics of `calls` that are still on a device come along, and replace those in the calls.
+    """
+    found = [r.value for r in readings if isinstance(r.value, Tensor)]
+    waiting = [
+        (call, output, stats)
+        for call in calls
+        for output, stats in call._stats.items()
+        if stats is not None and isinstance(stats.nan, Tensor)
+    ]
+    for _, _, stats in waiting:
+        found += [value for value in stats if isinstance(value, Tensor)]
+    values = iter(_to_host(found))
+    settled = [r._replace(value=next(values)) if r.pending else r for r in readings]
+    for call, output, stats in waiting:
+        call._stats[output] = Stats(*(next(values) if isinstance(v, Tensor) else v for v in stats))
+    return [
+        r if isinstance(r.verdict, str) else r._replace(verdict=r.verdict(r.value)) for r in settled
+    ]
+
+
+def _to_host(tensors: list[Tensor]) -> list[Any]:
+    """Values of small tensors, as `tolist` gives them; counts below 2^53 stay exact."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.detach().reshape(-1).double() for t in tensors]).cpu()
+    values = []
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        part = part if tensor.is_floating_point() else part.long()
+        values.append(part.view(tensor.shape).tolist())
+    return values

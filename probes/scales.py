@@ -1,24 +1,18 @@
-"""Probe of quantisation scales: magnitudes of block and global scales of the weights in use."""
+"""Quantised weights in use: ranges of their scales, and under the microscope their codes"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from dsv4_bench.engine.formats import E4M3_MAX, Weight, e8m0_to_float
+from dsv4_bench.engine.formats import E4M3_MAX, Weight
+from dsv4_bench.engine.microscope import E4M3_MIN_NORMAL, Blocks, block_scales, examine
 from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading
-
-_E4M3_MIN_NORMAL = 2.0**-6
-
-
-def scale_values(scale: Tensor) -> Tensor:
-    """Block scales of any stored dtype as float32, same shape."""
-    return scale.float() if scale.dtype != torch.float8_e8m0fnu else e8m0_to_float(scale)
 
 
 @probe
@@ -27,7 +21,9 @@ class ScalesProbe(Probe):
 
     name = "scales"
     help = "block-scale range, share at maximum and subnormal, global scale"
-    reads = ("block_max", "block_min", "at_max", "subnormal", "global", "gate_up_ratio")
+    reads = (
+        "block_max", "block_min", "at_max", "subnormal", "global", "gate_up_ratio", "input_scale_ratio",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple]] = {}  # weights do not change: computed once a site
@@ -67,8 +63,7 @@ def _rows(weights: Iterable[Weight]) -> Iterator[tuple]:
     quantised = [w for w in weights if w.scale is not None]
     if not quantised:
         return
-    scales = [scale_values(w.scale).flatten() for w in quantised if w.scale is not None]
-    values = torch.cat(scales)
+    values = torch.cat([block_scales(w).flatten() for w in quantised])
     bad = int((~torch.isfinite(values)).sum() + (values < 0).sum())
     judged = "alarm" if bad else "ok"
     detail = f"{len(quantised)} {quantised[0].format} matrices" + (f", {bad} bad" if bad else "")
@@ -76,18 +71,75 @@ def _rows(weights: Iterable[Weight]) -> Iterator[tuple]:
     yield "block_min", float(values.min()), "", None, judged, detail
     if any(w.format == "nvfp4" for w in quantised):
         yield "at_max", float((values >= E4M3_MAX).float().mean()), "share", None, "info", detail
-        small = (values > 0) & (values < _E4M3_MIN_NORMAL)
+        small = (values > 0) & (values < E4M3_MIN_NORMAL)
         yield "subnormal", float(small.float().mean()), "share", None, "info", detail
         scales2 = [w.global_scale for w in quantised]
         fine = all(0 < g < float("inf") for g in scales2)
         verdict = "ok" if fine else "alarm"
         yield "global", [min(scales2), max(scales2)], "", None, verdict, "smallest, largest"
-    ups = {w.name.rpartition(".")[0]: w.global_scale for w in quantised if w.name.endswith(".w3")}
-    ratios = [
-        w.global_scale / ups[base]
-        for w in quantised
-        if w.name.endswith(".w1") and ups.get(base := w.name.rpartition(".")[0])
-    ]
-    if ratios:
-        worst = max(ratios, key=lambda r: max(r, 1 / r) if r else 0.0)
-        yield "gate_up_ratio", worst, "ratio", None, "info", "w1 / w3 global scale, furthest from 1"
+    for name, ratios in (
+        ("gate_up_ratio", _gate_up(quantised, lambda w: w.global_scale)),
+        ("input_scale_ratio", _gate_up(quantised, lambda w: w.input_scale)),
+    ):
+        if ratios:
+            worst = max(ratios, key=lambda r: max(r, 1 / r))
+            what = "global" if name == "gate_up_ratio" else "input"
+            yield name, worst, "ratio", None, "info", f"w1 / w3 {what} scale, furthest from 1"
+
+
+def _gate_up(weights: list[Weight], scale: Callable[[Weight], float | None]) -> list[float]:
+    """Ratios of the scale of gate to up, where an expert has both and they are positive."""
+    found = {w.name: value for w in weights if (value := scale(w)) is not None and value > 0}
+    pairs = [(name, f"{name[:-2]}w3") for name in found if name.endswith(".w1")]
+    return [found[gate] / found[up] for gate, up in pairs if up in found]
+
+
+@probe
+class MicroscopeProbe(Probe):
+    """How well the quantised weights in use spend their scales and codes; see engine/microscope.py.
+
+    `exponents`: pairs of floor(log2 block scale) and its count. Shares: `at_top` elements of the
+    largest magnitude, `zero_codes` elements 0, `zero_blocks` blocks of zeros under a scale, `slack`
+    blocks that could have half their scale. `noise` is the estimated rounding error, mean square
+    over mean square, `best_noise` that of the best block scales; 4-bit formats only.
+    """
+
+    name = "microscope"
+    help = "block-scale exponents, elements at the top and zero, slack, rounding noise of weights"
+    reads = ("exponents", "at_top", "zero_codes", "zero_blocks", "slack", "noise", "best_noise")
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Blocks] = {}  # by id of the weight: weights do not change
+        self._weights: list[Weight] = []  # keeps the ids unique
+
+    def wants(self, site: Site) -> bool:
+        return any(isinstance(v, (Weight, Expert)) or k == "bank" for k, v in site.params.items())
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        experts = call.site.op == "experts"
+        weights = _used_experts(call) if experts else _weights(call.site.params.values())
+        seen = [self._blocks(w) for w in weights if w.scale is not None]
+        if not seen:
+            return
+        sampled = next((blocks.sampling for blocks in seen if blocks.sampling), "")
+        detail = "; ".join(filter(None, (f"{len(seen)} {seen[0].format} matrices", sampled)))
+        pairs: Counter[int] = Counter()
+        for blocks in seen:
+            pairs.update(blocks.exponents)
+        flat = [float(number) for pair in sorted(pairs.items()) for number in pair]
+        yield call.reading(self.name, "exponents", flat, "log2, count", detail=detail)
+        for name, field in (
+            ("zero_codes", "zeros"),
+            *((n, n) for n in self.reads if n != "exponents"),
+        ):
+            values = [getattr(blocks, field, None) for blocks in seen]
+            known = [value for value in values if value is not None]
+            if known:
+                unit = "ratio" if "noise" in name else "share"
+                yield call.reading(self.name, name, sum(known) / len(known), unit, detail=detail)
+
+    def _blocks(self, weight: Weight) -> Blocks:
+        if id(weight) not in self._seen:
+            self._weights.append(weight)
+            self._seen[id(weight)] = examine(weight.to(torch.device("cpu")))
+        return self._seen[id(weight)]

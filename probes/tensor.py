@@ -1,16 +1,12 @@
-"""Probes of any tensor: statistics, and the first value that is not finite."""
+"""Statistics of every output: counts of odd values, largest magnitude, moments"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
-from dsv4_bench.probes.readings import Call, Reading
-from dsv4_bench.probes.stats import first_nonfinite
+from dsv4_bench.probes.readings import Call, Reading, at_most
 
 
 def expected_nonfinite(site: Site, output: str) -> bool:
@@ -18,71 +14,36 @@ def expected_nonfinite(site: Site, output: str) -> bool:
     return output in site.spec.nonfinite
 
 
+_NONE = at_most(0)
+
+
 @probe
 class StatsProbe(Probe):
-    """NaN and Inf counts, largest magnitude, rms and mean of every output."""
+    """NaN and Inf counts, zeros, values at the largest magnitude, that magnitude, rms and mean.
+
+    rms = sqrt(sum x^2 / n) and mean = sum x / n over the n finite values. `zero` is a share of all
+    values; `peaks` counts the values of magnitude `abs_max`: more than a few show a clamp.
+    """
 
     name = "stats"
-    help = "nan, inf, abs_max, rms, mean of every output"
-    reads = ("nan", "inf", "abs_max", "rms", "mean")
+    help = "nan, inf, zeros, abs_max, clamped values, rms, mean of every output"
+    reads = ("nan", "inf", "zero", "peaks", "abs_max", "rms", "mean")
 
     def wants(self, site: Site) -> bool:
         return True
 
     def observe(self, call: Call) -> Iterable[Reading]:
-        for output in call.outputs:
+        name = self.name
+        for output, tensor in call.outputs.items():
             stats = call.stats(output)
             if stats is None:
                 continue
-            for count, name in ((stats.nan, "nan"), (stats.inf, "inf")):
-                expected = name == "inf" and expected_nonfinite(call.site, output)
-                if expected and count:
-                    continue
-                verdict = "alarm" if count else "ok"
-                yield call.reading(self.name, name, count, "values", 0, verdict, output=output)
-            yield call.reading(self.name, "abs_max", stats.abs_max, output=output)
-            yield call.reading(self.name, "rms", stats.rms, output=output)
-            yield call.reading(self.name, "mean", stats.mean, output=output)
-
-
-@probe
-class NonFiniteProbe(Probe):
-    """Sites whose inputs are finite and an output is not: where a NaN is made, not where it spreads."""
-
-    name = "nonfinite"
-    help = "sites that make a NaN or Inf of finite inputs, with its first coordinate"
-    reads = ("first_nonfinite",)
-
-    def wants(self, site: Site) -> bool:
-        return True
-
-    def observe(self, call: Call) -> Iterable[Reading]:
-        for output, tensor in call.outputs.items():
-            stats = call.stats(output)
-            if stats is None or not stats.nan + stats.inf:
-                continue
-            if expected_nonfinite(call.site, output):
-                tensor = torch.where(tensor == -torch.inf, 0.0, tensor)
-            coordinate = first_nonfinite(tensor)
-            if coordinate is None or not _finite_inputs(call):
-                continue
-            value = float(tensor[tuple(coordinate)])
-            detail = f"{output}{coordinate} is {value}; inputs all finite"
-            where = [float(i) for i in coordinate]
-            yield call.reading(
-                self.name, "first_nonfinite", where, "index", None, "alarm", detail, output
-            )
-            return
-
-
-def _finite_inputs(call: Call) -> bool:
-    """Whether every input is finite, as it was before the op; declared infinities are fine."""
-    for name, value in call.inputs.items():
-        value = call.before.get(name, value)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        if name in call.site.spec.nonfinite:
-            value = torch.where(value == -torch.inf, 0.0, value)
-        if not bool(torch.isfinite(value.float()).all()):
-            return False
-    return True
+            yield call.reading(name, "nan", stats.nan, "values", 0, _NONE, "", output)
+            if not expected_nonfinite(call.site, output):
+                yield call.reading(name, "inf", stats.inf, "values", 0, _NONE, "", output)
+            zero = stats.zero / max(tensor.numel(), 1)
+            yield call.reading(name, "zero", zero, "share", None, "info", "", output)
+            yield call.reading(name, "peaks", stats.peaks, "values", None, "info", "", output)
+            yield call.reading(name, "abs_max", stats.abs_max, "", None, "info", "", output)
+            yield call.reading(name, "rms", stats.rms, "", None, "info", "", output)
+            yield call.reading(name, "mean", stats.mean, "", None, "info", "", output)

@@ -9,6 +9,7 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import Weight, quantize_nvfp4
 from dsv4_bench.engine.registry import Site, reference, spec_of
 from dsv4_bench.probes.base import PROBES, Probe, make_probes, probe, probe_that_reads
+from dsv4_bench.probes.observation import Observation
 from dsv4_bench.probes.readings import Call, Reading
 from dsv4_bench.workbench.loading import load_plugins
 
@@ -40,7 +41,12 @@ def call_of(op, *args, path=None, change=None, **params):
 def read(name, call):
     found = make_probes([name])[0]
     assert found.wants(call.site)
-    return {reading.name: reading for reading in found.observe(call)}
+    observation = Observation([found], fail)
+    return {reading.name: reading for reading in observation.look(call) + observation.flush()}
+
+
+def fail(probe, call, text):
+    raise AssertionError(f"{probe.name} raised {text} at {call.site.path}")
 
 
 def attention_call(change=None):

@@ -1,0 +1,77 @@
+"""Attention weights: sink mass, window against entries, entropy, mass that nobody accounts for"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.ops.attention import gather_rows
+from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.base import Probe, probe
+from dsv4_bench.probes.readings import Call, Reading, at_most, near
+from dsv4_bench.probes.sampling import furthest, sample_rows
+
+_ROUNDING = 1e-3  # of a sum of float32 softmax weights over 10^4 keys, with room
+_QUERIES = 8  # as many as are recomputed; 64 heads over 640 keys of 512 are 84 MFLOP a query
+
+
+@probe
+class SoftmaxProbe(Probe):
+    """Attention weights: where the mass goes, recomputed from q and k with the op's own lse.
+
+    p_j = exp(scale q.k_j - lse) for valid keys, and exp(sink - lse) for the sink; they sum to 1. Keys
+    that were counted and should not be (padding) show as row sums below 1: `padding_mass` is what
+    valid keys and sink leave unexplained. entropy = -sum p_j ln p_j over the keys, mean over queries
+    and heads, as are the masses. `sink_mass` is of all queries, the rest of a sample if its detail
+    says so.
+    """
+
+    name = "softmax"
+    help = "sink, window and entry mass, entropy, largest weight, mass on padding of attention"
+    reads = (
+        "sink_mass", "window_mass", "entry_mass", "entropy", "max_weight", "padding_mass", "row_sum",
+    )  # fmt: skip
+
+    def wants(self, site: Site) -> bool:
+        return site.op == "attention"
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        lse, name = call.outputs["lse"].float(), self.name
+        sink = torch.exp(call.inputs["sink"].float() - lse)  # [n, h]
+        every = torch.arange(len(lse), device=lse.device)
+        rows, note = sample_rows(every, _QUERIES)
+        weights = attention_weights(call, rows)  # [s, h, keys]
+        row_sum = weights.sum(-1) + sink[rows]
+        width = call.inputs["window_index"].shape[1]
+        entropy = torch.special.entr(weights).sum(-1).mean()
+        yield call.reading(name, "sink_mass", sink.mean(), "share")
+        window = weights[..., :width].sum(-1).mean()
+        yield call.reading(name, "window_mass", window, "share", detail=note)
+        if weights.shape[-1] > width:
+            entries = weights[..., width:].sum(-1).mean()
+            yield call.reading(name, "entry_mass", entries, "share", detail=note)
+        yield call.reading(name, "entropy", entropy, "nats", detail=note)
+        yield call.reading(name, "max_weight", weights.max(), "share", detail=note)
+        padding = (1 - row_sum).clamp(min=0).max()
+        yield call.reading(
+            name, "padding_mass", padding, "share", _ROUNDING, at_most(_ROUNDING), note
+        )
+        worst = "; ".join(filter(None, ("furthest from 1", note)))
+        yield call.reading(
+            name, "row_sum", furthest(row_sum, 1.0), "share", 1.0, near(1.0, _ROUNDING), worst
+        )
+
+
+def attention_weights(call: Call, rows: Tensor) -> Tensor:
+    """Weights [s, h, keys] of the keys of query rows [s], by the op's lse; 0 where there is no key."""
+    a = call.inputs
+    index = a["window_index"][rows]
+    keys = gather_rows(a["window"], index)
+    if a.get("entry_index") is not None:
+        keys = torch.cat((keys, gather_rows(a["entries"], a["entry_index"][rows])), dim=1)
+        index = torch.cat((index, a["entry_index"][rows]), dim=1)
+    logits = a["q"][rows].float() @ keys.transpose(1, 2) * a["scale"]
+    weights = torch.exp(logits - call.outputs["lse"][rows].float()[..., None])
+    return torch.where((index >= 0)[:, None], weights, 0.0)

@@ -1,0 +1,124 @@
+"""The mixture of experts: who gets how many tokens, routing weights, how often SwiGLU clamps"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.ops.experts import Expert
+from dsv4_bench.engine.ops.linear import matmul
+from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.base import Probe, probe
+from dsv4_bench.probes.readings import Call, Reading, at_most, near
+from dsv4_bench.probes.sampling import furthest, sample_rows
+
+_TOKENS = 8  # as many as the clamp probe computes again
+
+
+@probe
+class LoadProbe(Probe):
+    """How many tokens each expert got, now and in the session, and the sum of the routing weights.
+
+    skew = largest load over mean load (1 is even). idle = share of experts without a token.
+    `session_load` and `session_idle` are over all passes so far; a pass that is run again counts
+    once. The routing weights of a token sum to the layer's scale.
+    """
+
+    name = "load"
+    help = "tokens of each expert in this pass and the session, skew, idle experts, routing sum"
+    reads = (
+        "load", "idle", "skew", "session_load", "session_idle", "bad_ids", "weight_sum",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        # site -> forward, load of that pass, load of all before it
+        self._session: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def wants(self, site: Site) -> bool:
+        return site.op == "gate"
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        name, scale = self.name, float(call.inputs["scale"])
+        ids, count = call.outputs["experts"].flatten().long(), call.outputs["scores"].shape[1]
+        good = (ids >= 0) & (ids < count)
+        load = ids.new_zeros(count).scatter_add_(0, ids.clamp(0, count - 1), good.long())
+        total = self._over_session(call, load)
+        yield call.reading(name, "load", load, "tokens")
+        yield call.reading(name, "idle", _idle(load), "share")
+        skew = load.max() / load.double().mean().clamp(min=1e-9)
+        yield call.reading(name, "skew", skew, "ratio", detail="largest load over mean load")
+        yield call.reading(name, "session_load", total, "tokens")
+        yield call.reading(name, "session_idle", _idle(total), "share")
+        yield call.reading(name, "bad_ids", (~good).sum(), "values", 0, at_most(0))
+        worst = furthest(call.outputs["routing"].float().sum(-1), scale)
+        yield call.reading(name, "weight_sum", worst, "", scale, near(scale, 1e-3 * scale))
+
+    def _over_session(self, call: Call, load: Tensor) -> Tensor:
+        """Tokens of each expert in all passes, this one included."""
+        forward, last, before = self._session.get(
+            call.site.path, (-1, load, torch.zeros_like(load))
+        )
+        if forward != call.forward and forward >= 0:
+            before = before + last
+        self._session[call.site.path] = (call.forward, load, before)
+        return before + load
+
+
+def _idle(load: Tensor) -> Tensor:
+    return (load == 0).double().mean()
+
+
+@probe
+class ClampProbe(Probe):
+    """How often the SwiGLU clamp bites: gate and up, computed again for some tokens.
+
+    `clamped_gate` is the share of gate values above the limit, `clamped_up` that of up values beyond
+    plus or minus the limit; the largest magnitudes beside them show how much was cut off.
+    """
+
+    name = "clamp"
+    help = "share of SwiGLU's gate and up values beyond the clamp, and the largest ones"
+    reads = ("clamped_gate", "clamped_up", "gate_max", "up_max")
+
+    def wants(self, site: Site) -> bool:
+        return site.op in ("experts", "shared_expert")
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        x, limit, name = call.inputs["x"], float(call.inputs["limit"]), self.name
+        rows, note = sample_rows(torch.arange(len(x), device=x.device), _TOKENS, "tokens")
+        pairs = [
+            (_product(x[part], expert.w1), _product(x[part], expert.w3))
+            for expert, part in _in_use(call, rows)
+        ]
+        if not pairs:
+            return
+        gate, up = (
+            torch.cat([values.flatten() for values in side]) for side in zip(*pairs, strict=True)
+        )
+        clamped = ((gate > limit).double().mean(), (up.abs() > limit).double().mean())
+        yield call.reading(name, "clamped_gate", clamped[0], "share", detail=note)
+        yield call.reading(name, "clamped_up", clamped[1], "share", detail=note)
+        yield call.reading(name, "gate_max", gate.max(), "", limit, detail=note)
+        yield call.reading(name, "up_max", up.abs().max(), "", limit, detail=note)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    """As the reference rounds it: [m, i] float32 of a product in x's dtype."""
+    return matmul(x, weight).to(x.dtype).float()
+
+
+def _in_use(call: Call, rows: Tensor) -> Iterator[tuple[Expert, Tensor]]:
+    """Each expert with those of `rows` that it serves."""
+    if call.site.op == "shared_expert":
+        yield call.inputs["expert"], rows
+        return
+    chosen, bank = call.inputs["experts"][rows], call.inputs["bank"]
+    for expert in sorted(set(chosen.flatten().tolist())):
+        if 0 <= expert < len(bank):
+            yield bank[expert], rows[(chosen == expert).any(-1)]

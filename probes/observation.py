@@ -1,0 +1,94 @@
+"""Asking probes about ops as they run: readings now on the CPU, once a layer on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.base import Probe
+from dsv4_bench.probes.readings import Call, Reading, fetch
+
+
+class Observation:
+    """Looks at calls with `probes`. `complain(probe, call, text)` hears of a probe that raised.
+
+    The caller takes what `look` returns, and calls `flush` at the end of a layer and of a pass. Calls
+    with values still on a device are kept until then.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        complain: Callable[[Probe, Call, str], None] = lambda probe, call, text: None,
+    ) -> None:
+        self.probes = probes
+        self.complain = complain
+        self._calls: list[Call] = []
+        self._readings: list[Reading] = []
+
+    def look(self, call: Call) -> list[Reading]:
+        """The readings that are known now: all of them on the CPU, none on an accelerator."""
+        asked = [probe for probe in self.probes if probe.wants(call.site)]
+        readings = [r for probe in asked for r in self._ask(probe, call, probe.observe)]
+        if call.pending or any(reading.pending for reading in readings):
+            self._calls.append(call)
+            self._readings += readings
+            return []
+        return readings + self._explain(asked, call)
+
+    def flush(self) -> list[Reading]:
+        """What was still on the device, in one transfer; then the closer look at every call."""
+        readings = fetch(self._readings, self._calls)
+        for call in self._calls:
+            asked = [probe for probe in self.probes if probe.wants(call.site)]
+            readings += self._explain(asked, call)
+        self._calls, self._readings = [], []
+        return readings
+
+    def _explain(self, asked: Iterable[Probe], call: Call) -> list[Reading]:
+        found = [r for probe in asked for r in self._ask(probe, call, probe.explain)]
+        return fetch(found) if found else found
+
+    def _ask(
+        self, probe: Probe, call: Call, question: Callable[[Call], Iterable[Reading]]
+    ) -> list[Reading]:
+        """The answer; a probe's exception becomes an alarm, not the run's end."""
+        try:
+            return list(question(call))
+        except Exception as error:
+            text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            self.complain(probe, call, text)
+            return [call.reading(probe.name, "error", text, verdict="alarm", detail=text)]
+
+
+class Watch:
+    """A tap's observer that runs every op on its route and collects the probes' readings.
+
+    `forward` counts in the readings; set it before each pass, and call `flush` after it.
+    """
+
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self.observation = Observation(probes)
+        self.forward = 0
+        self.readings: list[Reading] = []
+        self._layer: int | None = None
+
+    def wants(self, site: Site) -> bool:
+        return any(probe.wants(site) for probe in self.observation.probes)
+
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        if site.layer != self._layer:
+            self.flush()
+            self._layer = site.layer
+        call = Call(site, site.spec.bind(args, site.params), {}, self.forward)
+        for name in site.spec.mutates:
+            call.before[name] = call.inputs[name].clone()
+        result = site.run(args)
+        call.ran(site.spec.name_outputs(result) | {n: call.inputs[n] for n in site.spec.mutates})
+        self.readings += self.observation.look(call)
+        return result
+
+    def flush(self) -> None:
+        """Take in what is still on a device."""
+        self.readings += self.observation.flush()
