@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import resolve_checkpoint
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import parse_route
+from dsv4_bench.engine.registry import RouteEntry, parse_route
 from dsv4_bench.engine.tokens import check_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,6 +63,14 @@ def load_plugins(files: list[str]) -> None:
             ) from error
 
 
+def read_route(texts: Iterable[str]) -> list[RouteEntry]:
+    """`parse_route`, where `*/core=fault/sink_missing` names a fault: that loads the catalogue."""
+    texts = list(texts)
+    if any("fault/" in text for text in texts):
+        import dsv4_bench.probes.faults.catalogue  # noqa: F401  (registers the faults)
+    return parse_route(texts)
+
+
 def pick_device(name: str | None) -> torch.device:
     """`name`, or CUDA if there is one. Raises CannotAnswer for a device this machine lacks."""
     if name is None:
@@ -95,7 +104,7 @@ def load_model(options: dict[str, Any]) -> Loaded:
     load_plugins(list(options.get("plugins") or []))
     device = pick_device(options.get("device"))
     dtype = pick_dtype(options.get("dtype"), device)
-    route = parse_route(options.get("route") or ["kernel"])
+    route = read_route(options.get("route") or ["kernel"])
     checkpoint = Checkpoint(resolve_checkpoint(options.get("checkpoint")))
     checkpoint.require_complete()
     model = Transformer(checkpoint, dtype, device)
