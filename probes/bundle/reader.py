@@ -54,6 +54,7 @@ class SiteEntry:
     op: str
     layer: int | None
     params: dict[str, Any]
+    digests: dict[str, str]  # sha256 of each constant tensor's values
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class CallEntry:
     outputs: dict[str, Any]
     reference: dict[str, Any]
     checks: dict[str, OutputCheck]
+    signature: dict[str, str] | None = None
 
     @property
     def label(self) -> str:
@@ -165,7 +167,14 @@ class Bundle:
         before = {name: inputs[name] for name in spec.mutates}
         args = tuple(inputs[name] for name in positional)
         captured = Captured(site, args, before, outputs)
-        return BundleCall(captured, entry.forward, reference, dict(entry.checks), dict(entry.stamp))
+        return BundleCall(
+            captured,
+            entry.forward,
+            reference,
+            dict(entry.checks),
+            dict(entry.stamp),
+            entry.signature,
+        )
 
 
 def _skim(stream: BinaryIO, size: int) -> None:
@@ -248,7 +257,9 @@ def _sites(document: dict[str, Any]) -> dict[str, SiteEntry]:
             raise BadBundle(f"{where}: unknown op {short(op)!r}", "made by another version?")
         layer = member(fields, "layer", where)
         layer = None if layer is None else count(layer, f"{where}: layer", 4096)
-        sites[path] = SiteEntry(path, op, layer, mapping(member(fields, "params", where), where))
+        params = mapping(member(fields, "params", where), where)
+        digests = _texts(member(fields, "digests", where), f"{where}: digests")
+        sites[path] = SiteEntry(path, op, layer, params, digests)
     return sites
 
 
@@ -265,19 +276,25 @@ def _call(index: int, item: Any, sites: dict[str, SiteEntry]) -> CallEntry:
     inputs, outputs, reference, checks = tables
     spec = spec_of(sites[path].op)
     names = {*spec.outputs, *spec.mutates}
-    if not outputs.keys() == reference.keys() == checks.keys() or not outputs.keys() <= names:
+    if not outputs.keys() <= reference.keys() == checks.keys() <= names:
         raise BadBundle(f"{where}: outputs {short(list(outputs))} of {spec.name} {sorted(names)}")
-    stamp = mapping(member(fields, "stamp", where), f"{where}: stamp")
+    signature = member(fields, "signature", where)
     return CallEntry(
         index,
         sites[path],
         count(member(fields, "forward", where), f"{where}: forward", 2**31),
-        {name: text(value, f"{where}: stamp.{short(name)}") for name, value in stamp.items()},
+        _texts(member(fields, "stamp", where), f"{where}: stamp"),
         inputs,
         outputs,
         reference,
         {name: _check(check, f"{where}: check of {name}") for name, check in checks.items()},
+        None if signature is None else _texts(signature, f"{where}: signature"),
     )
+
+
+def _texts(value: Any, where: str) -> dict[str, str]:
+    """An object of strings."""
+    return {k: text(v, f"{where}.{short(k)}") for k, v in mapping(value, where).items()}
 
 
 def _check(item: Any, where: str) -> OutputCheck:

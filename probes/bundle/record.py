@@ -13,6 +13,7 @@ from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.limits import Limits, judged, move_inputs
 from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
+from dsv4_bench.probes.signatures import Difference, classify
 
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
 
@@ -42,6 +43,7 @@ class BundleCall:
     """A captured op, what the reference makes of the same inputs, and the verdict on each output.
 
     `stamp` says what ran: implementation, hash, note. `forward` counts the forward passes of the run.
+    `signature` is what kind of wrong the first output over its limit is: kind and detail.
     """
 
     captured: Captured
@@ -49,6 +51,7 @@ class BundleCall:
     reference: dict[str, Tensor]
     checks: dict[str, OutputCheck]
     stamp: dict[str, Any] = field(default_factory=dict)
+    signature: dict[str, str] | None = None
 
     @property
     def site(self) -> str:
@@ -97,7 +100,28 @@ def examine(captured: Captured, forward: int, limits: Limits) -> BundleCall:
     bounds = {name: limits.of(site.op, name) for name in truth}
     checks = judge(captured, captured.outputs, reference, truth, bounds)
     stamp = {k: v for k, v in site.stamp.to_dict().items() if k != "launches"}
-    return BundleCall(captured, forward, reference, checks, stamp)
+    signature = _signature(captured, truth, checks)
+    return BundleCall(captured, forward, reference, checks, stamp, signature)
+
+
+def _signature(
+    captured: Captured, truth: Mapping[str, Tensor], checks: Mapping[str, OutputCheck]
+) -> dict[str, str] | None:
+    """Kind and detail of the first output that is over its limit."""
+    name = next((name for name, check in checks.items() if check.verdict == "over"), None)
+    if name is None:
+        return None
+    ours, exact = captured.outputs.get(name), truth[name]
+    if ours is None or ours.shape != exact.shape:
+        shape = "missing" if ours is None else list(ours.shape)
+        detail = f"{name} is {shape}, should be {list(exact.shape)}"
+        return {"kind": "unexplained", "detail": detail}
+    if name in captured.site.spec.discrete:
+        share = checks[name].own_error
+        detail = f"{name} picks another set in {share:.1%} of the rows"
+        return {"kind": "decision_flip", "detail": detail}
+    found = classify(Difference(name, ours.double(), exact.double(), checks[name].limit))
+    return {"kind": found.kind, "detail": found.detail}
 
 
 def judge(
@@ -110,9 +134,9 @@ def judge(
     """A check of every output in `truth`; `bounds` holds (limit, limit of the worst row)."""
     checks = {}
     for name, exact in truth.items():
-        value = outputs[name]
-        equal = bits_equal(value, reference[name])
-        if value.shape != exact.shape:
+        value = outputs.get(name)
+        equal = value is not None and bits_equal(value, reference[name])
+        if value is None or value.shape != exact.shape:
             infinite = float("inf")
             checks[name] = OutputCheck(infinite, infinite, 0.0, 0.0, False, "over")
         elif name in captured.site.spec.discrete:

@@ -8,11 +8,12 @@ import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsv4_bench.engine.errors import DSV4Error
@@ -107,7 +108,7 @@ class Writer:
         record = self._sites.setdefault(path, _SiteRecord(captured, call.stamp))
         record.used |= used
         self.nbytes += size
-        same = {n for n, t in call.reference.items() if bits_equal(t, captured.outputs[n])}
+        same = _same_bits(call)
         outputs = {n: encode(t, table) for n, t in captured.outputs.items()}
         own = {n: encode(t, table) for n, t in call.reference.items() if n not in same}
         self.calls.append(
@@ -115,6 +116,7 @@ class Writer:
                 "site": path,
                 "forward": call.forward,
                 "stamp": call.stamp,
+                "signature": call.signature,
                 "inputs": {n: encode(v, table) for n, v in inputs.items()},
                 "outputs": outputs,
                 "reference": {n: outputs[n] if n in same else own[n] for n in call.reference},
@@ -147,6 +149,11 @@ class Writer:
             self._path(check_name(name)).write_bytes(data)
 
     # -- publication
+
+    def sort_calls(self, order: Sequence[str]) -> None:
+        """Put the calls in the order they ran: by forward pass, then by the sites' `order`."""
+        place = {path: number for number, path in enumerate(order)}
+        self.calls.sort(key=lambda call: (call["forward"], place[call["site"]]))
 
     def publish(self, manifest: Mapping[str, Any]) -> int:
         """Complete the manifest, and let the bundle appear; returns its size in bytes.
@@ -190,6 +197,11 @@ class Writer:
             "op": site.op,
             "layer": site.layer,
             "params": {name: encode(value, table, used) for name, value in site.params.items()},
+            "digests": {
+                name: _digest(tensor)
+                for param, value in site.params.items()
+                for name, tensor in tensors_of(param, value, used)
+            },
         }
 
     def _path(self, name: str) -> Path:
@@ -209,12 +221,15 @@ def _groups(call: BundleCall, inputs: dict[str, Any]) -> list[dict[str, Tensor]]
     named = [(f"in/{n}", v) for n, v in inputs.items()]
     tensors = dict(pair for name, value in named for pair in tensors_of(name, value))
     outputs = {f"out/{n}": t for n, t in call.captured.outputs.items()}
-    other = {
-        f"ref/{n}": t
-        for n, t in call.reference.items()
-        if not bits_equal(t, call.captured.outputs[n])
-    }
+    same = _same_bits(call)
+    other = {f"ref/{n}": t for n, t in call.reference.items() if n not in same}
     return [tensors, outputs, other]
+
+
+def _same_bits(call: BundleCall) -> set[str]:
+    """The reference's outputs that need not be stored, as the route's are the same."""
+    ours = call.captured.outputs
+    return {n for n, t in call.reference.items() if n in ours and bits_equal(t, ours[n])}
 
 
 def _used_experts(captured: Captured) -> set[int]:
@@ -224,6 +239,12 @@ def _used_experts(captured: Captured) -> set[int]:
         return set()
     ids = captured.inputs["experts"].flatten().tolist()
     return {e for e in ids if 0 <= e < len(banks[0])}
+
+
+def _digest(tensor: Tensor) -> str:
+    """sha256 of the values, whatever the layout in memory."""
+    raw = tensor.contiguous().flatten().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(memoryview(raw)).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
