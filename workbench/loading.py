@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,12 +48,16 @@ def load_plugins(files: list[str]) -> None:
         path = Path(file)
         if not path.is_file():
             raise DSV4Error(f"no such plugin file: {file}", "--plugin takes a Python file")
-        spec = importlib.util.spec_from_file_location(f"dsv4_plugin_{number}_{path.stem}", path)
-        if spec is None or spec.loader is None:
+        if path.suffix != ".py":
             raise DSV4Error(f"plugin {file} is not a Python file", "its name must end in .py")
+        module = ModuleType(f"dsv4_plugin_{number}_{path.stem}")
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module  # dataclasses look their module up there
         try:
             with redirect_stdout(sys.stderr):  # stdout is for data
-                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+                # Not through the import system: its bytecode cache goes by time stamps, so a file
+                # saved twice within a second could run as it was before.
+                exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         except DSV4Error as error:
             raise DSV4Error(f"plugin {file}: {error.message}", error.hint) from error
         except (Exception, SystemExit) as error:
