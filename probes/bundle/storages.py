@@ -47,15 +47,11 @@ class StorageTable:
         self.extents = extents(self.placed)
 
     @property
-    def nbytes(self) -> int:
-        return sum(extent.nbytes for extent in self.extents.values())
+    def file_bytes(self) -> int:
+        """The size the file will have."""
+        return 8 + len(self._header()) + sum(extent.nbytes for extent in self.extents.values())
 
-    def offset(self, tensor: Tensor) -> int:
-        """Where `tensor` begins in its storage as stored, in elements."""
-        return self.extents[storage_key(tensor)].offset(tensor)
-
-    def save(self, path: Path) -> None:
-        """Write the file; one storage at a time goes through memory."""
+    def _header(self) -> bytes:
         header, position = {}, 0
         for key, name in self.names.items():
             size = self.extents[key].nbytes
@@ -63,7 +59,15 @@ class StorageTable:
             header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, end]}
             position = end
         encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        return encoded + b" " * (-len(encoded) % 8)
+
+    def offset(self, tensor: Tensor) -> int:
+        """Where `tensor` begins in its storage as stored, in elements."""
+        return self.extents[storage_key(tensor)].offset(tensor)
+
+    def save(self, path: Path) -> None:
+        """Write the file; one storage at a time goes through memory."""
+        encoded = self._header()
         with path.open("wb") as file:
             file.write(len(encoded).to_bytes(8, "little"))
             file.write(encoded)

@@ -51,8 +51,8 @@ class _SiteRecord:
     """What a site's calls share: constants, and the experts that some call used."""
 
     captured: Captured
-    stamp: dict[str, Any]
     used: set[int] = field(default_factory=set)
+    calls: int = 0
 
 
 class Writer:
@@ -70,6 +70,7 @@ class Writer:
         self.left_out: list[LeftOut] = []
         self.calls: list[dict[str, Any]] = []
         self.nbytes = 0
+        self._number = 0
         self._sites: dict[str, _SiteRecord] = {}
         _check_target(target)
         _remove_leftovers(target)
@@ -91,53 +92,73 @@ class Writer:
     # -- content
 
     def add_call(self, call: BundleCall) -> bool:
-        """Add one op, unless it does not fit any more; then it is named in `left_out`."""
+        """Add one op, unless it does not fit any more; then it is named in `left_out`.
+
+        For an op that is over its limit, later ones that are not have to make room.
+        """
         captured, path = call.captured, call.site
-        name = f"calls/{len(self.calls):04d}-{slug(path)}.safetensors"
-        table = StorageTable(name)
-        inputs = _run_inputs(captured)
-        for group in _groups(call, inputs):
-            table.place(group)
+        table = StorageTable(f"calls/{self._number:04d}-{slug(path)}.safetensors")
+        entry = _encode_call(call, table)
         used = _used_experts(captured)
-        weights = self._new_weight_bytes(captured, used)
-        size = table.nbytes + weights
-        if self.max_bytes is not None and self.nbytes + size > self.max_bytes:
-            why = f"{size} bytes, {self.max_bytes - self.nbytes} were left of {self.max_bytes}"
-            self.left_out.append(LeftOut(path, call.forward, size, why))
+        own = table.file_bytes + len(write_json(entry, None))
+        size = own + self._constant_bytes(captured, used)
+        if call.verdict == "over" and not self._fits(size):
+            self._make_room(size)
+            size = own + self._constant_bytes(captured, used)
+        if not self._fits(size):
+            self._leave_out(path, call.forward, size)
             return False
-        record = self._sites.setdefault(path, _SiteRecord(captured, call.stamp))
+        self._number += 1
+        record = self._sites.setdefault(path, _SiteRecord(captured))
         record.used |= used
+        record.calls += 1
         self.nbytes += size
-        same = _same_bits(call)
-        outputs = {n: encode(t, table) for n, t in captured.outputs.items()}
-        own = {n: encode(t, table) for n, t in call.reference.items() if n not in same}
-        self.calls.append(
-            {
-                "site": path,
-                "forward": call.forward,
-                "stamp": call.stamp,
-                "signature": call.signature,
-                "inputs": {n: encode(v, table) for n, v in inputs.items()},
-                "outputs": outputs,
-                "reference": {n: outputs[n] if n in same else own[n] for n in call.reference},
-                "checks": {n: check.to_dict() for n, check in call.checks.items()},
-            }
-        )
+        self.calls.append(entry)
         with _write_errors(self.target):
-            self._path(name)
-            table.save(self.folder / name)
+            table.save(self._path(table.file))
         return True
 
-    def _new_weight_bytes(self, captured: Captured, used: set[int]) -> int:
+    def _fits(self, size: int) -> bool:
+        return self.max_bytes is None or self.nbytes + size <= self.max_bytes
+
+    def _leave_out(self, path: str, forward: int, size: int) -> None:
+        why = f"{size} bytes did not fit into {self.max_bytes}"
+        self.left_out.append(LeftOut(path, forward, size, why))
+
+    def _make_room(self, size: int) -> None:
+        """Take out calls that are within their limits, the last first, until `size` bytes fit."""
+        if self.max_bytes is not None and size > self.max_bytes:
+            return
+        for call in reversed([c for c in self.calls if not _is_over(c)]):
+            if self._fits(size):
+                return
+            self.calls.remove(call)
+            path, record = call["site"], self._sites[call["site"]]
+            file = self.folder / call["file"]
+            before = self.nbytes
+            self.nbytes -= file.stat().st_size + len(write_json(call, None))
+            file.unlink()
+            record.calls -= 1
+            if not record.calls:
+                self.nbytes -= self._bytes_of(record.captured.site.params, record.used)
+                del self._sites[path]
+            self._leave_out(path, call["forward"], before - self.nbytes)
+
+    def _constant_bytes(self, captured: Captured, used: set[int]) -> int:
         """Bytes of the constants that this call adds to what its site already brings."""
-        known = self._sites.get(captured.site.path)
-        if known is not None:
-            used = used - known.used
-        total = 0
-        for name, value in captured.site.params.items():
-            if known is None or is_bank(value):
-                total += sum(t.nbytes for _, t in tensors_of(name, value, sorted(used)))
-        return total
+        params, known = captured.site.params, self._sites.get(captured.site.path)
+        if known is None:
+            return self._bytes_of(params, used)
+        banks = {name: value for name, value in params.items() if is_bank(value)}
+        return self._bytes_of(banks, used - known.used)
+
+    @staticmethod
+    def _bytes_of(params: Mapping[str, Any], used: set[int]) -> int:
+        return sum(
+            tensor.nbytes
+            for name, value in params.items()
+            for _, tensor in tensors_of(name, value, sorted(used))
+        )
 
     def add_readings(self, readings: Iterable[Mapping[str, Any]]) -> None:
         """Write readings.jsonl: dictionaries as `Reading.to_dict` makes them."""
@@ -210,20 +231,37 @@ class Writer:
         return path
 
 
+def _is_over(call: Mapping[str, Any]) -> bool:
+    return any(check["verdict"] == "over" for check in call["checks"].values())
+
+
 def _run_inputs(captured: Captured) -> dict[str, Any]:
     """The arguments that differ from call to call, those written in place as they were before."""
     constants = captured.site.params
     return {name: v for name, v in captured.inputs.items() if name not in constants}
 
 
-def _groups(call: BundleCall, inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The tensors of a call, named as their storages shall be."""
+def _encode_call(call: BundleCall, table: StorageTable) -> dict[str, Any]:
+    """The entry of calls.json; its tensors are placed in `table`. The reference's outputs that have
+    the bits of the route's are views of the same memory."""
+    inputs = _run_inputs(call.captured)
+    ours, same = call.captured.outputs, _same_bits(call)
     named = [(f"in/{n}", v) for n, v in inputs.items()]
-    tensors = dict(pair for name, value in named for pair in tensors_of(name, value))
-    outputs = {f"out/{n}": t for n, t in call.captured.outputs.items()}
-    same = _same_bits(call)
-    other = {f"ref/{n}": t for n, t in call.reference.items() if n not in same}
-    return [tensors, outputs, other]
+    table.place(dict(pair for name, value in named for pair in tensors_of(name, value)))
+    table.place({f"out/{n}": t for n, t in ours.items()})
+    table.place({f"ref/{n}": t for n, t in call.reference.items() if n not in same})
+    right = {n: ours[n] if n in same else t for n, t in call.reference.items()}
+    return {
+        "site": call.site,
+        "forward": call.forward,
+        "file": table.file,
+        "stamp": call.stamp,
+        "signature": call.signature,
+        "inputs": {n: encode(v, table) for n, v in inputs.items()},
+        "outputs": {n: encode(t, table) for n, t in ours.items()},
+        "reference": {n: encode(t, table) for n, t in right.items()},
+        "checks": {n: check.to_dict() for n, check in call.checks.items()},
+    }
 
 
 def _same_bits(call: BundleCall) -> set[str]:
