@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,20 +34,31 @@ class Captured:
 
         `changed` replaces arguments by name.
         """
-        spec = self.site.spec
         inputs = self.inputs
         if self.before:  # together, so that an argument that shares their memory still does
             tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
             inputs.update(clone_tensors(tensors))
-        inputs.update(changed)
+        return self.call(function, {**inputs, **changed})
+
+    def call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Outputs of `function` on `inputs`, every argument by name; in-place ones are written."""
+        spec = self.site.spec
         names = spec.parameters[: len(self.args)]
         params = {name: inputs[name] for name in self.site.params}
         result = function(*(inputs[name] for name in names), **params)
         outputs = spec.name_outputs(result)
         return {**outputs, **{name: inputs[name] for name in self.before}}
 
+    @cached_property
+    def truth(self) -> dict[str, Tensor]:
+        """`oracle()` of the inputs as they are, computed once."""
+        return self.oracle()
+
     def oracle(self, **changed: Any) -> dict[str, Tensor]:
-        """The reference in float64 on these inputs, weights dequantised exactly."""
+        """The reference in float64 on these inputs, weights dequantised exactly.
+
+        `changed` replaces arguments by name.
+        """
         inputs = {**self.inputs, **changed}
         wide = {name: _double(name, value) for name, value in inputs.items()}
         if "out_dtype" in wide:

@@ -78,16 +78,21 @@ class Limits:
         limit = self.table.get((op, output)) or Limit(op, output, "")
         return limit.total(self.floor), limit.row(self.floor)
 
+    def evidence(self, op: str, output: str) -> dict[str, Any] | None:
+        """What the limit of one output was made from; None for one that was never calibrated."""
+        limit = self.table.get((op, output))
+        return None if limit is None else self._row(limit)
+
+    def _row(self, limit: Limit) -> dict[str, Any]:
+        totals = {"limit": limit.total(self.floor), "limit_row": limit.row(self.floor)}
+        return {**asdict(limit), "margin": MARGIN, "floor": self.floor, **totals}
+
     def to_dict(self) -> dict[str, Any]:
-        rows = [
-            {**asdict(limit), "limit": limit.total(self.floor), "limit_row": limit.row(self.floor)}
-            for limit in self.table.values()
-        ]
         return {
             "schema_version": SCHEMA_VERSION,
             "margin": MARGIN,
             "floor": self.floor,
-            "limits": rows,
+            "limits": [self._row(limit) for limit in self.table.values()],
         }
 
     def save(self, path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,33 @@ def max_abs(value: Tensor, truth: Tensor) -> tuple[float, list[int]]:
     a, b = _finite_pair(value, truth)
     if a.numel() == 0:
         return 0.0, []
-    at = (a - b).abs().argmax()
-    coordinate = [int(i) for i in torch.unravel_index(at, a.shape)]
-    return float((a - b).abs().max()), coordinate
+    distance = (a - b).abs()
+    coordinate, flat = [], int(distance.argmax())
+    for length in reversed(a.shape):  # torch.unravel_index imports sympy, which takes a second
+        flat, index = divmod(flat, length)
+        coordinate.insert(0, index)
+    return float(distance.max()), coordinate
+
+
+def measure(value: Tensor, truth: Tensor) -> dict[str, Any]:
+    """How `value` differs from `truth` (one shape), in every number we have.
+
+    relative_l2, worst_row, max_abs with its coordinate `at`, cosine, ulp (counts by distance in
+    units in the last place, finite places only), mask_differences (places where one is NaN or
+    infinite and the other is not).
+    """
+    error, row = tensor_and_row_error(value, truth)
+    largest, at = max_abs(value, truth)
+    finite = torch.isfinite(value) & torch.isfinite(truth)
+    return {
+        "relative_l2": error,
+        "worst_row": row,
+        "max_abs": largest,
+        "at": at,
+        "cosine": cosine(value, truth),
+        "ulp": ulp_histogram(value[finite], truth[finite]),
+        "mask_differences": int(masks_differ(value, truth).sum()),
+    }
 
 
 def ulp_histogram(value: Tensor, truth: Tensor) -> dict[str, int]:

@@ -1,14 +1,15 @@
-"""What kind of wrong: signatures computed from a wrong output and the right one.
+"""What kind of wrong: signatures computed from a wrong output and the right one
 
-`classify` looks at where the two differ (rows, columns, heads, tiles) and how (a constant factor, a
-permutation, a shift, a clamp, zeros), and takes the first description that explains the difference
-down to the limit. It knows nothing of any implementation.
+`classify` looks at how the two differ (zeros, a constant factor, a clamp, another order) and where
+(rows, columns, heads, tiles), and takes the first description that explains the difference down to
+the limit. It knows nothing of any implementation. `sharp` descriptions explain every value; `loose`
+ones say where it is wrong, or by which factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.probes.metrics import masks_differ, relative_error
+from dsv4_bench.probes.metrics import masks_differ, relative_error, rows_of
 
 KINDS = (
     "constant_factor", "transposed", "permuted", "halves_swapped", "shifted", "rows", "columns",
@@ -24,6 +25,7 @@ KINDS = (
     "stale", "nondeterministic", "decision_flip", "unexplained",
 )  # fmt: skip
 _EXPLAINS = 0.02  # share of the error that may be left over by a good description
+_CLAMPED = 3  # values at the bound that make a clamp
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,18 @@ class Signature:
 
 @dataclass(frozen=True)
 class Difference:
-    """A wrong output `ours` beside `truth` (both float64 [n, ...]), with the limit it broke."""
+    """A wrong output `ours` beside `truth` (both float64 [n, ...]), with the limit it broke.
+
+    positions: absolute position of each row, if rows are tokens. groups: [n] bool masks of rows by
+    what they have in common, in words ("rows with fewer than 128 keys"), for the sentence.
+    """
 
     name: str
     ours: Tensor
     truth: Tensor
     limit: float
-    positions: Tensor | None = None  # [n] absolute position of each row, if rows are tokens
+    positions: Tensor | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -63,15 +70,27 @@ class Difference:
 
 def classify(difference: Difference) -> Signature:
     """The first description that fits, from the most to the least specific."""
-    if bool(masks_differ(difference.ours, difference.truth).any()):
-        return _nonfinite(difference)
-    for test in (_zero, _factor, _saturated, _shuffles, _support):
-        found = test(difference)
+    return sharp(difference) or loose(difference)
+
+
+def sharp(d: Difference) -> Signature | None:
+    """A description that explains every value of the output, if there is one."""
+    if bool(masks_differ(d.ours, d.truth).any()):
+        return _nonfinite(d)
+    for test in (_zero, _factor, _shuffles, _saturated, _rounded):
+        found = test(d)
         if found is not None:
             return found
-    return Signature(
-        "unexplained", f"{difference.name} differs by {difference.error:.2g} everywhere"
-    )
+    return None
+
+
+def loose(d: Difference) -> Signature:
+    """Factors by row, head or column, another order, the places that are wrong, or `unexplained`."""
+    for test in (_factors, _permuted, _support):
+        found = test(d)
+        if found is not None:
+            return found
+    return Signature("unexplained", f"{d.name} differs by {d.error:.2g} everywhere")
 
 
 # ------------------------------------------------------------------------------ values
@@ -81,9 +100,11 @@ def _nonfinite(d: Difference) -> Signature:
     bad = masks_differ(d.ours, d.truth)
     first = [int(i) for i in bad.nonzero()[0]]
     value, right = float(d.ours[tuple(first)]), float(d.truth[tuple(first)])
-    rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad
-    where = _span(rows.nonzero().flatten(), len(rows), "row")
-    return Signature("nan", f"{d.name}{first} is {value}, should be {right:.4g}; {where}")
+    where = words_for_rows(rows_of(bad).any(1), d.groups)
+    text = f"{d.name}{first} is {value:.4g}, should be {right:.4g}; {where}"
+    finite = bool(torch.isfinite(d.ours[bad]).all())
+    # Finite values where -inf is due: something hidden became visible.
+    return Signature("padding" if finite else "nan", text)
 
 
 def _zero(d: Difference) -> Signature | None:
@@ -102,19 +123,29 @@ def _zero(d: Difference) -> Signature | None:
         return Signature(
             "flushed", f"{d.name} below {largest:.3g} is flushed to zero ({share:.1%})"
         )
-    where = _where(zeroed)
-    return Signature(where[0] or "flushed", f"{d.name} is zero {where[1]}")
+    signs = d.truth[zeroed]
+    if bool((signs < 0).all()) and float(rest.numel()) and bool((d.truth[~zeroed] >= 0).all()):
+        return Signature("flushed", f"{d.name} is zero where it should be negative ({share:.1%})")
+    kind, where = _where(zeroed, d.groups)
+    return Signature(kind or "flushed", f"{d.name} is zero {where}")
 
 
 def _factor(d: Difference) -> Signature | None:
-    """ours = c * truth: for the whole tensor, then per row, head, half, block of columns."""
-    whole = _least_squares(d.ours, d.truth)
+    """ours = c * truth for the whole tensor."""
+    whole = float((d.ours * d.truth).sum() / d.truth.square().sum().clamp(min=1e-300))
     if abs(whole - 1) > d.limit and d.explained_by(whole * d.truth):
         return Signature("constant_factor", f"{d.name} = {whole:.5g} x reference")
+    return None
+
+
+def _factors(d: Difference) -> Signature | None:
+    """ours = c * truth per row, head, half, block of columns or column."""
     for label, view in _groupings(d.truth):
         ours, truth = view(d.ours), view(d.truth)  # [groups, members]
         factors = (ours * truth).sum(1) / truth.square().sum(1).clamp(min=1e-300)
-        if len(factors) > truth.shape[1] or not _same(ours, factors[:, None] * truth, d):
+        # A factor a group must explain many more values than there are factors, or it explains nothing.
+        free = truth.numel() - len(factors)
+        if free < max(len(factors) // 2, 8) or not _same(ours, factors[:, None] * truth, d):
             continue
         wrong = (factors - 1).abs() > max(10 * d.limit, 1e-6)
         if not bool(wrong.any()):
@@ -123,13 +154,10 @@ def _factor(d: Difference) -> Signature | None:
         text = f"{float(values.min()):.5g}"
         if float(values.max() - values.min()) > 1e-3 * float(values.abs().max()):
             text += f" to {float(values.max()):.5g}"
-        where = _span(wrong.nonzero().flatten(), len(wrong), label)
+        where = words_for_rows(wrong, d.groups) if label == "row" else None
+        where = where or _span(wrong.nonzero().flatten(), len(wrong), label)
         return Signature("constant_factor", f"{d.name} = {text} x reference for {where}")
     return None
-
-
-def _least_squares(ours: Tensor, truth: Tensor) -> float:
-    return float((ours * truth).sum() / truth.square().sum().clamp(min=1e-300))
 
 
 def _same(ours: Tensor, candidate: Tensor, d: Difference) -> bool:
@@ -143,6 +171,7 @@ def _groupings(truth: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]
         yield "row", lambda t: t.flatten(1)
     if truth.dim() == 3:
         yield "head", lambda t: t.transpose(0, 1).flatten(1)
+        yield "row and head", lambda t: t.flatten(0, 1)
     width = truth.shape[-1]
     for parts, label in ((2, "half"), (width // 128, "block of 128 columns")):
         if parts > 1 and width % parts == 0:
@@ -157,11 +186,25 @@ def _column_blocks(parts: int, t: Tensor) -> Tensor:
 
 
 def _saturated(d: Difference) -> Signature | None:
-    """ours is truth clamped, or truth is ours clamped (a clamp that is missing)."""
+    """ours is truth clamped."""
     top, bottom = float(d.ours.max()), float(d.ours.min())
     for low, high in ((bottom, top), (-torch.inf, top), (bottom, torch.inf)):
-        if d.explained_by(d.truth.clamp(low, high)):
+        clamped = d.truth.clamp(low, high)
+        if int((clamped != d.truth).sum()) >= _CLAMPED and d.explained_by(clamped):
             return Signature("saturated", f"{d.name} is clamped to [{low:.4g}, {high:.4g}]")
+    return None
+
+
+def _rounded(d: Difference) -> Signature | None:
+    """ours is truth in a format with fewer bits."""
+    truth = d.truth.float()
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        rounded = truth.to(dtype).double()
+        finite = bool(torch.isfinite(rounded).all())
+        exact = torch.equal(d.ours.float().to(dtype).double(), d.ours)
+        if finite and exact and d.explained_by(rounded):
+            name = str(dtype).removeprefix("torch.")
+            return Signature("unexplained", f"{d.name} is rounded to {name}")
     return None
 
 
@@ -169,50 +212,64 @@ def _saturated(d: Difference) -> Signature | None:
 
 
 def _shuffles(d: Difference) -> Signature | None:
-    for kind, detail, candidate in _rearrangements(d.truth):
-        if candidate.shape == d.ours.shape and d.explained_by(candidate):
+    for kind, detail, candidate, free in _rearrangements(d.truth):
+        if candidate.shape != d.ours.shape:
+            continue
+        # Rows at the edge that something shifted in from outside may hold anything.
+        candidate = torch.where(free, d.ours, candidate) if free is not None else candidate
+        if d.explained_by(candidate):
             return Signature(kind, f"{d.name} {detail}")
-    return _permuted(d)
+    return None
 
 
-def _rearrangements(truth: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-    """Transforms of the truth that a layout mistake would make."""
+def _rearrangements(truth: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+    """Transforms of the truth that a layout mistake would make, with the places they leave open."""
     if truth.dim() >= 2 and truth.shape[-1] == truth.shape[-2]:
-        yield "transposed", "has its last two axes exchanged", truth.transpose(-1, -2)
+        yield "transposed", "has its last two axes exchanged", truth.transpose(-1, -2), None
     width = truth.shape[-1]
     if width % 2 == 0 and truth.dim() >= 2:
         halves = torch.cat((truth[..., width // 2 :], truth[..., : width // 2]), -1)
-        yield "halves_swapped", "has its two halves exchanged", halves
+        yield "halves_swapped", "has its two halves exchanged", halves, None
         pairs = truth.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        yield "nibbles", "has neighbouring columns exchanged (low and high nibble)", pairs
+        yield "nibbles", "has neighbouring columns exchanged (low and high nibble)", pairs, None
         by_halves = truth.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        yield "permuted", "interleaves its two halves", by_halves
+        yield "permuted", "interleaves its two halves", by_halves, None
         by_pairs = truth.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        yield "permuted", "separates even and odd columns", by_pairs
-    for axis, label in ((0, "row"), (-1, "column")):
-        for shift in (1, -1, 2, -2, 4, -4):
-            if truth.shape[axis] > abs(shift):
-                rolled = truth.roll(shift, axis)
-                yield (
-                    "shifted",
-                    f"is shifted by {shift} {label}{'s' if abs(shift) > 1 else ''}",
-                    rolled,
-                )
+        yield "permuted", "separates even and odd columns", by_pairs, None
+    yield from _shifts(truth)
     if truth.dim() == 3:
         exchanged = truth.transpose(0, 1).reshape(truth.shape)
-        yield "transposed", "mixes up rows and heads", exchanged
+        yield "transposed", "mixes up rows and heads", exchanged, None
+    if truth.dim() == 2 and truth.shape[0] > 1:
+        yield "transposed", "is written column by column", truth.T.reshape(truth.shape), None
+
+
+def _shifts(truth: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+    axes = [(0, "row"), (-1, "column")] + ([(1, "head")] if truth.dim() == 3 else [])
+    for axis, label in axes:
+        length = truth.shape[axis]
+        for shift in (1, -1, 2, -2, 4, -4):
+            if length <= 2 * abs(shift):
+                continue
+            index = torch.arange(length, device=truth.device)
+            edge = index < shift if shift > 0 else index >= length + shift
+            shape = [1] * truth.dim()
+            shape[axis] = length
+            words = f"is shifted by {shift} {label}{'s' if abs(shift) > 1 else ''}"
+            yield "shifted", words, truth.roll(shift, axis), edge.view(shape)
 
 
 def _permuted(d: Difference) -> Signature | None:
     """Rows or columns in another order: match each to its nearest."""
-    for axis, label in ((-1, "column"), (0, "row")):
+    axes = [(-1, "column"), (0, "row")] + ([(1, "head")] if d.truth.dim() == 3 else [])
+    for axis, label in axes:
         ours, truth = (t.movedim(axis, 0).flatten(1) for t in (d.ours, d.truth))
         if not 2 <= len(truth) <= 4096 or truth.shape[1] < 2:
             continue
         nearest = torch.cdist(ours, truth).argmin(1)
         if len(set(nearest.tolist())) != len(truth):
             continue
-        moved = int((nearest != torch.arange(len(nearest))).sum())
+        moved = int((nearest != torch.arange(len(nearest), device=nearest.device)).sum())
         if moved and _same(ours, truth[nearest], d):
             return Signature(
                 "permuted", f"{d.name} has {moved} of {len(truth)} {label}s in another order"
@@ -223,13 +280,18 @@ def _permuted(d: Difference) -> Signature | None:
 # ------------------------------------------------------------------------------ places
 
 
+def wrong_places(d: Difference) -> Tensor:
+    """Mask of the places that are wrong, by more than the rounding around them."""
+    scale = float(d.truth.square().mean().sqrt())
+    return (d.ours - d.truth).abs() > max(0.05 * d.error, 4 * d.limit) * scale
+
+
 def _support(d: Difference) -> Signature | None:
     """Only some rows, columns or a tile are wrong."""
-    scale = float(d.truth.square().mean().sqrt())
-    wrong = (d.ours - d.truth).abs() > max(0.05 * d.error, 4 * d.limit) * scale
-    kind, where = _where(wrong)
+    wrong = wrong_places(d)
+    kind, where = _where(wrong, d.groups)
     if d.positions is not None and kind == "rows":
-        rows = (wrong.flatten(1) if wrong.dim() > 1 else wrong[:, None]).any(1)
+        rows = rows_of(wrong).any(1)
         first = int(d.positions[rows].min())
         right = d.positions[~rows]
         if len(right) and int(right.max()) < first:
@@ -237,14 +299,14 @@ def _support(d: Difference) -> Signature | None:
     return Signature(kind, f"{d.name} is wrong {where}") if kind else None
 
 
-def _where(wrong: Tensor) -> tuple[str, str]:
+def _where(wrong: Tensor, groups: dict[str, Tensor]) -> tuple[str, str]:
     """(kind, words) for a mask that covers few rows, few columns or a tile; ("", ...) for all."""
-    flat = wrong.flatten(1) if wrong.dim() > 1 else wrong[:, None]
+    flat = rows_of(wrong)
     rows, columns = flat.any(1), flat.any(0)
     few_rows = int(rows.sum()) <= 0.9 * len(rows)
     few_columns = int(columns.sum()) <= 0.9 * len(columns)
-    row_text = _span(rows.nonzero().flatten(), len(rows), "row")
     column_text = _span(columns.nonzero().flatten(), len(columns), "column")
+    row_text = words_for_rows(rows, groups)
     if few_rows and few_columns:
         return "tiles", f"in {row_text} and {column_text}"
     if few_rows:
@@ -252,6 +314,14 @@ def _where(wrong: Tensor) -> tuple[str, str]:
     if few_columns:
         return "columns", f"in {column_text}"
     return "", "everywhere"
+
+
+def words_for_rows(rows: Tensor, groups: dict[str, Tensor]) -> str:
+    """The rows [n] bool in words: by what they have in common, if a group is exactly they."""
+    for words, group in groups.items():
+        if not bool(rows.all()) and group.shape == rows.shape and torch.equal(group, rows):
+            return words
+    return _span(rows.nonzero().flatten(), len(rows), "row")
 
 
 def _span(indices: Tensor, total: int, label: str) -> str:

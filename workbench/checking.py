@@ -1,6 +1,6 @@
-"""`check`: a route against the reference, site by site.
+"""`check`: a route against the reference, site by site
 
-Reference and route run in lockstep, layer by layer. Every op runs on the reference's inputs (own
+Reference and route run in lockstep, part by part. Every op runs on the reference's inputs (own
 error, against float64) and on the inputs it gets in the route's own run (carried error, against the
 reference). Limits calibrate themselves on the same inputs; see probes/limits.py.
 """
@@ -9,118 +9,104 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cache import Cache
-from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, RouteEntry, Site
+from dsv4_bench.engine.registry import Implementation, RouteEntry, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.probes.limits import Limits, judged, move_inputs
-from dsv4_bench.probes.metrics import masks_differ, relative_error, tensor_and_row_error
-from dsv4_bench.probes.signatures import Difference, Signature, classify
+from dsv4_bench.probes.diagnosis import Diagnosis
+from dsv4_bench.probes.invariants import check_invariants
+from dsv4_bench.probes.judging import (
+    Broken,
+    Verdict,
+    attempt,
+    broken_contract,
+    changed_outputs,
+    judge_memory,
+    judge_values,
+    raised,
+)
+from dsv4_bench.probes.limits import judged, move_inputs
+from dsv4_bench.probes.metrics import measure, relative_error
+from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.probes.tap import set_taps
+from dsv4_bench.workbench.baseline import Baseline, Piece, default_chunks
+from dsv4_bench.workbench.findings import CheckReport, Finding, SiteCheck
+
+__all__ = ["Baseline", "CheckReport", "Checker", "Finding", "default_chunks"]
 
 Progress = Callable[[str, int, int], None]
-Part = Callable[[Tensor, Cache, Step], Tensor]
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
+# A fault that only the route's own run shows is one of memory, and gross; its inputs, off by what came
+# before, may amplify rounding more than those the limits were made on.
+_IN_RUN_SLACK = 4.0
 
 
-@dataclass
-class Finding:
-    """One output of one op in one forward pass that broke its limit."""
+class RouteCapture(Capture):
+    """Keeps the ops of the route's own run, and lets it go on where an implementation fails.
 
-    site: str
-    op: str
-    layer: int | None
-    forward: int
-    output: str
-    own_error: float
-    limit: float
-    signature: Signature
+    `right`: the reference's calls by path. Where an implementation raises or breaks its contract
+    the reference takes over on the same inputs, and if it cannot, its outputs of its own run do;
+    `problems` has what happened, by path.
+    """
 
-    @property
-    def sentence(self) -> str:
-        return f"{self.site}: {self.signature.detail}"
+    def __init__(self, right: dict[str, Captured]) -> None:
+        super().__init__()
+        self.right = right
+        self.problems: dict[str, Signature] = {}
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "site": self.site,
-            "op": self.op,
-            "layer": self.layer,
-            "forward": self.forward,
-            "output": self.output,
-            "kind": self.signature.kind,
-            "own_error": self.own_error,
-            "limit": self.limit,
-            "sentence": self.sentence,
-        }
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        expected = self.right.get(site.path)
+        count = len(self.calls)
+        try:
+            result = super().around(site, args)
+        except Exception as error:  # of somebody's kernel: it may raise anything
+            return self._replaced(site, args, raised(error))
+        ours = self.calls[count]
+        broken = broken_contract(expected, ours.outputs) if expected is not None else []
+        if broken:
+            del self.calls[count:]
+            for name, before in ours.before.items():
+                site.spec.bind(args, site.params)[name].copy_(before)
+            assert broken[0].signature is not None
+            return self._replaced(site, args, broken[0].signature)
+        return result
 
-
-@dataclass
-class SiteCheck:
-    """What was seen at one site over all forward passes: the worst of each."""
-
-    site: str
-    op: str
-    layer: int | None
-    implementation: str
-    own_error: float = 0.0
-    carried_error: float = 0.0
-    limit: float = 0.0
-    verdict: str = "ok"  # ok, over, uncovered
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass
-class CheckReport:
-    """The whole check. `status`: clean, found, or partial (nothing found, but sites uncovered)."""
-
-    sites: dict[str, SiteCheck] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    limits: Limits | None = None
-    logits_error: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def uncovered(self) -> list[SiteCheck]:
-        return [site for site in self.sites.values() if site.verdict == "uncovered"]
-
-    @property
-    def status(self) -> str:
-        if self.findings:
-            return "found"
-        return "partial" if self.uncovered else "clean"
-
-    def to_dict(self) -> dict[str, Any]:
-        first = self.findings[0] if self.findings else None
-        carried = self.sites[first.site].carried_error if first else None
-        return {
-            "status": self.status,
-            "first": {**first.to_dict(), "carried_error": carried} if first else None,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "sites": [site.to_dict() for site in self.sites.values()],
-            "uncovered": [{"site": s.site, "why": s.note} for s in self.uncovered],
-            "logits_error": self.logits_error,
-            "seconds": self.seconds,
-        }
+    def _replaced(self, site: Site, args: tuple[Any, ...], problem: Signature) -> Any:
+        self.problems[site.path] = problem
+        try:
+            return site.spec.reference(*args, **site.params)
+        except Exception:
+            expected = self.right[site.path]
+            values = [expected.outputs[name] for name in site.spec.outputs]
+            return tuple(values) if len(values) > 1 else next(iter(values), None)
 
 
 class Checker:
-    """Checks `route` on `model` over `tokens`, fed in `chunks`."""
+    """Checks `route` on `model`; sites whose implementation is the reference are not judged.
 
-    def __init__(self, model: Transformer, route: Sequence[RouteEntry]) -> None:
+    repeats: how often every op runs on the same inputs to see whether its bits change. poison: one
+    more run with NaN in recycled memory, unused rows and guard zones (probes/poison.py).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        route: Sequence[RouteEntry],
+        *,
+        repeats: int = 2,
+        poison: bool = True,
+    ) -> None:
         self.model = model
-        self.limits = Limits(model.dtype)
-        self.report = CheckReport(limits=self.limits)
+        self.repeats = repeats
+        self.poison = poison
+        self.report = CheckReport()
         model.set_route(list(route))
         self.chosen: dict[str, Implementation] = {}
         for path, site in model.sites.items():
@@ -131,127 +117,174 @@ class Checker:
                 check.note = site.stamp.note or "the route names the reference"
             self.report.sites[path] = check
 
+    def run(self, tokens: Sequence[int], chunks: Sequence[int], progress: Progress) -> CheckReport:
+        """Check on `tokens` fed in `chunks`; the model's route is the checked one afterwards."""
+        return self.against(Baseline(self.model, tokens, chunks, keep=False), progress)
+
     @torch.inference_mode()
-    def run(self, tokens: list[int], chunks: Sequence[int], progress: Progress) -> CheckReport:
-        """Run the check; the model's route is the checked one again afterwards."""
+    def against(self, baseline: Baseline, progress: Progress | None = None) -> CheckReport:
+        """Check against a reference run, which serves any number of routes of the same model."""
         started = time.perf_counter()
-        model = self.model
-        right, ours = model.new_cache(), model.new_cache()
-        for forward, (start, stop) in enumerate(split(len(tokens), chunks)):
-            steps = [cache.step([tokens[start:stop]]) for cache in (right, ours)]
-            x_right = x_ours = torch.empty(0)
-            parts = self._parts()
-            for number, (name, part) in enumerate(parts):
-                progress(f"check {name}, tokens {start} to {stop}", number, len(parts))
-                x_right, calls = self._capture(False, part, x_right, right, steps[0])
-                x_ours, carried = self._capture(True, part, x_ours, ours, steps[1])
-                self._check_calls(calls, carried, forward, steps[0].positions)
-            self.report.logits_error = max(
-                self.report.logits_error, relative_error(x_ours, x_right)
-            )
-            right.advance(steps[0])
-            ours.advance(steps[1])
-        progress("check", 1, 1)
+        self.limits = self.report.limits = baseline.limits
+        self.diagnosis = Diagnosis(self.limits, self.model.config)
+        cache, step, x = self.model.new_cache(), None, torch.empty(0)
+        for number, piece in enumerate(baseline.pieces()):
+            if progress is not None:
+                progress(f"check {piece.name}, pass {piece.forward}", number, baseline.count)
+            if piece.begins:
+                cache = self.model.new_cache(len(piece.tokens))
+            if piece.name == "embed":
+                step = cache.step(piece.tokens)
+            assert step is not None
+            x, capture = self._route_run(piece, x, cache, step)
+            self._check_piece(piece, capture)
+            if piece.ends:
+                error = relative_error(x, piece.x)
+                self.report.logits_error = max(self.report.logits_error, error)
+                cache.advance(step)
+        self._use(self.chosen)
+        if progress is not None:
+            progress("check", baseline.count, baseline.count)
         self.report.seconds = time.perf_counter() - started
         return self.report
 
-    def _parts(self) -> list[tuple[str, Part]]:
-        """The forward pass in pieces that are captured and checked one at a time."""
-        model = self.model
+    # ------------------------------------------------------------------ running
 
-        def layer(index: int) -> Part:
-            return lambda x, cache, step: model.layers[index](x, cache.layers[index], step)
-
-        return [
-            ("embed", lambda x, cache, step: model.embed(step.tokens)),
-            *((f"L{index}", layer(index)) for index in range(len(model.layers))),
-            ("head", lambda x, cache, step: model.head(x)),
-        ]
-
-    def _capture(
-        self, routed: bool, part: Part, x: Tensor, cache: Cache, step: Step
-    ) -> tuple[Tensor, list[Captured]]:
-        """Run a part of the model on the checked route or on the reference, keeping its ops."""
+    def _use(self, table: dict[str, Implementation]) -> None:
         for path, site in self.model.sites.items():
-            site.use(self.chosen[path] if routed else IMPLEMENTATIONS[site.op]["reference"])
-        capture = Capture()
-        set_taps(self.model.sites.values(), capture)
+            if site.impl is not table[path]:
+                site.use(table[path])
+
+    def _route_run(
+        self, piece: Piece, x: Tensor, cache: Cache, step: Step
+    ) -> tuple[Tensor, RouteCapture]:
+        """Run a part of the model on the checked route."""
+        self._use(self.chosen)
+        capture = RouteCapture({call.site.path: call for call in piece.calls})
+        sites = self.model.sites.values()
+        set_taps(sites, capture)
         try:
-            return part(x, cache, step), capture.calls
+            return piece.part(x, cache, step), capture
         finally:
-            set_taps(self.model.sites.values(), None)
+            set_taps(sites, None)
 
-    def _check_calls(
-        self, calls: list[Captured], carried: list[Captured], forward: int, positions: Tensor
-    ) -> None:
-        by_path = {call.site.path: call for call in carried}
-        for call in calls:
-            self._check_own(call, forward, positions)
-            other = by_path.get(call.site.path)
+    def _check_piece(self, piece: Piece, capture: RouteCapture) -> None:
+        carried = {call.site.path: call for call in capture.calls}
+        for call in piece.calls:
+            path = call.site.path
+            check, other = self.report.sites[path], carried.get(path)
             if other is not None:
-                check = self.report.sites[call.site.path]
-                errors = [
-                    relative_error(other.outputs[name], value)
-                    for name, value in call.outputs.items()
-                    if judged(call, name, value) and other.outputs[name].shape == value.shape
-                ]
-                check.carried_error = max([check.carried_error, *errors])
+                check.carried_error = max(check.carried_error, _carried_error(call, other))
+            if check.verdict == "uncovered":
+                continue
+            found = self._check_own(call, piece)
+            if not found and other is not None:
+                self._check_in_run(other, piece)
+            if not found and path in capture.problems:
+                self._find(
+                    call, piece, Broken("", float("inf"), 0.0), capture.problems[path], False
+                )
+            self.diagnosis.history.add(call, call.outputs, piece.forward)
+            if other is not None and changed_outputs(call.outputs, other.outputs):
+                self.diagnosis.history.add(other, other.outputs, piece.forward)
 
-    def _check_own(self, call: Captured, forward: int, positions: Tensor) -> None:
-        site = call.site
-        check = self.report.sites[site.path]
-        truth = call.oracle()
-        seen = self.limits.table.get((site.op, next(iter(truth), "")))
+    # ------------------------------------------------------------------ judging
+
+    def _learn(self, call: Captured) -> None:
+        """Add the reference's error on these inputs to the evidence of the limits."""
+        seen = self.limits.table.get((call.site.op, next(iter(call.truth), "")))
         noisy = None
         if seen is None or seen.samples < _NOISE_SAMPLES:
             noisy = call.oracle(**move_inputs(call, self.model.dtype))
-        self.limits.learn(call, truth, noisy)
-        if check.verdict == "uncovered":
-            return
-        ours = call.run(self.chosen[site.path].function)
-        for name, exact in truth.items():
-            value = ours[name]
-            if name in site.spec.discrete:
-                self._check_set(call, name, value, exact, forward)
-            elif judged(call, name, exact):
-                self._check_values(call, name, value, exact, forward, positions)
+        self.limits.learn(call, call.truth, noisy)
 
-    def _check_values(
-        self,
-        call: Captured,
-        name: str,
-        value: Tensor,
-        exact: Tensor,
-        forward: int,
-        positions: Tensor,
-    ) -> None:
-        site = call.site
-        check = self.report.sites[site.path]
-        limit, row_limit = self.limits.of(site.op, name)
-        error, row_error = tensor_and_row_error(value, exact)
-        check.own_error = max(check.own_error, error)
-        check.limit = max(check.limit, limit)
-        broken = bool(masks_differ(value, exact).any()) or error > limit or row_error > row_limit
+    def _check_own(self, call: Captured, piece: Piece) -> bool:
+        """Judge an op on the reference's inputs; whether something was found."""
+        self._learn(call)
+        function = self.chosen[call.site.path].function
+        outputs, problem = attempt(call, function)
+        if problem is not None:
+            self._find(call, piece, Broken("", float("inf"), 0.0), problem)
+            return True
+        broken = broken_contract(call, outputs)
         if broken:
-            rows = positions if len(positions) == len(exact) else None
-            difference = Difference(name, value.double(), exact.double(), limit, rows)
-            self._find(site, name, forward, max(error, row_error), limit, classify(difference))
+            for item in broken:
+                self._find(call, piece, item, item.signature)
+            return True
+        verdict = judge_values(call, outputs, call.truth, self.limits)
+        judge_memory(call, function, verdict, self.repeats, self.poison)
+        check = self.report.sites[call.site.path]
+        if verdict.error >= check.own_error:
+            check.own_error, check.limit = verdict.error, verdict.limit
+        return self._name(call, piece, verdict, own=True)
 
-    def _check_set(
-        self, call: Captured, name: str, value: Tensor, exact: Tensor, forward: int
-    ) -> None:
-        a, b = value.sort(-1).values, exact.sort(-1).values
-        rows = (a != b).any(-1)
-        if bool(rows.any()):
-            share = float(rows.double().mean())
-            row = int(rows.nonzero()[0])
-            detail = f"{name} picks another set in {share:.1%} of the rows, first row {row}"
-            self._find(call.site, name, forward, share, 0.0, Signature("decision_flip", detail))
+    def _check_in_run(self, other: Captured, piece: Piece) -> None:
+        """An op that is right on the reference's inputs must be right on those of the route's run."""
+        reference = other.run(other.site.spec.reference)
+        alike = replace(other, outputs=reference)
+        if not changed_outputs(reference, other.outputs):
+            return
+        widened = {name: value.double() for name, value in reference.items()}
+        if not judge_values(alike, other.outputs, widened, self.limits, _IN_RUN_SLACK).broken:
+            return
+        noisy = alike.oracle(**move_inputs(alike, self.model.dtype))
+        self.limits.learn(alike, alike.truth, noisy)
+        verdict = judge_values(alike, other.outputs, alike.truth, self.limits, _IN_RUN_SLACK)
+        self._name(alike, piece, verdict, own=False)
+
+    def _name(self, call: Captured, piece: Piece, verdict: Verdict, own: bool) -> bool:
+        """Turn what is broken into findings; an invariant raises one only where nothing else did."""
+        held = check_invariants(call, verdict.outputs)
+        self._keep_invariants(call, held)
+        sentences = [item.sentence for item in held.values() if not item.ok]
+        for item in verdict.broken:
+            signature = self.diagnosis.name(call, verdict, item, piece.positions)
+            self._find(call, piece, item, signature, own, verdict, sentences)
+        if not verdict.broken:
+            for item in held.values():
+                if not item.ok:
+                    broken = Broken("", item.value, item.limit)
+                    self._find(call, piece, broken, item.signature, own, verdict, sentences)
+        return bool(verdict.broken) or bool(sentences)
+
+    def _keep_invariants(self, call: Captured, held: dict[str, Any]) -> None:
+        kept = self.report.sites[call.site.path].invariants
+        for words, item in held.items():
+            if words not in kept or item.value > kept[words].value:
+                kept[words] = item
 
     def _find(
-        self, site: Site, name: str, forward: int, error: float, limit: float, signature: Signature
+        self,
+        call: Captured,
+        piece: Piece,
+        broken: Broken,
+        signature: Signature | None,
+        own: bool = True,
+        verdict: Verdict | None = None,
+        invariants: Sequence[str] = (),
     ) -> None:
+        site = call.site
+        assert signature is not None
+        if not own:
+            words = f"{signature.detail}; only in the route's own run: `check --minimise` finds with whom"
+            signature = replace(signature, detail=words)
         self.report.sites[site.path].verdict = "over"
-        self.report.findings.append(
-            Finding(site.path, site.op, site.layer, forward, name, error, limit, signature)
-        )
+        finding = Finding(
+            site.path, site.op, site.layer, piece.forward, broken.output,
+            broken.error, broken.limit, signature, own, invariants=list(invariants),
+        )  # fmt: skip
+        if not self.report.findings and verdict is not None and broken.output in call.truth:
+            ours, truth = verdict.outputs[broken.output], call.truth[broken.output]
+            if ours.is_floating_point():
+                finding.metrics = measure(ours, truth)
+        self.report.findings.append(finding)
+
+
+def _carried_error(call: Captured, other: Captured) -> float:
+    """The largest error of the route's own run against the reference's, over the outputs."""
+    errors = [
+        relative_error(other.outputs[name], value)
+        for name, value in call.outputs.items()
+        if judged(call, name, value) and other.outputs[name].shape == value.shape
+    ]
+    return max(errors, default=0.0)

@@ -1,0 +1,350 @@
+"""Hypotheses, how they are tried, and the rule which mechanism counts as which kind
+
+| mechanism | kind |
+|---|---|
+| a scale, eps, sink, weight of a sum missing, applied twice, squared, taken from elsewhere | constant_factor |
+| a square argument transposed, N and K exchanged, the wrong axis normalised | transposed |
+| arguments exchanged; rows, heads, experts, streams in another order | permuted |
+| halves of a row exchanged, halves paired instead of neighbours | halves_swapped |
+| position, row, slot, index, window or entry off by a few | shifted |
+| positions or frequencies that are not the layer's: right at position 0, worse with distance | positions |
+| padding counted, hidden entries scored | padding |
+| a clamp missing, added, or on the wrong side | saturated |
+| an argument or negative values taken as zero | flushed |
+| low and high nibble of a byte exchanged | nibbles |
+| block scales in another order, transposed, swizzled, decoded as another format, left out | scale_order |
+| a part of the sum over K, or of the list of keys, is left out | tiles |
+| an in-place argument keeps what it held, earlier state is used | stale |
+| other experts or entries than the scores say | decision_flip |
+| another formula on the same inputs | unexplained (the sentence names it) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.config import Config
+from dsv4_bench.probes.capture import Captured
+from dsv4_bench.probes.judging import in_one_order
+from dsv4_bench.probes.limits import Limits, judged
+from dsv4_bench.probes.metrics import rows_of
+from dsv4_bench.probes.signatures import words_for_rows
+
+Values = dict[str, Tensor]
+Predict = Callable[[Captured], Values]
+_LEFT_OVER = 0.02  # share of the error that an explanation may leave
+_SCREENED = 48  # rows on which hypotheses are tried first
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A way to be wrong. `changed` replaces arguments of the oracle; or `predict` gives the outputs.
+
+    words complete "<what is seen>: <words>". `edge` rows at either end may hold anything (what a
+    shift brings in from outside).
+    """
+
+    kind: str
+    words: str
+    changed: dict[str, Any] | None = None
+    predict: Predict | None = None
+    edge: int = 0
+
+    def outputs(self, call: Captured) -> Values:
+        if self.predict is not None:
+            return self.predict(call)
+        assert self.changed is not None
+        return call.oracle(**self.changed)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A hypothesis that explains the wrong values: all of them, or (`where`) those of some rows."""
+
+    hypothesis: Hypothesis
+    where: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"{self.hypothesis.words} ({self.where})" if self.where else self.hypothesis.words
+
+
+Candidates = Callable[[Captured, Config | None], Iterator[Hypothesis]]
+CANDIDATES: dict[str, list[Candidates]] = {}
+
+
+def candidates(*ops: str) -> Callable[[Candidates], Candidates]:
+    """Register the decorated generator of hypotheses for `ops`; the most specific come first."""
+
+    def register(function: Candidates) -> Candidates:
+        for op in ops:
+            CANDIDATES.setdefault(op, []).append(function)
+        return function
+
+    return register
+
+
+def hypotheses_for(call: Captured, config: Config | None) -> Iterator[Hypothesis]:
+    """Every hypothesis about a call: its op's own, then those about any argument."""
+    from dsv4_bench.probes.hypotheses.arguments import changed_arguments
+
+    for source in CANDIDATES.get(call.site.op, []):
+        yield from source(call, config)
+    yield from changed_arguments(call)
+
+
+# ------------------------------------------------------------------------------ trying them
+
+
+def explain(
+    call: Captured,
+    ours: Values,
+    limits: Limits,
+    config: Config | None = None,
+    groups: dict[str, Tensor] | None = None,
+    kind: str | None = None,
+    only: Explanation | None = None,
+) -> Explanation | None:
+    """The first hypothesis that explains every wrong value of `ours`, or else one that explains every
+    wrong row or column; None if there is none.
+
+    With `kind` only hypotheses of that kind are tried, and only a whole explanation counts. With
+    `only` nothing but that hypothesis is tried, on this call.
+    """
+    if only is not None:
+        return _confirmed(call, ours, limits, config, only.hypothesis, groups or {})
+    small, our_small = _screening(call, ours, limits)
+    partial: Explanation | None = None
+    for hypothesis in hypotheses_for(small, config):
+        if kind is not None and hypothesis.kind != kind:
+            continue
+        found = try_one(small, our_small, limits, hypothesis, groups or {})
+        if found is None or (found.where and partial is not None):
+            continue
+        if small is not call:
+            found = _confirmed(call, ours, limits, config, hypothesis, groups or {})
+            if found is None or (found.where and partial is not None):
+                continue
+        if not found.where:
+            return found
+        partial = found
+    if kind is not None:
+        return None
+    return partial or fitted_factor(small, our_small, limits)
+
+
+def _confirmed(
+    call: Captured,
+    ours: Values,
+    limits: Limits,
+    config: Config | None,
+    hypothesis: Hypothesis,
+    groups: dict[str, Tensor],
+) -> Explanation | None:
+    """The same hypothesis about the whole call, if it still explains it."""
+    for whole in hypotheses_for(call, config):
+        if (whole.kind, whole.words) == (hypothesis.kind, hypothesis.words):
+            return try_one(call, ours, limits, whole, groups)
+    return None
+
+
+def try_one(
+    call: Captured,
+    ours: Values,
+    limits: Limits,
+    hypothesis: Hypothesis,
+    groups: dict[str, Tensor],
+) -> Explanation | None:
+    """Whether one hypothesis explains `ours`, and if only partly, where."""
+    try:
+        predicted = hypothesis.outputs(call)
+    except Exception:  # the changed arguments do not fit this op: then it is not what happened
+        return None
+    spec = call.site.spec
+    names = [n for n, t in call.truth.items() if n in spec.discrete or judged(call, n, t)]
+    sets = [in_one_order(spec, values) for values in (ours, call.truth, predicted)]
+    for axis in (0, -1, 1):
+        where, whole = "", True
+        explained = False
+        for name in names:
+            a, truth, guess = (values.get(name) for values in sets)
+            if a is None or truth is None or guess is None or guess.shape != a.shape:
+                return None
+            if axis != 0 and (a.dim() < 2 or (axis == 1 and a.dim() < 3) or name in spec.discrete):
+                return None
+            limit = limits.of(call.site.op, name)[1] if name not in spec.discrete else 0.0
+            found = _fit(a, truth, guess, limit, axis, hypothesis.edge)
+            if found is None:
+                break
+            wrong, fits = found
+            explained |= bool(wrong.any())
+            whole &= fits
+            if not fits and not where:
+                where = _words(wrong, axis, groups)
+        else:
+            if explained:
+                return Explanation(hypothesis, "" if whole else where)
+            return None
+    return None
+
+
+def _words(wrong: Tensor, axis: int, groups: dict[str, Tensor]) -> str:
+    if axis == 0:
+        return "only in " + words_for_rows(wrong, groups)
+    return "only in " + words_for_rows(wrong, {}).replace("row", "column" if axis == -1 else "head")
+
+
+def _fit(
+    ours: Tensor, truth: Tensor, guess: Tensor, limit: float, axis: int, edge: int
+) -> tuple[Tensor, bool] | None:
+    """(wrong slices, whether `guess` is right for all of them), None if it leaves a wrong one."""
+    before = _slice_errors(ours, truth, axis)
+    after = _slice_errors(ours, guess, axis)
+    wrong = before > limit
+    if not bool(wrong.any()) and float(before.max()) > 0.5 * limit > 0:
+        wrong = before > 0.2 * float(before.max())  # over the limit of the whole tensor only
+    allowed = (_LEFT_OVER * before).clamp(min=limit)
+    fits = (after <= allowed) & (~wrong | (after <= 0.3 * before))
+    if edge and axis == 0 and len(fits) > 2 * edge:
+        fits[:edge] = True
+        fits[-edge:] = True
+    if bool((wrong & ~fits).any()):
+        return None
+    return wrong, bool(fits.all())
+
+
+def _slice_errors(ours: Tensor, other: Tensor, axis: int) -> Tensor:
+    """Relative L2 [slices] along `axis`; infinite where non-finite values differ.
+
+    Integers: 1 where a slice differs.
+    """
+    a, b = (rows_of(t.movedim(axis, 0)) for t in (ours, other))
+    if not b.is_floating_point():
+        return (a != b).any(1).double()
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    difference = torch.where(finite, a - b, 0.0).norm(dim=1)
+    norms = torch.where(torch.isfinite(b), b, 0.0).norm(dim=1)
+    typical = float(norms.square().mean().sqrt()) if len(norms) else 0.0
+    errors = difference / norms.clamp(min=max(1e-2 * typical, 1e-30))
+    return torch.where((finite | same).all(1), errors, torch.inf)
+
+
+# ------------------------------------------------------------------------------ screening
+
+
+# Arguments with a row a token, of the ops whose rows are independent.
+ROWWISE: dict[str, tuple[str, ...]] = {
+    "embed": ("tokens",),
+    "hc_pre": ("x",),
+    "hc_post": ("y", "x", "post", "comb"),
+    "hc_head": ("x",),
+    "rms_norm": ("x",),
+    "linear": ("x",),
+    "grouped_linear": ("o",),
+    "rope": ("x", "positions"),
+    "attention": ("q", "window_index", "entry_index"),
+    "index_topk": ("score", "visible"),
+    "gate": ("x", "tokens"),
+    "experts": ("x", "routing", "experts"),
+    "shared_expert": ("x",),
+    "moe_sum": ("routed", "shared"),
+}
+
+
+def _screening(call: Captured, ours: Values, limits: Limits) -> tuple[Captured, Values]:
+    """The call cut to the stretch of rows with most wrong ones in it, if it is long."""
+    op = call.site.op
+    length = len(next(iter(call.truth.values())))
+    if op not in ROWWISE or length <= _SCREENED + 16:
+        return call, ours
+    wrong = torch.zeros(length)
+    for name, truth in call.truth.items():
+        if name in ours and len(truth) == length:
+            errors = _slice_errors(ours[name], truth, 0)
+            bound = limits.of(op, name)[1] if judged(call, name, truth) else 0.0
+            wrong += (errors > bound).float().cpu()
+    totals = wrong.cumsum(0)
+    counts = totals[_SCREENED - 1 :] - torch.cat((torch.zeros(1), totals[:-_SCREENED]))
+    first = int(counts.argmax())
+    part = slice(first, first + _SCREENED)
+    return cut(call, part), {n: v[part] if len(v) == length else v for n, v in ours.items()}
+
+
+def cut(call: Captured, part: slice) -> Captured:
+    """The rows `part` of a call whose rows are independent."""
+    names = call.site.spec.parameters[: len(call.args)]
+    rowwise = ROWWISE[call.site.op]
+    args = tuple(
+        a[part] if n in rowwise and isinstance(a, Tensor) else a
+        for n, a in zip(names, call.args, strict=True)
+    )
+    outputs = {n: v[part] for n, v in call.outputs.items()}
+    return replace(call, args=args, outputs=outputs)
+
+
+# ------------------------------------------------------------------------------ factors
+
+
+def fitted_factor(call: Captured, ours: Values, limits: Limits) -> Explanation | None:
+    """An argument that enters with some factor: the factor is searched for."""
+    for name, value in call.inputs.items():
+        number = isinstance(value, float)
+        if not number and not (isinstance(value, Tensor) and value.is_floating_point()):
+            continue
+        if number and value == 0.0:
+            continue
+
+        def loss(factor: float, name: str = name, value: Any = value) -> float:
+            return _total_error(call, ours, {name: value * factor}, limits)
+
+        coarse = [-1.0, *(2.0 ** (k / 2) for k in range(-8, 9) if k)]
+        best = min(coarse, key=loss)
+        if loss(best) > 0.7 * loss(1.0):
+            continue
+        factor = _refined(loss, best)
+        hypothesis = Hypothesis(
+            "constant_factor",
+            f"{name} enters with {factor:.4g} times its value",
+            {name: value * factor},
+        )
+        found = try_one(call, ours, limits, hypothesis, {})
+        if found is not None and not found.where:
+            return found
+    return None
+
+
+def _total_error(call: Captured, ours: Values, changed: dict[str, Any], limits: Limits) -> float:
+    try:
+        guess = call.oracle(**changed)
+    except Exception:  # the changed argument does not fit this op
+        return float("inf")
+    total = 0.0
+    for name, truth in call.truth.items():
+        if judged(call, name, truth):
+            errors = _slice_errors(ours[name], guess[name], 0)
+            total += float(errors.square().mean().sqrt().nan_to_num(nan=1e9, posinf=1e9))
+    return total
+
+
+def _refined(loss: Callable[[float], float], start: float) -> float:
+    """The best factor between the neighbours of `start`, by golden section."""
+    low, high, ratio = start * 2**-0.5, start * 2**0.5, 0.618034
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    loss_a, loss_b = loss(a), loss(b)
+    for _ in range(24):
+        if loss_a < loss_b:
+            high, b, loss_b = b, a, loss_a
+            a = high - ratio * (high - low)
+            loss_a = loss(a)
+        else:
+            low, a, loss_a = a, b, loss_b
+            b = low + ratio * (high - low)
+            loss_b = loss(b)
+    return (low + high) / 2
