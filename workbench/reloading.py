@@ -24,6 +24,7 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
 from dsv4_bench.probes.capture import Captured
+from dsv4_bench.workbench.debugger import Debugger, Held
 from dsv4_bench.workbench.loading import load_plugins
 from dsv4_bench.workbench.timing.clock import make_clock
 
@@ -111,3 +112,68 @@ def seconds_of(call: Captured, impl: Implementation, device: torch.device) -> fl
         clock.evict()
         values.append(clock.seconds(lambda: call.run(impl.function)))
     return statistics.median(values)
+
+
+class Reloader:
+    """Hot reload of the op a session stands at; `history` has every attempt, oldest first.
+
+    An attempt: the code's hash, own error with limit and verdict, median seconds, and how long it
+    took from noticing the change (`took`); or the `error` that building or running it gave.
+    """
+
+    def __init__(self, debugger: Debugger, plugins: Iterable[str]) -> None:
+        self.debugger = debugger
+        self.plugins = list(plugins)
+        self.history: list[dict[str, Any]] = []
+        self._seen: dict[str, str] = {}  # implementation -> fingerprint of its sources
+
+    def reload(self) -> dict[str, Any]:
+        """Take up changed code, and run the held op on it. Cheap when nothing has changed.
+
+        Raises DSV4Error when the session stands at no op.
+        """
+        held = self.debugger.held
+        if held is None:
+            raise DSV4Error("the session stands at no op", "`until SITE` goes to one")
+        site = held.call.site
+        files = sources(site.impl, self.plugins)
+        found = fingerprint(files)
+        changed = self._seen.get(site.impl.name) != found
+        if changed:
+            self._seen[site.impl.name] = found
+            self.history.append(self._attempt(held))
+        return {
+            "reloaded": changed,
+            "site": site.path,
+            "files": [str(path) for path in files],
+            "history": self.history,
+        }
+
+    def _attempt(self, held: Held) -> dict[str, Any]:
+        debugger, site = self.debugger, held.call.site
+        started = time.perf_counter()
+        attempt: dict[str, Any] = {"site": site.path, "implementation": site.impl.name, "error": ""}
+        try:
+            reload_code(debugger.model, self.plugins)
+            debugger.rerun_held()
+        except (Exception, SystemExit) as error:
+            text = (
+                error.message
+                if isinstance(error, DSV4Error)
+                else f"{type(error).__name__}: {error}"
+            )
+            return {**attempt, "error": text, "took": time.perf_counter() - started}
+        record = debugger.records[site.path]
+        call = Captured(site, held.args, held.call.before)
+        with torch.inference_mode():
+            seconds = seconds_of(call, site.impl, debugger.model.device)
+        own = record.own_error
+        return {
+            **attempt,
+            "hash": site.stamp.hash,
+            "own_error": own.relative_l2 if own else None,
+            "limit": own.limit if own else None,
+            "verdict": own.verdict if own else "",
+            "seconds": seconds,
+            "took": time.perf_counter() - started,
+        }

@@ -46,7 +46,8 @@ class SessionServer:
         store = SnapshotStore(self.folder)
         self.debugger = Debugger(model, plan, self.send, store)
         self.debugger.requests = self.requests
-        self.commands = EngineCommands(self.debugger, self.loaded.tokenizer)
+        plugins = options.get("plugins", [])
+        self.commands = EngineCommands(self.debugger, self.loaded.tokenizer, plugins)
         self.debugger.handle = self._handle
         self.debugger.on_stop = self._on_stop
         self.debugger.probes = make_probes(options.get("probes", []))
@@ -146,7 +147,8 @@ class SessionServer:
             self._start_running()
             return
         self._pending = None
-        if request.name not in _QUIET:
+        nothing_new = request.name == "reload" and result is not None and not result["reloaded"]
+        if request.name not in _QUIET and not nothing_new:
             self._send_state(self.commands.state())
         self.reply(request.id, result)
 
