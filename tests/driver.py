@@ -67,16 +67,19 @@ class Driver:
 @contextmanager
 def implementations(**functions: Any):
     """Register `op__name=function` for a while: ``implementations(hc_post__mine=f)``."""
-    added = []
+    replaced = []
     for key, function in functions.items():
         op, _, name = key.partition("__")
+        replaced.append((op, name, registry.IMPLEMENTATIONS.get(op, {}).get(name)))
         registry.implementation(op=op, name=name)(function)
-        added.append((op, name))
     try:
         yield
     finally:
-        for op, name in added:
-            del registry.IMPLEMENTATIONS[op][name]
+        for op, name, before in replaced:
+            if before is None:
+                del registry.IMPLEMENTATIONS[op][name]
+            else:
+                registry.IMPLEMENTATIONS[op][name] = before
 
 
 def finish(driver: Driver) -> tuple[Any, list[int]]:

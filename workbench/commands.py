@@ -70,6 +70,14 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         "continue", "run until a breakpoint or the end", (), ("c", "f5"), runs=True, group="Move"
     ),
     SessionCommand(
+        "anomaly",
+        "run until an op has NaN or Inf, an own error over its limit, or breaks a promise",
+        (),
+        ("a",),
+        runs=True,
+        group="Move",
+    ),
+    SessionCommand(
         "until",
         "run until a site (glob) has run",
         (Argument("site", "site"),),
@@ -111,6 +119,12 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         "switch this site (or glob) between reference and kernel",
         (_SITE,),
         ("k",),
+        group="Change",
+    ),
+    SessionCommand(
+        "reload",
+        "take up saved changes of this op's code, and run it again on its inputs",
+        logged=False,
         group="Change",
     ),
     SessionCommand(
@@ -161,6 +175,13 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         "inputs, outputs, statistics, route, error and time of an op",
         (_SITE,),
         (),
+        logged=False,
+    ),
+    SessionCommand(
+        "heatmap",
+        "the error over rows and columns: [OUTPUT] [rows=A:B] [columns=A:B] [cells=HxW]",
+        (Argument("request", "rest", True),),
+        ("h",),
         logged=False,
     ),
     SessionCommand("sites", "every site with state, route, time and error", (), (), logged=False),

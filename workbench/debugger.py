@@ -24,6 +24,7 @@ from dsv4_bench.engine.registry import Implementation, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe
 from dsv4_bench.probes.compare import Comparison, bits_equal
+from dsv4_bench.probes.observation import Observation
 from dsv4_bench.probes.readings import Call, Reading
 from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.probes.tap import set_taps
@@ -33,6 +34,10 @@ from dsv4_bench.workbench.shadow import Shadow
 from dsv4_bench.workbench.snapshots import LayerSnapshot, Resume, SnapshotStore, take
 
 Emit = Callable[[dict[str, Any]], None]
+
+# What an alarm is about, worst first: the op raised, its own error is over the limit, it has NaN or
+# infinities, a probe saw a promise broken.
+ANOMALIES = ("failed", "over", "nonfinite", "broken")
 
 
 class Rewind(Exception):
@@ -94,6 +99,7 @@ class Record:
     signature: Signature | None = None  # of an own error over its limit
     carried_error: float | None = None
     alarm: str = ""
+    anomaly: str = ""  # the worst of ANOMALIES that was read here
 
 
 @dataclass
@@ -103,6 +109,7 @@ class Held:
     call: Call
     args: tuple[Any, ...]
     result: Any = None
+    others: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by implementation
     effect: str = ""
     resolved: bool = (
         False  # it had failed, and a route switch has run it while the session stood here
@@ -149,7 +156,7 @@ class Debugger:
         self.snapshots: dict[int, LayerSnapshot] = {}
         self.records = {path: Record() for path in self.model.sites}
         self.readings: dict[tuple[str, ...], Reading] = {}
-        self._fresh_readings: list[dict[str, Any]] = []
+        self._fresh_readings: list[Reading] = []
         self.ran = 0  # ops since the last stop
         self.shadow.reference.clear()
         for probe in self.probes:
@@ -166,8 +173,8 @@ class Debugger:
             self.records[path].state = "done"
         where = f"layer {resume.layer}" if resume.layer < len(self.model.layers) else "the head"
         self.state, self.why = "stopped", f"resumed before {where}"
-        for row in self.store.load_readings():
-            self._keep(Reading(**row))
+        for reading in self.store.load_readings():
+            self._keep(reading)
 
     @property
     def generated(self) -> list[int]:
@@ -329,7 +336,8 @@ class Debugger:
                 break
             except (Exception, SystemExit) as error:  # whatever a kernel raises
                 self.put_back(call)
-                self.records[site.path].alarm = _first_line(error)
+                record = self.records[site.path]
+                record.alarm, record.anomaly = _first_line(error), "failed"
                 self._emit_site(site)
                 what = f"{site.path} ({site.stamp.implementation}) raised"
                 self.stop(f"{what} {type(error).__name__}: {_first_line(error)}", held, "failed")
@@ -405,7 +413,8 @@ class Debugger:
         """Readings of every probe and the shadow, kept and judged."""
         call, path = held.call, held.call.site.path
         record = self.records[path]
-        readings = [reading for probe in self.probes for reading in self._ask(probe, call)]
+        observation = Observation(self.probes, self._complain)
+        readings = observation.look(call) + observation.flush()
         record.own_error = record.signature = record.carried_error = None
         if self.shadow.covers(path):
             readings += self._shadow_readings(held)
@@ -413,23 +422,20 @@ class Debugger:
             readings += self._carried_readings(call)
         alarms = [r for r in readings if r.verdict == "alarm"]
         record.alarm = "; ".join(dict.fromkeys(_alarm_text(r) for r in alarms[:2]))
+        kinds = {_anomaly(reading) for reading in alarms}
+        record.anomaly = next((kind for kind in ANOMALIES if kind in kinds), "")
         record.state = "done"
         for reading in readings:
             self._keep(reading)
-            self._fresh_readings.append(reading.to_dict())
+        self._fresh_readings += readings
         return readings
 
-    def _ask(self, probe: Probe, call: Call) -> list[Reading]:
-        """What `probe` reads at this op; its exception becomes an alarm, not the session's end."""
-        try:
-            return list(probe.observe(call)) if probe.wants(call.site) else []
-        except Exception as error:
-            text = f"{type(error).__name__}: {_first_line(error)}"
-            if probe.name not in self._complained:
-                self._complained.add(probe.name)
-                note = f"probe {probe.name} raised {text} at {call.site.path}\n"
-                self.emit({"event": "log", "stream": "worker", "text": note})
-            return [call.reading(probe.name, "error", text, verdict="alarm", detail=text)]
+    def _complain(self, probe: Probe, call: Call, text: str) -> None:
+        """Say once in the log that a probe raises; its alarm stands at every site."""
+        if probe.name not in self._complained:
+            self._complained.add(probe.name)
+            note = f"probe {probe.name} raised {text} at {call.site.path}\n"
+            self.emit({"event": "log", "stream": "worker", "text": note})
 
     def _shadow_readings(self, held: Held) -> list[Reading]:
         call, site = held.call, held.call.site
@@ -440,6 +446,7 @@ class Debugger:
         record = self.records[site.path]
         try:
             record.seconds[other.name], outputs = self.shadow.rerun(call, held.args, other)
+            held.others[other.name] = outputs
             found = self.shadow.judged(call, held.args, outputs, range(*self.span))
         except (Exception, SystemExit) as raised:
             text = f"{other.name} raised {type(raised).__name__}: {_first_line(raised)}"
@@ -498,6 +505,9 @@ class Debugger:
                     point.hits += 1
                     why = hit
                     break
+        record = self.records[site.path]
+        if record.anomaly and isinstance(self.goal, goals.Anomaly):
+            why = why or f"anomaly: {record.alarm}"
         if self.pause:
             why = why or "pause"
         return why
@@ -535,6 +545,7 @@ class Debugger:
                 "site": site.path,
                 "seconds": record.seconds.get(site.stamp.implementation),
                 "alarm": record.alarm,
+                "anomaly": record.anomaly,
                 "own_error": None if error is None else error.relative_l2,
                 "times": None if error is None else error.times,
                 "carried_error": record.carried_error,
@@ -556,6 +567,12 @@ def _named_outputs(site: Site, result: Any) -> dict[str, Tensor]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _anomaly(reading: Reading) -> str:
+    if reading.probe == "shadow":
+        return "over" if reading.name == "own_error" else "failed"
+    return "nonfinite" if reading.name in ("nan", "inf", "first_nonfinite") else "broken"
 
 
 def _alarm_text(reading: Reading) -> str:

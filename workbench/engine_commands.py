@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dsv4_bench.engine.errors import DSV4Error, did_you_mean
-from dsv4_bench.engine.registry import Site, matches, parse_route, select_sites
+from dsv4_bench.engine.registry import Site, matches, select_sites
 from dsv4_bench.probes.base import PROBES, make_probes, probe_that_reads
 from dsv4_bench.workbench import goals, views
 from dsv4_bench.workbench.breakpoints import Breakpoint, parse_breakpoint
 from dsv4_bench.workbench.debugger import Debugger, Restart, Rewind
+from dsv4_bench.workbench.heat import heat_view
+from dsv4_bench.workbench.loading import read_route
+from dsv4_bench.workbench.reloading import Reloader
 
 _TEXT_LIMIT = 20000  # characters of a printed value
 _PRINT = {"threshold": 400, "edgeitems": 4, "linewidth": 120, "precision": 6, "sci_mode": None}
@@ -25,10 +29,13 @@ class EngineCommands:
     state at the next stop.
     """
 
-    def __init__(self, debugger: Debugger, tokenizer: Any = None) -> None:
+    def __init__(
+        self, debugger: Debugger, tokenizer: Any = None, plugins: Sequence[str] = ()
+    ) -> None:
         self.debugger = debugger
         self.tokenizer = tokenizer
         self.watches: list[str] = []
+        self.reloader = Reloader(debugger, plugins)
 
     def state(self) -> dict[str, Any]:
         debugger = self.debugger
@@ -78,6 +85,9 @@ class EngineCommands:
 
     def do_continue(self) -> None:
         self._go(goals.Run())
+
+    def do_anomaly(self) -> None:
+        self._go(goals.Anomaly())
 
     def do_until(self, site: str) -> None:
         select_sites(self.debugger.model.sites.values(), site)
@@ -139,7 +149,7 @@ class EngineCommands:
                 "route": [str(e) for e in debugger.model.route],
                 "state": self.state(),
             }
-        new = parse_route([entry])
+        new = read_route([entry])
         patterns = {e.pattern for e in new}
         kept = [
             e for e in debugger.model.route if e.pattern not in patterns and "*" not in patterns
@@ -153,6 +163,9 @@ class EngineCommands:
         first = self._sites(pattern)[0]
         target = "kernel" if first.stamp.implementation == "reference" else "reference"
         return self.do_route(f"{pattern}={target}")
+
+    def do_reload(self) -> dict[str, Any]:
+        return self.reloader.reload()
 
     def _sites(self, pattern: str) -> list[Site]:
         return select_sites(self.debugger.model.sites.values(), pattern)
@@ -296,6 +309,9 @@ class EngineCommands:
             hint = did_you_mean(path, self.debugger.model.sites)
             raise DSV4Error(f"no site {path!r}", hint)
         return views.op_view(self.debugger, path)
+
+    def do_heatmap(self, request: str = "") -> dict[str, Any]:
+        return heat_view(self.debugger, request)
 
     def do_sites(self) -> dict[str, Any]:
         return {"sites": views.sites_view(self.debugger)}

@@ -126,3 +126,7 @@ class Index(Goal):
 
 class Run(Goal):
     """Until a breakpoint or the end."""
+
+
+class Anomaly(Goal):
+    """Until an op raises an alarm; the debugger knows which do."""

@@ -447,7 +447,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-_FORWARD = ("step", "next", "finish", "layer", "continue", "until")
+_FORWARD = ("step", "next", "finish", "layer", "continue", "until", "anomaly")
 
 
 def _as_done(parsed: Parsed, result: Event) -> str:

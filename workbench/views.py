@@ -181,6 +181,7 @@ def sites_view(debugger: Debugger) -> list[dict[str, Any]]:
                 "times": record.own_error.times if record.own_error else None,
                 "carried_error": record.carried_error,
                 "alarm": record.alarm,
+                "anomaly": record.anomaly,
                 "break": any(matches(path, pattern) for pattern in plain),
             }
         )

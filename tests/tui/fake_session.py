@@ -80,6 +80,7 @@ class FakeSession:
         self.breaks: list[Event] = []
         self.watches: list[str] = []
         self.shadow = "off"
+        self.carried = False
         self.reference: set[str] = set()
         self.stuck: set[str] = set()  # sites whose route cannot be changed
         self.alarms: dict[str, str] = {}
@@ -167,10 +168,21 @@ class FakeSession:
         self._reply(line, self._status(), number=number)
 
     def _site_event(self, index: int, path: str) -> Event:
-        own = 1e-7 * (1 + index % 7) if self.shadow != "off" else None
         return {
-            "event": "site", "site": path, "seconds": self._seconds(index), "own_error": own,
-            "alarm": self.alarms.get(path, ""), "route": self._route(path),
+            "event": "site", "site": path, "seconds": self._seconds(index),
+            "route": self._route(path), **self._errors(index, path),
+        }  # fmt: skip
+
+    def _errors(self, index: int, path: str) -> Event:
+        """Errors and alarm of a site that ran: a site whose alarm names own_error is over its limit."""
+        alarm = self.alarms.get(path, "")
+        over = "own_error" in alarm
+        own = (0.31 if over else 1e-7 * (1 + index % 7)) if self.shadow != "off" else None
+        carried = 1e-6 * (1 + index // 40) if self.carried else None
+        kind = "over" if over else "nonfinite" if "NaN" in alarm else "broken" if alarm else ""
+        return {
+            "own_error": own, "times": None if own is None else own / 2e-6, "alarm": alarm,
+            "anomaly": kind, "carried_error": carried,
         }  # fmt: skip
 
     def _seconds(self, index: int) -> float:
@@ -190,7 +202,9 @@ class FakeSession:
             "layer": entry["layer"] if site else None, "index": self.position,
             "of": len(self.paths), "forward": self.forward, "forwards": 5, "phase": "prefill",
             "tokens": [0, 128], "why": "step", "seconds": 0.0123, "route": ["kernel"],
-            "shadow": self.shadow, "probes": ["stats", "residual"], "breaks": list(self.breaks),
+            "shadow": self.shadow, "carried": self.carried,
+            "calibration": {"ops": 17, "calls": 68, "seconds": 1.8 if self.shadow != "off" else 0.0},
+            "probes": ["stats", "residual"], "breaks": list(self.breaks),
             "generated": [], "text": "", "top": [], "watches": self._watch_values(), "memory": {"rss": 734003200},
         }  # fmt: skip
 
@@ -261,6 +275,17 @@ class FakeSession:
         self._emit_state()
         return self._status()
 
+    def _do_carried(self, what: str = "on") -> Event:
+        self.carried = what == "on"
+        self._emit_state()
+        return self._status()
+
+    def _do_anomaly(self) -> int:
+        ahead = [
+            i for i in range(self.position + 1, len(self.paths)) if self.paths[i] in self.alarms
+        ]
+        return min(ahead, default=len(self.paths) - 1)
+
     def _do_toggle(self, site: str | None = None) -> Event:
         path = site or self._site() or self.paths[0]
         before = self._route(path)
@@ -301,6 +326,34 @@ class FakeSession:
     def _watch_values(self) -> list[Event]:
         return [{"expression": e, "text": "tensor(1.0021)"} for e in self.watches]
 
+    def _do_heatmap(self, request: str = "") -> Event:
+        """A ridge along the diagonal of [128, 8, 512], one cell not finite."""
+        if self.position < 0:
+            raise DSV4Error("no op is held", "`step` to one first")
+        words = [word.partition("=") for word in request.split()]
+        given = {name: value for name, equals, value in words if equals}
+        output = next((name for name, equals, _ in words if not equals), "o")
+        height, width = (int(n) for n in given.get("cells", "16x64").split("x"))
+        top, bottom = (int(n) for n in given.get("rows", "0:128").split(":"))
+        left, right = (int(n) for n in given.get("columns", "0:4096").split(":"))
+        high, wide = -(-(bottom - top) // height), -(-(right - left) // width)
+        rows, columns = range(top, bottom, high), range(left, right, wide)
+        distance = [[abs(r / 128 - c / 4096) for c in columns] for r in rows]
+        error: list[list[Any]] = [
+            [10 ** (-1 - 8 * d) if d < 0.5 else 0 for d in row] for row in distance
+        ]
+        if (top, left) == (0, 0):
+            error[0][0] = "inf"
+        return {
+            "shape": [128, 8, 512], "block": (high, wide), "rms": 0.9, "error": error,
+            "area": {"top": top, "bottom": bottom, "left": left, "right": right},
+            "at": [[(r, c) for c in columns] for r in rows],
+            "ours": [[1.25 for _ in columns] for _ in rows],
+            "theirs": [[1.2500012 for _ in columns] for _ in rows],
+            "site": self._site(), "output": output, "outputs": ["o", "lse"],
+            "route": "cpu", "against": "reference",
+        }  # fmt: skip
+
     def _do_sites(self) -> Event:
         stops = {entry["text"] for entry in self.breaks}
         return {"sites": [self._site_row(i, e, stops) for i, e in enumerate(self.entries)]}
@@ -312,8 +365,7 @@ class FakeSession:
             "path": path, "op": entry["op"], "layer": entry["layer"], "route": self._route(path),
             "note": "", "state": "current" if index == self.position else state,
             "seconds": self._seconds(index) if ran else None,
-            "own_error": 1e-7 * (1 + index % 7) if ran and self.shadow != "off" else None,
-            "alarm": self.alarms.get(path, "") if ran else "", "break": path in stops,
+            "break": path in stops, **(self._errors(index, path) if ran else {}),
         }  # fmt: skip
 
     def _do_op(self, site: str | None = None) -> Event:
@@ -343,12 +395,18 @@ class FakeSession:
             view["outputs"] = [tensor("o", [128, 8, 512], nan)]
             view["params"] = [tensor("weight", [1024, 4096], format="nvfp4", stats=None)]
         if self.shadow != "off":
-            over = path in self.alarms
+            over = "own_error" in self.alarms.get(path, "")
             view["own_error"] = {
-                "against": "reference", "relative_l2": 0.31 if over else 1.2e-7, "max_abs": 1e-6,
-                "coordinate": [0, 3, 17], "ours": 1.25, "theirs": 1.2500012, "limit": 2e-5,
-                "verdict": "over" if over else "ok",
+                "against": "float64" if over else "reference", "output": "o", "bits_equal": False,
+                "relative_l2": 0.31 if over else 1.2e-7, "max_abs": 1e-6, "limit": 2e-6,
+                "coordinate": [0, 3, 17], "ours": 1.25, "theirs": 1.2500012,
+                "times": 1.55e5 if over else 0.06, "verdict": "over" if over else "ok",
             }  # fmt: skip
+            if over:
+                detail = "o = 0.69 x reference for rows 0-7 of 128"
+                view["signature"] = {"kind": "constant_factor", "detail": detail}
+        if self.carried and index <= self.position:
+            view["carried_error"] = self._errors(index, path)["carried_error"]
         return view
 
     def _readings_at(self, path: str) -> list[Event]:

@@ -20,6 +20,7 @@ LINES = {
     "l": "layer",
     "c": "continue",
     "f5": "continue",
+    "a": "anomaly",
     "t": "until L2/ffn/hc_post",
     "N": "back",
     "r": "rerun",
@@ -35,7 +36,7 @@ PROMPTS = {"g": "goto ", "p": "print ", "e": "eval ", "w": "watch ", "ctrl+s": "
 
 def test_every_command_key_is_tested():
     table = {key for command in SESSION_COMMANDS for key in command.keys}
-    assert table == {*LINES, *PROMPTS, "q", "space"}
+    assert table == {*LINES, *PROMPTS, "q", "space", "h"}  # h: tests/tui/test_heat_screen.py
 
 
 def test_keys_send_their_lines():

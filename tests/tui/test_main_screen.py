@@ -18,15 +18,20 @@ def row(ui: Driver, name: str) -> str:
 
 def test_tree_marks():
     async def script(ui: Driver) -> None:
-        ui.session.alarms = {"L2/attn/norm": "3 NaN"}
+        ui.session.alarms = {
+            "L1/attn/norm": "row_sum 1.2",
+            "L2/attn/norm": "3 NaN",
+            "L2/attn/wq_a": "own_error 0.3",
+        }
         await ui.do("break L2/attn/core")
         await ui.do("continue")
         assert row(ui, "L2/attn/core").startswith("●▶✓")
-        assert row(ui, "L2/attn/norm").startswith("  !")
-        assert row(ui, "L2/attn/wq_a").startswith("  ✓")
+        assert row(ui, "L2/attn/norm").startswith("  N")
+        assert row(ui, "L2/attn/wq_a").startswith("  !")
+        assert row(ui, "L2/attn/wq_b").startswith("  ✓")
         assert row(ui, "L2/attn/o_rope").startswith("  ·")
         assert row(ui, "L3").startswith("  · ▸ L3  HCA")
-        assert row(ui, "L2").startswith("●▶!")
+        assert row(ui, "L1").startswith("  ≠") and row(ui, "L2").startswith("●▶!")
 
     drive(script, size=(120, 60))
 
@@ -69,6 +74,7 @@ def test_search_and_anomalies():
         await ui.do("goto 4")
         await ui.press("left_square_bracket")
         assert tree.site == "L3/ffn/gate"
+        await ui.shows("anomaly 2 of 2  ≠ L3/ffn/gate: load")
         await ui.press("left_square_bracket")
         assert tree.site == "L2/attn/core"
         await ui.press("right_square_bracket")
@@ -86,7 +92,7 @@ def test_op_pane():
         for part in (
             "L2/attn/core  attention", "current, tensors held", "cpu  hash a1b2c3d4  1 launch",
             "✗ sm90 (needs sm_90, this is cpu)", "cpu 120 µs  reference 500 µs", "4.2× faster",
-            "! over limit", "limit 2e-5", "128×8×512  float32", "! 3 nan", "nvfp4",
+            "✓ <0.1× its limit", "limit 2e-6", "128×8×512  float32", "! 3 nan", "nvfp4",
             "softmax.sink_mass",
         ):  # fmt: skip
             assert part in text, part
@@ -94,6 +100,42 @@ def test_op_pane():
         await ui.settle()
         await ui.until(lambda: "L9/attn/wo_b" in ui.text("#op"))
         assert "not run yet" in ui.text("#op")
+
+    drive(script)
+
+
+def test_errors_have_columns_with_a_head():
+    async def script(ui: Driver) -> None:
+        head = ui.main.tree_head
+        await ui.do("goto 1")
+        assert str(head.render()).split() == ["op", "time"]
+        ui.session.alarms = {"L2/attn/wq_a": "own_error 0.31"}
+        await ui.do("shadow on", "goto 3")
+        assert str(head.render()).split() == ["op", "×limit", "time"]
+        assert row(ui, "L3/ffn/sum").split()[:2] == ["✓", "sum"]
+        assert row(ui, "L2").split()[:5] == ["!", "▸", "L2", "CSA", "2e5×"]
+        await ui.do("carried on")
+        await ui.until(lambda: str(head.render()).split() == ["op", "×limit", "carried"])
+        assert "e-6" in row(ui, "L3/ffn/sum")
+        await ui.pilot.resize_terminal(80, 24)
+        await ui.settle()
+        assert str(head.render()).split() == ["op", "×limit"]
+        assert len(row(ui, "L3/ffn/sum")) == 28 and "×" in row(ui, "L3/ffn/sum")
+
+    drive(script, size=(120, 60))
+
+
+def test_an_op_over_its_limit_says_what_kind_of_wrong():
+    async def script(ui: Driver) -> None:
+        ui.session.alarms = {"L2/attn/wq_a": "own_error 0.31"}
+        await ui.do("shadow on", "carried on", "anomaly")
+        assert ui.app.store.state["site"] == "L2/attn/wq_a"
+        text = " ".join(ui.text("#op").split())
+        for part in (
+            "! 2e5× its limit", "0.31 rel. L2 vs float64",
+            "kind constant_factor: o = 0.69 x reference for rows 0-7 of 128", "carried 2e-6",
+        ):  # fmt: skip
+            assert part in text, part
 
     drive(script)
 
@@ -153,7 +195,7 @@ def test_readings_pane():
         await ui.do("goto 4")
         text = ui.text("#readings")
         assert "largest growth" in text and "L4" in text
-        assert "alarms: 1" in text and "! L2/attn/core  3 NaN" in text
+        assert "alarms: 1" in text and "N L2/attn/core  3 NaN" in text
         assert "L4/ffn/gate" in text
 
     drive(script)

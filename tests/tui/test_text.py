@@ -51,6 +51,15 @@ def test_seconds(value: float | None, text: str):
     assert fmt.seconds(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0, "0×"), (1e-5, "<0.1×"), (0.42, "0.4×"), (3.21, "3.2×"), (9.96, "10×"),
+     (1234.5, "1234×"), (15500.0, "2e4×"), (1e12, "1e12×"), (math.inf, "inf×")],
+)  # fmt: skip
+def test_times(value: float | None, text: str):
+    assert fmt.times(value) == text and len(text) < 7
+
+
 def test_sizes_shapes_and_clips():
     assert fmt.size(2457600) == "2.3 MiB" and fmt.size(12) == "12 B" and fmt.size(None) == "–"
     assert fmt.shape([300, 4, 512]) == "300×4×512" and fmt.shape([]) == "scalar"
@@ -118,7 +127,10 @@ def test_layout():
     assert panes_shown(120, "values")[0] == "values" and len(panes_shown(120, "op")) == 4
     assert len(panes_shown(200, "op")) == 5
     assert too_small(59, 30) and too_small(80, 15) and not too_small(60, 16)
-    assert tree_columns(20) == () and len(tree_columns(62)) == 3
+    both = ("times", "carried_error")
+    assert tree_columns(20, both) == () and tree_columns(28, both) == ("times",)
+    assert tree_columns(28, ()) == ("seconds",) and tree_columns(37, both) == both
+    assert tree_columns(61, both) == (*both, "seconds", "route")
 
 
 @pytest.mark.parametrize("width", [40, 48, 84, 120])

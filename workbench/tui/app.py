@@ -78,7 +78,7 @@ class WorkbenchApp(App[None]):
         self._factory = session_factory
         self._clock = clock
         self._since = clock()
-        self._main = MainScreen(self.store, self.send, checkpoint)
+        self._main = MainScreen(self.store, self.send, self.ask, checkpoint)
 
     def get_default_screen(self) -> MainScreen:
         return self._main
@@ -168,6 +168,12 @@ class WorkbenchApp(App[None]):
         except (DSV4Error, OSError, ValueError) as error:
             self._show(self.store.fail({"message": str(error), "hint": "R restarts the worker"}))
             return None
+
+    def ask(self, line: str) -> None:
+        """Send a line that a screen needs answered; it is neither logged nor refused aloud."""
+        number = self._transmit(line, log=False)
+        if number is not None:
+            self.store.silent.add(number)
 
     def _ask(self) -> None:
         """Send the quiet lines that bring the shown panes up to date."""

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 DONE, CURRENT, BREAK, ALARM, PENDING, SKIPPED = "✓", "▶", "●", "!", "·", "-"
 UNKNOWN = "–"
 
+# Anomalies of a site, worst first: what the session calls them, and their signs.
+ANOMALY_MARKS = {"failed": "✗", "over": ALARM, "nonfinite": "N", "broken": "≠"}
+
 MARKS = (
     (DONE, "done: the op has run in this forward pass"),
     (CURRENT, "current: the session stopped after this op and holds its tensors"),
     (BREAK, "breakpoint: the session stops here"),
-    (ALARM, "alarm: a probe read NaN, Inf, or an error over its limit"),
+    (ALARM, "own error over its limit"),
+    (ANOMALY_MARKS["nonfinite"], "NaN or infinity in an output"),
+    (ANOMALY_MARKS["broken"], "a probe saw a promise broken, such as rows that do not sum to 1"),
+    (ANOMALY_MARKS["failed"], "the op, or its shadow, raised an exception"),
     (PENDING, "pending: not run yet in this forward pass"),
     (SKIPPED, "skipped: this forward pass had no work for it"),
 )
@@ -60,6 +66,21 @@ def seconds(value: float | None) -> str:
     if value < 99.5:
         return f"{value:.1f} s"
     return f"{int(value) // 60}m{int(value) % 60:02d}s"
+
+
+def times(value: float | None) -> str:
+    """An error in units of its limit: 0.4×, 3.2×, 310×, 2e4×, inf×."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return f"{value}×"
+    if value < 0.095:
+        return "<0.1×" if value else "0×"
+    if value < 9.95:
+        return f"{value:.1f}×"
+    return (
+        f"{value:.0f}×" if value < 9999.5 else f"{value:.0e}×".replace("e+0", "e").replace("+", "")
+    )
 
 
 def size(count: int | None) -> str:

@@ -110,6 +110,7 @@ BAR = [
     ("help", "?", "Help", "help"),
 ]
 
+_NO_PROMPT = ("heatmap",)
 _ON_SITE = ("break", "shadow", "carried", "toggle", "until", "op")  # these know what they act on
 
 
@@ -133,7 +134,7 @@ def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
 
 def prompts(command: SessionCommand) -> bool:
     """Whether the command's key asks for the rest of the line."""
-    if command.name in _ON_SITE:
+    if command.name in (*_ON_SITE, *_NO_PROMPT):
         return False
     return any(not a.optional or a.kind != "int" for a in command.arguments)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from dsv4_bench.workbench.tui import format as fmt
+from dsv4_bench.workbench.tui.records import real
 from dsv4_bench.workbench.tui.results import VERDICTS, columns, reading_limit, reading_unit
 from dsv4_bench.workbench.tui.spans import (
     ACCENT,
@@ -40,6 +42,7 @@ def op_lines(view: View, width: int) -> list[Line]:
         _route(view, width),
         _times(view, width),
         _error(view, width),
+        _carried(view, width),
         _tensors("in", view.get("inputs", ()), width),
         _tensors("out", view.get("outputs", ()), width),
         _tensors("params", view.get("params", ()), width),
@@ -116,22 +119,41 @@ def _error(view: View, width: int) -> list[Line]:
         hint = "x runs the reference beside it" if view.get("held") else ""
         return wrap("error", [("not compared", DIM), (hint, DIM)], width, INDENT) if hint else []
     over = error.get("verdict") == "over"
-    verdict = (f"{fmt.ALARM} over limit", BAD) if over else (f"{fmt.DONE} ok", GOOD)
+    times = fmt.times(real(error.get("times")))
     words: list[Span] = [
-        verdict,
+        (f"{fmt.ALARM} {times} its limit", BAD)
+        if over
+        else (f"{fmt.DONE} {times} its limit", GOOD),
         (f"{fmt.number(error.get('relative_l2'))} rel. L2 vs {error.get('against')}", PLAIN),
         (f"limit {fmt.number(error.get('limit'))}", DIM),
     ]
     if error.get("bits_equal"):
-        words.append(("same bits", DIM))
+        words[1:] = [("same bits", PLAIN)]
     lines = wrap("error", words, width, INDENT)
-    if error.get("max_abs") is not None:
+    signature = view.get("signature")
+    if signature:
+        what = [(f"{signature['kind']}:", BAD), (signature["detail"], BOLD)]
+        lines += wrap("kind", _broken(what, width - INDENT), width, INDENT)
+    if error.get("max_abs") is not None and not error.get("bits_equal"):
         where = f"max abs {fmt.number(error['max_abs'])}"
         if error.get("coordinate"):
             where += f" at {error.get('output', '')}{list(error['coordinate'])}"
         pair = f"ours {fmt.full(error.get('ours'))}  theirs {fmt.full(error.get('theirs'))}"
         lines += wrap("", [(where, PLAIN), (pair, DIM)], width, INDENT)
     return lines
+
+
+def _broken(words: list[Span], width: int) -> list[Span]:
+    """Words that are longer than `width`, in several pieces."""
+    return [(row, style) for text, style in words for row in textwrap.wrap(text, max(width, 8))]
+
+
+def _carried(view: View, width: int) -> list[Line]:
+    error = view.get("carried_error")
+    if error is None:
+        return []
+    text = f"{fmt.number(real(error))} rel. L2 vs a run on the reference from the first token"
+    return wrap("carried", _broken([(text, PLAIN)], width - INDENT), width, INDENT)
 
 
 def _tensors(title: str, tensors: Any, width: int) -> list[Line]:

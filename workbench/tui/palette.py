@@ -7,6 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from textual.command import DiscoveryHit, Hit, Hits, Provider
+from textual.content import Content
+from textual.markup import escape
 
 from dsv4_bench.workbench.commands import SESSION_COMMANDS
 from dsv4_bench.workbench.tui.keys import key_text
@@ -37,14 +39,14 @@ class SessionProvider(Provider):
 
     async def discover(self) -> Hits:
         for title, text, callback in self._commands():
-            yield DiscoveryHit(title, callback, help=text)
+            yield DiscoveryHit(Content(title), callback, text=title, help=escape(text))
 
     async def search(self, query: str) -> Hits:
         matcher = self.matcher(query)
         for title, text, callback in self._commands():
             score = max(matcher.match(title), matcher.match(text) * 0.8)
             if score > 0:
-                yield Hit(score, matcher.highlight(title), callback, help=text)
+                yield Hit(score, matcher.highlight(title), callback, text=title, help=escape(text))
         if self.main is None:
             return
         words = [word for word in query.lower().split() if word not in ("run", "to", "show")]

@@ -53,7 +53,7 @@ def readings_lines(store: Store, width: int, height: int) -> list[Line]:
     title = f"alarms: {len(alarms)}" if alarms else "alarms: none so far"
     lines += [[], [(title, TITLE), ("   ] [ jump" if alarms else "", DIM)]]
     for path in alarms[:8]:
-        text = f"{fmt.ALARM} {path}  {store.sites[path].alarm}"
+        text = f"{store.sites[path].mark} {path}  {store.sites[path].alarm}"
         lines.append([(fmt.clip(text, width), BAD)])
     if len(alarms) > 8:
         lines.append([(f"  and {len(alarms) - 8} more", DIM)])
@@ -259,6 +259,12 @@ def _engine_facts(store: Store, elapsed: float | None) -> list[tuple[int, str, s
     facts.append((8, f"route {fmt.clip(route, 32)}", PLAIN))
     shadow = state.get("shadow", "off")
     facts.append((2 if shadow != "off" else 11, f"shadow {shadow}", PLAIN))
+    if state.get("carried"):
+        facts.append((6, "carried on", PLAIN))
+    cost = state.get("calibration") or {}
+    if cost.get("calls"):
+        text = f"limits of {cost['ops']} ops: {fmt.seconds(cost['seconds'])} in float64"
+        facts.append((12, text, DIM))
     taken = elapsed if elapsed is not None else state.get("seconds")
     if taken is not None:
         facts.append((9, fmt.seconds(taken), PLAIN))

@@ -12,7 +12,9 @@ from dsv4_bench.workbench.tui.records import Event
 from dsv4_bench.workbench.tui.store import Change, Store
 
 PANE_OF = {"op": "op", "layer": "readings", "residual": "readings"}
-RESHAPES = ("toggle", "route", "shadow", "back", "rerun", "goto", "reset", "restart")
+RESHAPES = (
+    "toggle", "route", "shadow", "carried", "probes", "back", "rerun", "goto", "reset", "restart"
+)  # fmt: skip
 
 
 @dataclass

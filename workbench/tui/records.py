@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dsv4_bench.workbench.tui.format import ALARM, ANOMALY_MARKS
+
 Event: TypeAlias = dict[str, Any]
+
+
+def real(value: object) -> float | None:
+    """A number of the protocol, which writes those that JSON lacks as strings."""
+    return None if value is None else float(value)  # type: ignore[arg-type]
 
 
 @dataclass
 class SiteInfo:
-    """One row of the tree. `alarm_forward`: the forward pass that `alarm` is from."""
+    """One row of the tree. `times`: own error in units of its limit. `alarm` says what is wrong,
+    `anomaly` of which kind it is, `alarm_forward` in which forward pass it was seen.
+    """
 
     path: str
     op: str = ""
@@ -18,12 +27,19 @@ class SiteInfo:
     kind: str | None = None
     done: bool = False
     seconds: float | None = None
-    own_error: float | None = None
+    times: float | None = None
+    carried_error: float | None = None
     alarm: str = ""
+    anomaly: str = ""
     alarm_forward: int = 0
     route: str = ""
     note: str = ""
     stops: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The sign of its anomaly; a blank without one."""
+        return ANOMALY_MARKS.get(self.anomaly, ALARM) if self.alarm else " "
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,20 @@ def _op(store: Store, line: str, result: Event, quiet: bool) -> Change:
     return Change.OP
 
 
+def _heatmap(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.heat = result
+    return Change.HEAT
+
+
 def _sites(store: Store, line: str, result: Event, quiet: bool) -> Change:
     for entry in result.get("sites", ()):
         site = store.sites.setdefault(entry["path"], SiteInfo(entry["path"], entry["op"]))
         ran = entry.get("state") in ("done", "current")
         site.done, site.stops = ran, bool(entry.get("break"))
-        site.seconds, site.own_error = entry.get("seconds"), entry.get("own_error")
+        site.seconds = entry.get("seconds")
         site.route, site.note = entry.get("route") or "", entry.get("note") or ""
         if ran or entry.get("alarm"):
-            store.set_alarm(site, entry.get("alarm") or "")
+            store.take_errors(site, entry)
     return Change.SITES | (Change.NONE if quiet else _other(store, line, result, quiet))
 
 
@@ -105,13 +110,17 @@ def _show(store: Store, line: str, title: str, text: str) -> Change:
     return Change.VALUES
 
 
-_MOVES = "step next finish layer continue until back rerun goto reset status shadow pause restart"
+_MOVES = (
+    "step next finish layer continue until anomaly back rerun goto reset status shadow carried "
+    "pause restart"
+)
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_MOVES.split(), _moved),
     **dict.fromkeys(("toggle", "route"), _route),
     **dict.fromkeys(("break", "breaks", "delete"), _breaks),
     **dict.fromkeys(("print", "eval"), _print),
     "op": _op,
+    "heatmap": _heatmap,
     "sites": _sites,
     "readings": _readings,
     "watch": _watch,

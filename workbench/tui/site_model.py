@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from dsv4_bench.workbench.tui.format import DONE, PENDING, SKIPPED
+from dsv4_bench.workbench.tui.format import ANOMALY_MARKS, DONE, PENDING, SKIPPED
 from dsv4_bench.workbench.tui.records import SiteInfo
 
 
@@ -22,17 +22,19 @@ class Node:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row shows: of one site, or of a group taken together.
+    """What a row shows: of one site, or of a group taken together, the worst of it.
 
-    `mark`: done, pending, or skipped, when a later site of the same pass has run.
+    `mark`: done, pending, or skipped, when a later site of the same pass has run. `anomaly` is a key
+    of ANOMALY_MARKS, or empty.
     """
 
     mark: str = PENDING
     current: bool = False
     stops: bool = False
-    alarm: bool = False
+    anomaly: str = ""
     seconds: float | None = None
-    own_error: float | None = None
+    times: float | None = None
+    carried_error: float | None = None
     route: str = ""
 
 
@@ -120,20 +122,23 @@ class SiteModel:
         if below is None:
             site = sites[key]
             return Summary(
-                self._mark(site, position), key == current, site.stops, bool(site.alarm),
-                site.seconds, site.own_error, site.route,
+                self._mark(site, position), key == current, site.stops, site.anomaly,
+                site.seconds, site.times, site.carried_error, site.route,
             )  # fmt: skip
         infos = [sites[path] for path in below]
         times = [site.seconds for site in infos if site.seconds is not None]
-        errors = [site.own_error for site in infos if site.own_error is not None]
+        worst = [site.times for site in infos if site.times is not None]
+        carried = [site.carried_error for site in infos if site.carried_error is not None]
+        anomalies = {site.anomaly for site in infos}
         marks = {self._mark(site, position) for site in infos}
         return Summary(
             next(mark for mark in (PENDING, DONE, SKIPPED) if mark in marks),
             current is not None and current.startswith(key + "/"),
             any(site.stops for site in infos),
-            any(site.alarm for site in infos),
+            next((kind for kind in ANOMALY_MARKS if kind in anomalies), ""),
             sum(times) if times else None,
-            max(errors) if errors else None,
+            max(worst, default=None),
+            max(carried, default=None),
         )
 
 

@@ -8,7 +8,7 @@ from enum import Flag, auto
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
-from dsv4_bench.workbench.tui.records import Event, LogLine, SiteInfo, Value, stub_view
+from dsv4_bench.workbench.tui.records import Event, LogLine, SiteInfo, Value, real, stub_view
 
 IDLE = ("ready", "stopped", "finished")
 LOG_LINES_KEPT = 2000
@@ -28,6 +28,7 @@ class Change(Flag):
     BREAKS = auto()
     WATCHES = auto()
     VALUES = auto()
+    HEAT = auto()
     LOG = auto()
     ERROR = auto()
     DEATH = auto()
@@ -44,6 +45,7 @@ class Store:
     order: dict[str, int] = field(default_factory=dict)
     entered: str | None = None
     op: Event = field(default_factory=dict)
+    heat: Event = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)
     residual: list[Event] = field(default_factory=list)
@@ -210,15 +212,20 @@ class Store:
         site.done = True
         site.seconds = event.get("seconds")
         site.route = event.get("route") or site.route
-        if event.get("own_error") is not None:
-            site.own_error = event["own_error"]
-        self.set_alarm(site, event.get("alarm") or "")
+        self.take_errors(site, event)
         return Change.SITES
 
-    def set_alarm(self, site: SiteInfo, text: str) -> None:
-        """An alarm stays until the same forward pass runs the site again without one."""
+    def take_errors(self, site: SiteInfo, entry: Event) -> None:
+        """Errors and alarm of a site that ran.
+
+        An alarm stays until the same forward pass runs the site again without one.
+        """
+        site.times = real(entry.get("times"))
+        site.carried_error = real(entry.get("carried_error"))
+        text = entry.get("alarm") or ""
         if text or site.alarm_forward == self.forward:
             site.alarm, site.alarm_forward = text, self.forward
+            site.anomaly = entry.get("anomaly") or ("broken" if text else "")
 
     def _on_log(self, event: Event) -> Change:
         return self.note(event.get("stream", "worker"), event.get("text", ""))

@@ -28,6 +28,10 @@ class MainScreen(MainView):
     def _moved(self) -> None:
         self.cursor_moved()
 
+    @on(SiteTree.ColumnsChanged)
+    def _columns_changed(self) -> None:
+        self.tree_head.refresh()
+
     @on(BreakList.Removed)
     def _remove_break(self, event: BreakList.Removed) -> None:
         self.send(f"delete {event.number}")
@@ -95,11 +99,15 @@ class MainScreen(MainView):
         self.command_line.open(search=True)
 
     def action_anomaly(self, step: int) -> None:
-        path = neighbour(self.store.anomalies(), self.store.order, self.site_tree.site, step)
+        found = self.store.anomalies()
+        path = neighbour(found, self.store.order, self.site_tree.site, step)
         if path is None:
-            self.message("no anomaly so far;  :break nan > 0  and c run to the first NaN")
-        else:
-            self.show_site(path)
+            self.message("no anomaly so far;  x compares every op, a runs to the next anomaly")
+            return
+        self.show_site(path)
+        site = self.store.sites[path]
+        place = f"anomaly {found.index(path) + 1} of {len(found)}"
+        self.message(f"{place}  {site.mark} {path}: {site.alarm}")
 
     def action_follow(self) -> None:
         if self.store.current:

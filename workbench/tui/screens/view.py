@@ -25,6 +25,7 @@ from dsv4_bench.workbench.tui.layout import (
 )
 from dsv4_bench.workbench.tui.op_view import op_lines
 from dsv4_bench.workbench.tui.results import error_text
+from dsv4_bench.workbench.tui.screens.heat import HeatScreen
 from dsv4_bench.workbench.tui.store import Change, Store
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
 from dsv4_bench.workbench.tui.widgets.command_line import CommandLine
@@ -35,6 +36,7 @@ from dsv4_bench.workbench.tui.widgets.log_pane import LogPane
 from dsv4_bench.workbench.tui.widgets.site_tree import SiteTree
 from dsv4_bench.workbench.tui.widgets.status_bar import StatusBar
 from dsv4_bench.workbench.tui.widgets.tab_strip import TabStrip
+from dsv4_bench.workbench.tui.widgets.tree_head import TreeHead
 
 TOO_SMALL = f"the terminal is too small: {MIN_WIDTH}×{MIN_HEIGHT} is the least"
 GREY_AFTER = 0.2  # seconds of running before the key bar shows it; short steps do not flicker
@@ -46,10 +48,17 @@ class MainView(Screen[None]):
     class LooksElsewhere(Message):
         """Another site, or other panes, are shown than before."""
 
-    def __init__(self, store: Store, send: Callable[[str], None], checkpoint: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        send: Callable[[str], None],
+        ask: Callable[[str], None],
+        checkpoint: str = "",
+    ) -> None:
         super().__init__()
         self.store = store
         self.send = send
+        self.ask = ask
         self.chosen = "op"
         self.browsed = False
         self._checkpoint = checkpoint
@@ -59,6 +68,7 @@ class MainView(Screen[None]):
         self.status = StatusBar(store, id="status")
         self.death = DeathBanner(id="death")
         self.site_tree = SiteTree(id="tree")
+        self.tree_head = TreeHead(self.site_tree, id="tree-head")
         self.tabs = TabStrip(id="tabs")
         self.op = LinesPane("1 op", id="op")
         self.values = LinesPane("2 values", id="values")
@@ -76,7 +86,9 @@ class MainView(Screen[None]):
             yield self.status
             yield self.death
             with Horizontal(id="body"):
-                yield self.site_tree
+                with Vertical(id="left"):
+                    yield self.tree_head
+                    yield self.site_tree
                 with Vertical(id="panes"):
                     yield self.tabs
                     with Horizontal():
@@ -125,6 +137,8 @@ class MainView(Screen[None]):
             self.death.show(store.death)
         if Change.VALUES in change:
             self._show_values()
+        if Change.HEAT in change:
+            self._show_heat()
         if Change.BREAKS in change:
             self.breaks.show(store.breaks)
         if Change.STATE in change:
@@ -161,6 +175,12 @@ class MainView(Screen[None]):
         if values and "values" not in self.shown:
             self._values_asked = True
             self.choose("values")
+
+    def _show_heat(self) -> None:
+        if isinstance(self.app.screen, HeatScreen):
+            self.app.screen.show(self.store.heat)
+        elif self.app.screen is self:
+            self.app.push_screen(HeatScreen(self.store.heat, self.ask))
 
     def _show_state(self) -> None:
         if self.store.running:

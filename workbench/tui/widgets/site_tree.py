@@ -15,13 +15,12 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from dsv4_bench.workbench.tui import format as fmt
-from dsv4_bench.workbench.tui.layout import tree_columns
+from dsv4_bench.workbench.tui.layout import TREE_COLUMNS, tree_columns
 from dsv4_bench.workbench.tui.records import SiteInfo
 from dsv4_bench.workbench.tui.site_model import Node, SiteModel, Summary
 
 MARKS = 3  # columns of signs before the name
-ROOMY = 32  # from this width on, indent by two
-COLUMN_WIDTHS = {"seconds": 8, "own_error": 9, "route": 10}
+ROOMY = 24  # with this much room for names, indent by two
 
 
 class SiteTree(ScrollView, can_focus=True):
@@ -56,12 +55,16 @@ class SiteTree(ScrollView, can_focus=True):
     class Moved(Message):
         """The user put the cursor on another row."""
 
+    class ColumnsChanged(Message):
+        """Other columns are shown than before."""
+
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
         self.model = SiteModel()
         self.infos: dict[str, SiteInfo] = {}
         self.current: str | None = None
         self.cursor = 0
+        self.known: tuple[str, ...] = ()  # the errors that any site has
 
     # -- what others ask of it
 
@@ -83,6 +86,11 @@ class SiteTree(ScrollView, can_focus=True):
 
     def show(self, infos: dict[str, SiteInfo], current: str | None) -> None:
         self.infos, self.current = infos, current
+        errors = ("times", "carried_error")
+        known = tuple(e for e in errors if any(getattr(i, e) is not None for i in infos.values()))
+        if known != self.known:
+            self.known = known
+            self.post_message(self.ColumnsChanged())
         self.refresh()
 
     def follow(self, path: str) -> None:
@@ -157,6 +165,10 @@ class SiteTree(ScrollView, can_focus=True):
 
     # -- drawing
 
+    def columns(self, width: int) -> tuple[str, ...]:
+        """The columns after the name, in a tree `width` columns wide."""
+        return tree_columns(width, self.known)
+
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
         row = y + int(self.scroll_offset.y)
@@ -173,17 +185,19 @@ class SiteTree(ScrollView, can_focus=True):
     def _segments(self, node: Node, summary: Summary, width: int) -> Iterable[Segment]:
         for mark, name in _marks(summary):
             yield Segment(mark, self._style(name))
-        cells = [(_cell(summary, c), COLUMN_WIDTHS[c]) for c in tree_columns(width)]
+        columns = self.columns(width)
         label, kind = self._label(node)
-        room = max(1, width - MARKS - 1 - sum(size for _, size in cells))
-        indent = 1 + node.depth * (2 if width >= ROOMY else 1)
+        room = max(1, width - MARKS - 1 - sum(TREE_COLUMNS[name] for name in columns))
+        indent = 1 + node.depth * (2 if room >= ROOMY else 1)
         text = fmt.clip(" " * indent + label, room)
         style = "current" if summary.current else "site" if node.is_site else "group"
         yield Segment(text, self._style(style))
         kind = fmt.clip(kind, max(0, room - len(text)))
         yield Segment(kind.ljust(room - len(text)), self._style("muted"))
-        for text, size in cells:
-            yield Segment(text.rjust(size), self._style("muted"))
+        for name in columns:
+            over = name == "times" and (summary.times or 0) > 1
+            colour = self._style("alarm" if over else "muted")
+            yield Segment(_cell(summary, name).rjust(TREE_COLUMNS[name]), colour)
         yield Segment(" ")
 
     def _label(self, node: Node) -> tuple[str, str]:
@@ -207,8 +221,8 @@ def _marks(summary: Summary) -> Iterable[tuple[str, str]]:
     """Three signs, each with its style: breakpoint, current, and what became of the op."""
     yield (fmt.BREAK if summary.stops else " "), "break"
     yield (fmt.CURRENT if summary.current else " "), "current"
-    if summary.alarm:
-        yield fmt.ALARM, "alarm"
+    if summary.anomaly:
+        yield fmt.ANOMALY_MARKS[summary.anomaly], "alarm"
     else:
         yield summary.mark, "done" if summary.mark == fmt.DONE else "pending"
 
@@ -216,6 +230,8 @@ def _marks(summary: Summary) -> Iterable[tuple[str, str]]:
 def _cell(summary: Summary, column: str) -> str:
     if column == "seconds":
         return fmt.seconds(summary.seconds) if summary.seconds is not None else ""
-    if column == "own_error":
-        return fmt.number(summary.own_error) if summary.own_error is not None else ""
-    return fmt.clip(summary.route, COLUMN_WIDTHS["route"] - 1)
+    if column == "times":
+        return fmt.times(summary.times)
+    if column == "carried_error":
+        return fmt.number(summary.carried_error) if summary.carried_error is not None else ""
+    return fmt.clip(summary.route, TREE_COLUMNS["route"] - 1)
