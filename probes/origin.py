@@ -13,7 +13,7 @@ from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading
-from dsv4_bench.probes.stats import first_nonfinite
+from dsv4_bench.probes.stats import Stats, first_nonfinite
 
 _LISTED = 4  # indices of an axis that are named one by one
 
@@ -42,7 +42,7 @@ class NonFiniteProbe(Probe):
     def explain(self, call: Call) -> Iterable[Reading]:
         for output, tensor in call.outputs.items():
             stats = call.stats(output)
-            if stats is None or not stats.nan + stats.inf:
+            if stats is None or not _undeclared(call.site, output, stats):
                 continue
             bad = ~torch.isfinite(_without_declared(call.site, output, tensor))
             where = first_nonfinite(torch.where(bad, torch.nan, 0.0))
@@ -83,6 +83,12 @@ def _axis_text(index: Tensor, size: int) -> str:
     if len(found) <= _LISTED:
         return ", ".join(map(str, found))
     return f"{len(found)} of {first}:{last + 1}"
+
+
+def _undeclared(site: Site, output: str, stats: Stats) -> int:
+    """NaN and infinities that the op does not declare."""
+    count: int = stats.nan + stats.inf - (stats.minus_inf if output in site.spec.nonfinite else 0)
+    return count
 
 
 def _without_declared(site: Site, name: str, tensor: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from dsv4_bench.engine import cpu_library
 class Stats(NamedTuple):
     """Counts of values, and moments over the finite ones (0 when there are none).
 
-    `peaks` counts the finite values of magnitude `abs_max`: many of them show a clamp. On an
-    accelerator the fields are tensors there; see `readings.fetch`.
+    `minus_inf` are those of `inf` below zero. `peaks` counts the finite values of magnitude `abs_max`:
+    many of them show a clamp. On an accelerator the fields are tensors there; see `readings.fetch`.
     """
 
     finite: Any
     nan: Any
     inf: Any
+    minus_inf: Any
     zero: Any
     peaks: Any
     abs_max: Any
@@ -49,7 +50,7 @@ def device_stats(tensor: Tensor) -> Stats | None:
 
 
 def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
-    out = (ctypes.c_double * 7)()
+    out = (ctypes.c_double * 8)()
     values = tensor if tensor.is_contiguous() else tensor.contiguous()
     total = tensor.numel()
     library.call["stats"](
@@ -59,11 +60,12 @@ def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
         ctypes.addressof(out),
         torch.get_num_threads(),
     )
-    nan, inf, zero, peaks, abs_max, sums, squares = out
-    finite = total - int(nan) - int(inf)
+    *counts, abs_max, sums, squares = out
+    nan, inf, minus_inf, zero, peaks = map(int, counts)
+    finite = total - nan - inf
     count = finite or 1
-    counts = (finite, int(nan), int(inf), int(zero), int(peaks))
-    return Stats(*counts, abs_max, math.sqrt(squares / count), sums / count)
+    rms, mean = math.sqrt(squares / count), sums / count
+    return Stats(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
 
 
 def _reduced(tensor: Tensor) -> Stats:
@@ -74,6 +76,7 @@ def _reduced(tensor: Tensor) -> Stats:
     nan = values.isnan().sum()
     finite = good.sum()
     inf = values.numel() - finite - nan
+    minus_inf = (values == -torch.inf).sum()
     values = torch.where(good, values, 0.0)
     magnitude = values.abs()
     abs_max = magnitude.max() if len(values) else values.new_zeros(())
@@ -83,7 +86,7 @@ def _reduced(tensor: Tensor) -> Stats:
     # Squares of float32 cannot overflow a float64 sum.
     rms = torch.linalg.vector_norm(values, dtype=torch.float64) / count.sqrt()
     mean = values.sum(dtype=torch.float64) / count
-    return Stats(finite, nan, inf, zero, peaks, abs_max, rms, mean)
+    return Stats(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
 
 
 def first_nonfinite(tensor: Tensor) -> list[int] | None:

@@ -13,13 +13,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv4_bench.engine.cache import Cache
+from dsv4_bench.probes.readings import Reading
 
 _POSITION, _READINGS = "position.safetensors", "readings.jsonl"
 
@@ -81,12 +81,12 @@ class SnapshotStore:
             self._stale.update({self._files[layer]} if layer in self._files else ())
             self._files[layer] = name
 
-    def append_readings(self, rows: list[dict[str, Any]]) -> None:
-        """Add readings to readings.jsonl, one JSON object a line."""
-        if self.error is None and rows:
+    def append_readings(self, readings: list[Reading]) -> None:
+        """Add readings to readings.jsonl: one line a call, an array of arrays in `Reading`'s order."""
+        if self.error is None and readings:
             try:
                 with (self.folder / _READINGS).open("a") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.write(json.dumps(readings) + "\n")
             except OSError as error:
                 self.error = str(error)
 
@@ -141,18 +141,18 @@ class SnapshotStore:
             position["layer"], position["forward"], span, position["tokens"], x.to(cache.device)
         )
 
-    def load_readings(self) -> list[dict[str, Any]]:
+    def load_readings(self) -> list[Reading]:
         """The readings written so far; a torn line is dropped."""
-        rows = []
+        readings = []
         try:
             for line in (self.folder / _READINGS).read_text(errors="replace").splitlines():
                 try:
-                    rows.append(json.loads(line))
-                except ValueError:
+                    readings += [Reading(*row) for row in json.loads(line)]
+                except (ValueError, TypeError):
                     continue
         except OSError:
             pass
-        return rows
+        return readings
 
 
 def _serial(name: str) -> int:

@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 1024;            // elements looked at before anythin
 
 // Counts of all values; moments of the finite ones. Magnitudes are compared as bits.
 struct Stats {
-    int64_t nan = 0, inf = 0, zero = 0;
+    int64_t nan = 0, inf = 0, minus_inf = 0, zero = 0;
     int64_t peaks = 0;  // finite values of the largest magnitude
     uint32_t peak = 0;
     double sum = 0, squares = 0;
@@ -29,7 +29,9 @@ struct Stats {
     void add_value(float x) {
         uint32_t magnitude = bits_as<uint32_t>(x) & 0x7fffffff;
         if (magnitude >= kInfinity) {
-            (magnitude > kInfinity ? nan : inf)++;
+            nan += magnitude > kInfinity;
+            inf += magnitude == kInfinity;
+            minus_inf += magnitude == kInfinity && x < 0;
             return;
         }
         zero += magnitude == 0;
@@ -41,6 +43,7 @@ struct Stats {
     void add(const Stats& other) {
         nan += other.nan;
         inf += other.inf;
+        minus_inf += other.minus_inf;
         zero += other.zero;
         if (other.peaks > 0) add_peak(other.peak, other.peaks);
         sum += other.sum;
@@ -102,13 +105,13 @@ template <class T> Stats stats_of(const T* x, int64_t count, int threads) {
 
 using namespace dsv4;
 
-// out [7] = counts of NaN, infinities, zeros and finite values of the largest magnitude; that
-// magnitude; sum and sum of squares of the finite values. x [count] of `dtype`.
+// out [8] = counts of NaN, infinities, those below zero, zeros, and finite values of the largest
+// magnitude; that magnitude; sum and sum of squares of the finite values. x [count] of `dtype`.
 DSV4_EXPORT int dsv4_stats(const void* x, int dtype, int64_t count, double* out, int threads) {
     Stats s = dtype == DSV4_F32 ? stats_of((const float*)x, count, threads)
                                 : stats_of((const bf16*)x, count, threads);
-    const double row[] = {double(s.nan), double(s.inf), double(s.zero), double(s.peaks),
-                          double(bits_as<float>(s.peak)), s.sum, s.squares};
-    std::copy(row, row + 7, out);
+    const double row[] = {double(s.nan),   double(s.inf), double(s.minus_inf), double(s.zero),
+                          double(s.peaks), double(bits_as<float>(s.peak)), s.sum, s.squares};
+    std::copy(row, row + 8, out);
     return DSV4_OK;
 }
