@@ -56,7 +56,7 @@ def extent_of(tensor: Tensor) -> Extent:
     The start is rounded down to a multiple of 64; an empty tensor covers nothing.
     """
     size = tensor.element_size()
-    first = tensor.storage_offset() * size
+    first = int(tensor.storage_offset()) * size
     if tensor.numel() == 0:
         return Extent(0, 0)
     dims = list(zip(tensor.shape, tensor.stride(), strict=True))

@@ -123,7 +123,7 @@ def plan(
             paid.add(path)
             alone = size.call + size.constants
             if max_bytes is not None and alone > max_bytes:
-                why = f"up to {alone} bytes, more than the {max_bytes} of the whole bundle"
+                why = f"alone larger than the {max_bytes} bytes of the bundle"
                 result.left_out.append(LeftOut(path, forward, alone, why))
                 continue
             result.chosen.add((forward, path))

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ def draw_plots(readings: Sequence[Row], calls: Sequence[Row], layers: int) -> li
     for row in readings:
         if row.get("layer") is None or 0 <= row["layer"] < layers:
             by_name[row["probe"], row["name"]].append(row)
-    drawn = []
+    drawn: list[Plot] = []
     for name, caption, draw in (
         ("residual", "RMS of each residual stream after every layer", _residual),
         ("error", "Own error of every captured op, its limit, and the error carried along", _error),
@@ -54,18 +55,21 @@ def draw_plots(readings: Sequence[Row], calls: Sequence[Row], layers: int) -> li
         ("experts", "Share of the tokens that each expert got", _load),
         ("scales", "Block scales of the quantised weights, by power of two", _scales),
     ):
-        drawn += _drawn(name, caption, lambda axes, f=draw: f(axes, by_name, calls, layers))
+        drawn += _drawn(name, caption, partial(_call, draw, by_name, calls, layers))
     return drawn
 
 
-Draw = Callable[[Any], bool]
+def _call(draw: Callable[..., bool], *data: Any) -> bool:
+    """`draw` takes the axes first, which come last here."""
+    *content, axes = data
+    return draw(axes, *content)
 
 
-def _drawn(name: str, caption: str, draw: Draw) -> Iterator[Plot]:
+def _drawn(name: str, caption: str, draw: Callable[[Any], bool]) -> Iterator[Plot]:
     """The plot, unless `draw` finds no data and says False."""
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 9,
         "axes.edgecolor": GREY,
         "axes.labelcolor": INK,
@@ -148,8 +152,8 @@ def _error(axes: Any, readings: Readings, calls: Sequence[Row], layers: int) -> 
         axes.plot(*zip(*line, strict=True), color=ORANGE, linewidth=1.2, label="carried error")
     if not points and not carried:
         return False
-    worst = sorted((p for p in points if p[3] == "over"), key=lambda p: -p[1])[:4]
-    for x, error, _, _, site in worst:
+    over = {p[4]: p for p in sorted(points, key=lambda p: p[1]) if p[3] == "over"}
+    for x, error, _, _, site in list(over.values())[-4:]:
         axes.annotate(
             site, (x, error), xytext=(4, 4), textcoords="offset points", fontsize=7, color=RED
         )
@@ -231,6 +235,7 @@ def _scales(axes: Any, readings: Readings, calls: Sequence[Row], layers: int) ->
             grid[exponent - low][layer] = count / total
     _image(axes, grid, (-0.5, layers - 0.5, low - 0.5, high + 0.5), "share of the blocks", "lower")
     axes.set_ylabel("log2 of the scale")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     _layer_axis(axes, layers)
     return True
 

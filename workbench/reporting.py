@@ -14,7 +14,7 @@ from dsv4_bench.workbench.cli.output import bytes_text, table
 from dsv4_bench.workbench.plots import Plot
 
 Row = Mapping[str, Any]
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 _MOST_ROWS = 20  # of a table in report.md; an issue has to stay readable
 
@@ -129,10 +129,17 @@ def alarms(readings: Iterable[Row]) -> Table:
 def left_out(manifest: Row) -> Table:
     """What was asked for and is not in the bundle."""
     rows = [
-        (item["site"], "" if item["forward"] is None else str(item["forward"]), item["why"])
+        (item["site"], str(item["forward"]), bytes_text(item["bytes"]), item["why"])
         for item in manifest["left_out"]
     ]
-    return ("site", "pass", "why"), rows
+    return ("site", "pass", "size", "why"), rows
+
+
+def left_out_line(items: Sequence[Row]) -> str:
+    """The same in one line: how much, and which sites."""
+    sites = list(dict.fromkeys(item["site"] for item in items))
+    size = bytes_text(sum(item["bytes"] for item in items))
+    return f"{len(items)} ops of {len(sites)} sites, {size}: {_few(sites)}"
 
 
 def fallbacks(manifest: Row) -> Table:
@@ -177,10 +184,12 @@ def markdown_report(manifest: Row, calls: Sequence[Row], readings: Sequence[Row]
     for title, content in (
         ("Alarms of the probes", alarms(readings)),
         ("Reference instead of a kernel", fallbacks(manifest)),
-        ("Left out", left_out(manifest)),
     ):
         if content[1]:
             parts += [f"### {title}", _markdown(content)]
+    if manifest["left_out"]:
+        line = _plain(left_out_line(manifest["left_out"]))
+        parts.append(f"Left out for size (manifest.json lists all): {line}")
     parts.append(
         "To see it again: `dsv4-bench replay BUNDLE`, or `python replay.py` in the unpacked bundle, "
         "which needs torch only."
@@ -252,7 +261,6 @@ def html_report(
     for heading, content in (
         ("Alarms of the probes", alarms(readings)),
         ("Reference instead of a kernel", fallbacks(manifest)),
-        ("Left out", left_out(manifest)),
     ):
         if content[1]:
             body += [f"<h2>{heading}</h2>", _html_table(content)]
@@ -262,6 +270,7 @@ def html_report(
     body += [
         "<h2>All captured ops</h2>",
         _details(f"{len(calls)} ops", _html_table(_all_ops(calls))),
+        *_left_out_details(manifest),
         _details("Environment", f"<pre>{_escape(_environment(manifest))}</pre>"),
         "<h2>Run it again</h2>",
         "<pre>dsv4-bench replay BUNDLE          # this machine's implementations\n"
@@ -274,6 +283,13 @@ def html_report(
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _left_out_details(manifest: Row) -> list[str]:
+    items = manifest["left_out"]
+    if not items:
+        return []
+    return [_details(f"Left out: {left_out_line(items)}", _html_table(left_out(manifest)))]
 
 
 def _all_ops(calls: Sequence[Row]) -> Table:
@@ -302,12 +318,9 @@ def _html_table(content: Table, keyed: bool = False) -> str:
             + "</tr>"
         )
     for row in rows:
-        cells = zip(row, classes, strict=True)
-        lines.append(
-            "<tr>"
-            + "".join(f'<td class="{_cell_class(c, name)}">{_escape(c)}</td>' for c, name in cells)
-            + "</tr>"
-        )
+        named = zip(row, classes, strict=True)
+        columns = [f'<td class="{_cell_class(c, name)}">{_escape(c)}</td>' for c, name in named]
+        lines.append(f"<tr>{''.join(columns)}</tr>")
     return "\n".join([*lines, "</table></div>"])
 
 
@@ -344,8 +357,3 @@ def _environment(manifest: Row) -> str:
 
 def _escape(text: object) -> str:
     return html.escape(str(text))
-
-
-def size_line(written: Mapping[str, Any]) -> str:
-    """One line for the terminal about a bundle that was written."""
-    return f"{written['bundle']}: {written['calls']} ops, {bytes_text(written['bytes'])}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
-from dsv4_bench.engine.registry import OPS, Site, spec_of
+from dsv4_bench.engine.errors import DSV4Error, did_you_mean
+from dsv4_bench.engine.registry import OPS, Site, matches, spec_of
 from dsv4_bench.probes.bundle.contracts import check_call
 from dsv4_bench.probes.bundle.format import (
     CALLS,
@@ -100,11 +101,11 @@ class Bundle:
         """The calls of a site or below a glob. Raises DSV4Error with a hint if there is none."""
         if site is None:
             return self.calls
-        from dsv4_bench.engine.registry import select_sites
-
-        paths = {call.site.path: call.site for call in self.calls}
-        wanted = {s.path for s in select_sites(paths.values(), site)}  # type: ignore[type-var]
-        return [call for call in self.calls if call.site.path in wanted]
+        found = [call for call in self.calls if matches(call.site.path, site)]
+        if not found:
+            paths = dict.fromkeys(call.site.path for call in self.calls)
+            raise DSV4Error(f"no captured site matches {site!r}", did_you_mean(site, paths))
+        return found
 
     def readings(self) -> list[dict[str, Any]]:
         """What the probes read, as dictionaries."""

@@ -75,7 +75,7 @@ class StorageTable:
                 extent = self.extents[key]
                 file.write(bytes(extent.phase))
                 raw = storage_bytes(self.owners[key], extent)
-                file.write(memoryview(raw.cpu().numpy()))
+                file.write(raw.cpu().numpy().data)
 
 
 def read_storages(stream: BinaryIO, size: int, where: str) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def _read_into_new(stream: BinaryIO, nbytes: int, where: str) -> Tensor:
     memory = np.empty(nbytes + _ALIGN, dtype=np.uint8)
     first = -memory.ctypes.data % _ALIGN
     part = memory[first : first + nbytes]
-    view, done = memoryview(part), 0
+    view, done = part.data, 0
     while done < nbytes:
         got = stream.readinto(view[done : done + _CHUNK])  # type: ignore[attr-defined]
         if not got:

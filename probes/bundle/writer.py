@@ -122,7 +122,7 @@ class Writer:
         return self.max_bytes is None or self.nbytes + size <= self.max_bytes
 
     def _leave_out(self, path: str, forward: int, size: int) -> None:
-        why = f"{size} bytes did not fit into {self.max_bytes}"
+        why = f"did not fit into {self.max_bytes} bytes"
         self.left_out.append(LeftOut(path, forward, size, why))
 
     def _make_room(self, size: int) -> None:
@@ -282,7 +282,7 @@ def _used_experts(captured: Captured) -> set[int]:
 def _digest(tensor: Tensor) -> str:
     """sha256 of the values, whatever the layout in memory."""
     raw = tensor.contiguous().flatten().view(torch.uint8).cpu().numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

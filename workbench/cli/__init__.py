@@ -39,8 +39,13 @@ COMMANDS: tuple[CliCommand, ...] = (
     CliCommand(
         "check", "a route against the reference, every site: own and carried error, a verdict"
     ),
+    CliCommand("dump", "captured ops, readings, plots and a report: a bundle for a bug report"),
+    CliCommand("diff", "the first difference between two bundles", checkpoint=False),
+    CliCommand("replay", "captured ops again, from the bundle alone", checkpoint=False),
     CliCommand("profile", "time per site of one layer, reference beside kernel"),
+    CliCommand("watch", "rebuild and re-run one op whenever its code is saved", checkpoint=False),
     CliCommand("kernels", "every op x implementation: available or why not", checkpoint=False),
+    CliCommand("faults", "the mutation suite: known bugs, detected and named?", checkpoint=False),
     CliCommand("script", "run a session script without a screen", checkpoint=False),
     CliCommand("make-checkpoint", "write a synthetic checkpoint", checkpoint=False),
     CliCommand("doctor", "environment report for bug reports", checkpoint=False),
