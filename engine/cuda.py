@@ -1,3 +1,7 @@
 """Registers every `sm90` implementation; importing it touches no GPU and builds nothing."""
 
+import dsv4_bench.engine.cuda_attention
+import dsv4_bench.engine.cuda_hyper
+import dsv4_bench.engine.cuda_indexer
+import dsv4_bench.engine.cuda_linear
 import dsv4_bench.engine.cuda_rows  # noqa: F401
