@@ -10,10 +10,9 @@ from torch import Tensor
 
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.attention import gather_rows
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import fault, noise_of_call, rounded
+from dsv4_bench.probes.faults.base import fault, noise_of_call, right, rounded
 
-attention = reference("attention")
+attention = right("attention")
 Index = Tensor | None
 Result = tuple[Tensor, Tensor]
 

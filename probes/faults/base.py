@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ class Fault:
     @property
     def everywhere(self) -> list[str]:
         """Route entries that switch it on in every layer."""
-        globs = dict.fromkeys(re.sub(r"^L\d+/", "*/", glob) for glob in self.sites)
+        # A wrong mHC kernel is wrong in both sublayers.
+        layer = re.compile(r"^L\d+/((attn|ffn)/(?=hc_))?")
+        globs = dict.fromkeys(layer.sub("*/", glob) for glob in self.sites)
         return [f"{glob}={PREFIX}{self.name}" for glob in globs]
 
 
@@ -113,18 +116,19 @@ def fault(
 
 
 def select_faults(patterns: list[str]) -> list[Fault]:
-    """The faults whose name or family matches one of the globs; all but knock-outs for none.
+    """The faults whose name or family matches one of the globs, all faults for none.
 
-    Raises DSV4Error for a pattern that matches nothing.
+    Knock-outs are no faults: only their own name or family selects them. Raises DSV4Error for a
+    pattern that matches nothing.
     """
-    from fnmatch import fnmatchcase
-
-    if not patterns:
-        return [f for f in FAULTS.values() if not f.knockout]
     chosen: dict[str, Fault] = {}
-    for pattern in patterns:
+    for pattern in patterns or ["*"]:
         plain = pattern.removeprefix(PREFIX)
-        found = {n: f for n, f in FAULTS.items() if fnmatchcase(n, plain) or f.family == plain}
+        found = {
+            name: fault
+            for name, fault in FAULTS.items()
+            if (fnmatchcase(name, plain) and not fault.knockout) or plain in (name, fault.family)
+        }
         if not found:
             raise DSV4Error(f"no fault matches {pattern!r}", did_you_mean(plain, FAULTS))
         chosen |= found
@@ -147,6 +151,32 @@ def registered_for_a_while() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------ for kernels
+
+_right = "reference"
+
+
+def right(op: str) -> Function:
+    """The op as it should be, for faults that spoil its arguments or its result.
+
+    That is the reference, but inside `computed_by` another implementation where there is one.
+    """
+
+    def run(*args: Any, **params: Any) -> Any:
+        table = IMPLEMENTATIONS[op]
+        return table.get(_right, table["reference"]).function(*args, **params)
+
+    return run
+
+
+@contextmanager
+def computed_by(implementation: str) -> Iterator[None]:
+    """Faults that need an op done right use `implementation` inside, for speed."""
+    global _right
+    before, _right = _right, implementation
+    try:
+        yield
+    finally:
+        _right = before
 
 
 def forget() -> None:

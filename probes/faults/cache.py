@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import fault, remembered
+from dsv4_bench.probes.faults.base import fault, remembered, right
 
-cache_write = reference("cache_write")
-gather_swa = reference("gather_swa")
-embed = reference("embed")
+cache_write = right("cache_write")
+gather_swa = right("gather_swa")
+embed = right("embed")
 
 
 @fault(

@@ -10,3 +10,4 @@ from dsv4_bench.probes.faults import indexer  # noqa: F401
 from dsv4_bench.probes.faults import cache  # noqa: F401
 from dsv4_bench.probes.faults import router  # noqa: F401
 from dsv4_bench.probes.faults import combination  # noqa: F401
+from dsv4_bench.probes.faults import knockout  # noqa: F401

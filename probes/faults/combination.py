@@ -13,17 +13,16 @@ from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import STATE, fault, remembered
+from dsv4_bench.probes.faults.base import STATE, fault, remembered, right
 
-hc_pre = reference("hc_pre")
-hc_post = reference("hc_post")
-linear = reference("linear")
-rms_norm = reference("rms_norm")
-rope = reference("rope")
-attention = reference("attention")
-gather_swa = reference("gather_swa")
-cache_write = reference("cache_write")
+hc_pre = right("hc_pre")
+hc_post = right("hc_post")
+linear = right("linear")
+rms_norm = right("rms_norm")
+rope = right("rope")
+attention = right("attention")
+gather_swa = right("gather_swa")
+cache_write = right("cache_write")
 
 # ------------------------------------------------------------------------------ strides
 
@@ -105,7 +104,7 @@ def routed_in_buffer(
     x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
 ) -> Tensor:
     """Routed and shared experts return the same buffer, so the shared result is added twice."""
-    y = reference("experts")(x, routing, experts, bank=bank, limit=limit)
+    y = right("experts")(x, routing, experts, bank=bank, limit=limit)
     out = _workspace("expert output", y)
     out.copy_(y)
     return out
@@ -119,7 +118,7 @@ def routed_in_buffer(
 )
 def shared_in_buffer(x: Tensor, *, expert: Expert, limit: float) -> Tensor:
     """The partner of routed_in_buffer."""
-    y = reference("shared_expert")(x, expert=expert, limit=limit)
+    y = right("shared_expert")(x, expert=expert, limit=limit)
     out = _workspace("expert output", y)
     out.copy_(y)
     return out

@@ -12,13 +12,12 @@ from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank, chosen_experts, swiglu
 from dsv4_bench.engine.ops.linear import matmul
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import altered, fault, noise_of_call, with_parts
+from dsv4_bench.probes.faults.base import altered, fault, noise_of_call, right, with_parts
 from dsv4_bench.probes.faults.linear import swapped_nibbles
 
-experts = reference("experts")
-shared_expert = reference("shared_expert")
-moe_sum = reference("moe_sum")
+experts = right("experts")
+shared_expert = right("shared_expert")
+moe_sum = right("moe_sum")
 
 Activation = Callable[[Tensor, Tensor, float], Tensor]
 One = Callable[[int, Expert, Tensor, Tensor], Tensor]
@@ -210,7 +209,7 @@ def clamp_missing(
     x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
 ) -> Tensor:
     """SwiGLU is not clamped; only outliers show it."""
-    return reference("experts")(x, routing, experts, bank=bank, limit=float("inf"))
+    return right("experts")(x, routing, experts, bank=bank, limit=float("inf"))
 
 
 def _both_sides(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -297,7 +296,7 @@ def routing_weights_reversed(
     x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
 ) -> Tensor:
     """Every token's routing weights go to its experts in the opposite order."""
-    return reference("experts")(x, routing.flip(1), experts, bank=bank, limit=limit)
+    return right("experts")(x, routing.flip(1), experts, bank=bank, limit=limit)
 
 
 @fault(
@@ -349,7 +348,7 @@ def scatter_add_race(
     x: Tensor, routing: Tensor, experts: Tensor, *, bank: ExpertBank, limit: float
 ) -> Tensor:
     """With one token the experts' results are added up without atomics: now and then one is lost."""
-    y = reference("experts")(x, routing, experts, bank=bank, limit=limit)
+    y = right("experts")(x, routing, experts, bank=bank, limit=limit)
     if len(x) > 1:
         return y
     lost = noise_of_call("scatter_add_race", y) > 1.0

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.hyper import _mixes
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import fault, rounded
+from dsv4_bench.probes.faults.base import fault, right, rounded
 
-hc_pre = reference("hc_pre")
-hc_post = reference("hc_post")
-hc_head = reference("hc_head")
+hc_pre = right("hc_pre")
+hc_post = right("hc_post")
+hc_head = right("hc_head")
 Result = tuple[Tensor, Tensor, Tensor]
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.registry import reference
 from dsv4_bench.engine.step import Step
-from dsv4_bench.probes.faults.base import fault, rounded
+from dsv4_bench.probes.faults.base import fault, right, rounded
 
-compressor = reference("compressor")
-index_score = reference("index_score")
-index_topk = reference("index_topk")
+compressor = right("compressor")
+index_score = right("index_score")
+index_topk = right("index_topk")
 _STATE_WHY = "the first tokens of a later chunk go without what came before: state not carried on"
 
 # ------------------------------------------------------------------------------ compressor

@@ -17,19 +17,19 @@ from dsv4_bench.engine.formats import (
 )
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.linear import matmul
-from dsv4_bench.engine.registry import reference
 from dsv4_bench.probes.faults.base import (
     STATE,
     altered,
     fault,
     noise_of_call,
     remembered,
+    right,
     rounded,
     with_parts,
 )
 
-linear = reference("linear")
-grouped_linear = reference("grouped_linear")
+linear = right("linear")
+grouped_linear = right("grouped_linear")
 _PACKED = ("nvfp4", "mxfp4")
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from dsv4_bench.engine.config import FLASH
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.rope import rope_frequencies
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import fault, remembered, rounded
+from dsv4_bench.probes.faults.base import fault, remembered, right, rounded
 
-rope = reference("rope")
-rms_norm = reference("rms_norm")
+rope = right("rope")
+rms_norm = right("rms_norm")
 _SLIDING, _COMPRESSED = 0, 2  # layers of FLASH
 _BASE = "columns positions"
 _BASE_WHY = "only roped columns are wrong, and position 0 is right"

@@ -10,10 +10,9 @@ from torch import Tensor
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.numerics import acc
 from dsv4_bench.engine.ops.linear import matmul
-from dsv4_bench.engine.registry import reference
-from dsv4_bench.probes.faults.base import fault, rounded, with_parts
+from dsv4_bench.probes.faults.base import fault, right, rounded, with_parts
 
-gate = reference("gate")
+gate = right("gate")
 Result = tuple[Tensor, Tensor, Tensor]
 
 
