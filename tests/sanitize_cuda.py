@@ -1,0 +1,80 @@
+"""Runs each kernel of linear, gate, experts and the row-wise ops once, for compute-sanitizer.
+
+Small and ragged sizes; the sanitizer, not this file, says whether all went well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.formats import (
+    Weight,
+    quantize_fp8_block,
+    quantize_mxfp4,
+    quantize_nvfp4,
+)
+from dsv4_bench.engine.ops.experts import Expert
+from dsv4_bench.engine.registry import IMPLEMENTATIONS
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+
+
+def run(op: str, *args: object, **params: object) -> None:
+    IMPLEMENTATIONS[op]["sm90"].function(*args, **params)
+    torch.cuda.synchronize()
+
+
+def weights(n: int, k: int) -> list[Weight]:
+    w = torch.randn(n, k)
+    codes, scale, g = quantize_nvfp4(w)
+    fp8, exponents = quantize_fp8_block(w)
+    found = [
+        Weight("a", "nvfp4", codes, scale, float(g)),
+        Weight("b", "mxfp4", *quantize_mxfp4(w)),
+        Weight("c", "fp8_block", fp8, exponents),
+        Weight("d", "fp8_block", fp8, exponents.float()),
+        Weight("e", "dense", w.to(BF16)),
+        Weight("f", "dense", w),
+    ]
+    return [weight.to(CUDA) for weight in found]
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(CUDA)
+
+
+def main() -> None:
+    for n, k in ((33, 160), (80, 1056)):
+        for weight in weights(n, k):
+            for m in (1, 9, 65):
+                for dtype in (torch.float32, BF16):
+                    run("linear", randn(m, k).to(dtype), weight=weight, out_dtype=None)
+    for weight in weights(64, 96):
+        run("grouped_linear", randn(3, 192).to(BF16), weight=weight, groups=2)
+    for first, second in zip(weights(96, 160)[:5], weights(160, 96)[:5], strict=True):
+        expert = Expert(first, second, replace(first))
+        bank = [expert, expert, expert]
+        for m in (1, 5, 40):
+            x, ids = randn(m, 160).to(BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
+            run("experts", x, torch.rand(m, 2).to(CUDA), ids, bank=bank, limit=2.0)
+            run("shared_expert", x, expert=expert, limit=2.0)
+    router = Weight("gate", "dense", randn(33, 64))
+    tokens = torch.tensor([3, 1, 0], device=CUDA)
+    for bias, table in ((randn(33), None), (None, torch.randint(0, 33, (4, 6)).to(CUDA))):
+        arguments = {"weight": router, "bias": bias, "tid2eid": table, "k": 6, "scale": 1.0}
+        run("gate", randn(3, 64), tokens, **arguments)
+    for d in (33, 512):
+        x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
+        run("rms_norm", x, weight=randn(d), eps=1e-6)
+        run("rope", x, positions, freqs=randn(16), inverse=False)
+        run("embed", tokens, weight=Weight("e", "dense", randn(4, d)), hc=4, dtype=BF16)
+        run("cache_write", randn(3, d), torch.tensor([2, -1, 0], device=CUDA), randn(4, d))
+        run("gather_swa", randn(4, d), randn(3, d))
+        run("moe_sum", randn(3, d), randn(3, d), dtype=BF16)
+
+
+if __name__ == "__main__":
+    main()
