@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dsv4_bench.engine.config import Config
@@ -18,11 +19,12 @@ from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.hypotheses import Explanation, explain
 from dsv4_bench.probes.judging import Broken, Verdict, in_one_order
 from dsv4_bench.probes.limits import Limits, judged
-from dsv4_bench.probes.metrics import masks_differ, relative_error
-from dsv4_bench.probes.signatures import Difference, Signature, loose, sharp
+from dsv4_bench.probes.metrics import masks_differ, relative_error, rows_of
+from dsv4_bench.probes.signatures import Difference, Signature, loose, sharp, words_for_rows
 
-_ATTEMPTS = 3  # hypotheses are tried for so many unexplained findings of an op
+_ATTEMPTS = 2  # hypotheses are tried for so many unexplained findings of an op
 _HISTORY_BYTES = 256 << 20
+_STALE_ROWS = 16  # wrong rows that are looked up in earlier outputs
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ class History:
         while self.used > self.limit:
             self.used -= self._entries.popleft().value.nbytes
 
+    def of(self, op: str, output: str) -> list[Remembered]:
+        """Earlier values of this output in any shape, newest first."""
+        return [e for e in reversed(self._entries) if (e.op, e.output) == (op, output)]
+
     def like(self, op: str, output: str, value: Tensor) -> list[Remembered]:
         """Earlier values of this output, newest first."""
-        return [
-            e
-            for e in reversed(self._entries)
-            if (e.op, e.output, e.value.shape) == (op, output, value.shape)
-        ]
+        return [e for e in self.of(op, output) if e.value.shape == value.shape]
 
 
 class Diagnosis:
@@ -115,6 +117,10 @@ class Diagnosis:
             explained = self._explain(call, verdict, groups, seen.kind)
             return seen if explained is None else _combined(seen, explained)
         explained = self._explain(call, verdict, groups, None)
+        if explained is None:
+            stale = self._stale_rows(call, name, difference)
+            if stale is not None:
+                return stale
         if seen is None:
             seen = loose(difference)
         return seen if explained is None else _combined(seen, explained)
@@ -152,6 +158,25 @@ class Diagnosis:
                 call, name, truth, earlier.value
             ):
                 return Signature("stale", f"{name} equals {earlier.label}")
+        return None
+
+    def _stale_rows(self, call: Captured, name: str, d: Difference) -> Signature | None:
+        """Wrong rows that are all rows of one earlier output."""
+        errors = rows_of(d.ours - d.truth).norm(dim=1) / rows_of(d.truth).norm(dim=1).clamp(
+            min=1e-30
+        )
+        wrong = (errors > max(self.limits.of(call.site.op, name)[1], 0.1)).nonzero().flatten()
+        if not len(wrong) or d.ours[0].numel() < 4:
+            return None
+        ours = rows_of(d.ours)[wrong[:_STALE_ROWS]]
+        for earlier in self.history.of(call.site.op, name):
+            if earlier.value.shape[1:] != d.ours.shape[1:] or not earlier.value.numel():
+                continue
+            rows = rows_of(earlier.value.double())
+            distance = torch.cdist(ours, rows).amin(1) / ours.norm(dim=1).clamp(min=1e-30)
+            if bool((distance <= self.limits.of(call.site.op, name)[1]).all()):
+                where = words_for_rows(errors > 0.1, d.groups)
+                return Signature("stale", f"{name} has rows of {earlier.label} in {where}")
         return None
 
     def _equal(self, call: Captured, name: str, a: Tensor, b: Tensor) -> bool:

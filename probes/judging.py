@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.registry import OpSpec
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
@@ -108,12 +109,13 @@ def _wrong_shape(call: Captured, name: str, ours: Tensor, right: Tensor) -> Sign
         kind = "rows" if a[1:] == b[1:] and a[0] < b[0] else "unexplained"
         return Signature(kind, detail)
     for weight in call.inputs.values():
-        shape = getattr(weight, "shape", ())
-        if not isinstance(weight, Tensor) and len(shape) == 2 and a[-1] != shape[0]:
-            if a[-1] in (shape[1], shape[1] // 2):
-                packed = " / 2" if a[-1] == shape[1] // 2 else ""
-                words = f"{detail}: the weight is {list(shape)}, K{packed} is taken for N"
-                return Signature("transposed", words)
+        if not isinstance(weight, Weight):
+            continue
+        n, k = weight.shape
+        if a[-1] != n and a[-1] in (k, k // 2):
+            packed = " / 2" if a[-1] == k // 2 else ""
+            words = f"{detail}: the weight is {[n, k]}, K{packed} is taken for N"
+            return Signature("transposed", words)
     return Signature("columns" if a[-1] < b[-1] else "unexplained", detail)
 
 

@@ -72,7 +72,8 @@ def max_abs(value: Tensor, truth: Tensor) -> tuple[float, list[int]]:
     if a.numel() == 0:
         return 0.0, []
     distance = (a - b).abs()
-    coordinate, flat = [], int(distance.argmax())
+    coordinate: list[int] = []
+    flat = int(distance.argmax())
     for length in reversed(a.shape):  # torch.unravel_index imports sympy, which takes a second
         flat, index = divmod(flat, length)
         coordinate.insert(0, index)

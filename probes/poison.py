@@ -61,7 +61,7 @@ class Guarded:
             if name in writable:  # its elements may change, what lies around them may not
                 tensor = self.tensors[name]
                 expected = before.clone()
-                offset = tensor.storage_offset()
+                offset = int(tensor.storage_offset())
                 same = view_of(expected, tensor.dtype, offset, tensor.shape, tensor.stride())
                 same.copy_(tensor)
             if not torch.equal(memory, expected):

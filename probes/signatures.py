@@ -156,7 +156,8 @@ def _factors(d: Difference) -> Signature | None:
             text += f" to {float(values.max()):.5g}"
         where = words_for_rows(wrong, d.groups) if label == "row" else None
         where = where or _span(wrong.nonzero().flatten(), len(wrong), label)
-        return Signature("constant_factor", f"{d.name} = {text} x reference for {where}")
+        kind = "columns" if label == "column" and not bool(wrong.all()) else "constant_factor"
+        return Signature(kind, f"{d.name} = {text} x reference for {where}")
     return None
 
 
@@ -171,7 +172,7 @@ def _groupings(truth: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]
         yield "row", lambda t: t.flatten(1)
     if truth.dim() == 3:
         yield "head", lambda t: t.transpose(0, 1).flatten(1)
-        yield "row and head", lambda t: t.flatten(0, 1)
+        yield "row of a head", lambda t: t.flatten(0, 1)
     width = truth.shape[-1]
     for parts, label in ((2, "half"), (width // 128, "block of 128 columns")):
         if parts > 1 and width % parts == 0:
@@ -289,6 +290,8 @@ def wrong_places(d: Difference) -> Tensor:
 def _support(d: Difference) -> Signature | None:
     """Only some rows, columns or a tile are wrong."""
     wrong = wrong_places(d)
+    if not bool(wrong.any()):  # off by little more than the limit
+        return None
     kind, where = _where(wrong, d.groups)
     if d.positions is not None and kind == "rows":
         rows = rows_of(wrong).any(1)
@@ -327,7 +330,10 @@ def words_for_rows(rows: Tensor, groups: dict[str, Tensor]) -> str:
 def _span(indices: Tensor, total: int, label: str) -> str:
     """rows 0-7 of 300, rows 3, 7, 11, ... of 300, all 300 rows."""
     values = indices.tolist()
-    plural = label + ("s" if not label.endswith("columns") else "")
+    if not values:
+        return f"no {label}"
+    plural = label.replace("row", "rows", 1) if label.startswith("row") else label + "s"
+    plural = label if label.endswith("columns") else plural
     if len(values) == total:
         return f"all {total} {plural}"
     if len(values) == 1:

@@ -236,15 +236,15 @@ class Checker:
         """Turn what is broken into findings; an invariant raises one only where nothing else did."""
         held = check_invariants(call, verdict.outputs)
         self._keep_invariants(call, held)
-        sentences = [item.sentence for item in held.values() if not item.ok]
-        for item in verdict.broken:
-            signature = self.diagnosis.name(call, verdict, item, piece.positions)
-            self._find(call, piece, item, signature, own, verdict, sentences)
+        broken_ones = [item for item in held.values() if not item.ok]
+        sentences = [item.sentence for item in broken_ones]
+        for broken in verdict.broken:
+            signature = self.diagnosis.name(call, verdict, broken, piece.positions)
+            self._find(call, piece, broken, signature, own, verdict, sentences)
         if not verdict.broken:
-            for item in held.values():
-                if not item.ok:
-                    broken = Broken("", item.value, item.limit)
-                    self._find(call, piece, broken, item.signature, own, verdict, sentences)
+            for item in broken_ones:
+                broken = Broken("", item.value, item.limit, item.signature)
+                self._find(call, piece, broken, item.signature, own, verdict, sentences)
         return bool(verdict.broken) or bool(sentences)
 
     def _keep_invariants(self, call: Captured, held: dict[str, Any]) -> None:

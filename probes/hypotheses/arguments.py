@@ -26,7 +26,8 @@ def changed_arguments(call: Captured) -> Iterator[Hypothesis]:
         if isinstance(value, Weight):
             for kind, words, weight in changed_weights(value):
                 yield Hypothesis(kind, f"{name}: {words}", {name: weight})
-        elif isinstance(value, Tensor) and value.numel():
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.numel():
             if value.is_floating_point():
                 yield from _reordered(name, value)
                 yield from _rescaled(name, value, inputs)
@@ -37,9 +38,10 @@ def changed_arguments(call: Captured) -> Iterator[Hypothesis]:
         elif isinstance(value, float):
             yield from _number(name, value)
         elif isinstance(value, int):
+            kind = "decision_flip" if name == "k" else "unexplained"
             for step in (-1, 1):
                 words = f"{name} is {value + step} instead of {value}"
-                yield Hypothesis("shifted", words, {name: value + step})
+                yield Hypothesis(kind, words, {name: value + step})
         elif isinstance(value, Step):
             yield from _steps(name, value)
         if isinstance(value, (Tensor, Weight)) and name in call.site.params:
@@ -157,8 +159,9 @@ def _integers(name: str, value: Tensor) -> Iterator[Hypothesis]:
             words = f"{name} is read one place too {'early' if shift > 0 else 'late'}"
             yield Hypothesis("shifted", words, {name: value.roll(shift, 0)}, edge=1)
         yield Hypothesis("permuted", f"{name} is read in reverse", {name: value.flip(0)})
-    yield Hypothesis("positions", f"{name} is taken as 0", {name: value * 0})
-    yield Hypothesis("positions", f"{name} is counted from 0 again", {name: value - value.min()})
+    kind = "positions" if name == "positions" else "rows"
+    yield Hypothesis(kind, f"{name} is taken as 0", {name: value * 0})
+    yield Hypothesis(kind, f"{name} is counted from 0 again", {name: value - value.min()})
 
 
 def _number(name: str, value: float) -> Iterator[Hypothesis]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def attention_variants(call: Captured, config: Config | None) -> Iterator[Hypoth
     yield from _sink(call)
     yield from _window(call)
     yield from _entries(call)
-    yield from _scale(call)
+    yield from _scale(call, 64 if config is None else config.qk_rope_head_dim)
     yield from _softmax(call)
 
 
@@ -39,25 +40,27 @@ def _padding(call: Captured) -> Iterator[Hypothesis]:
     if not indices:
         return
 
-    def pointing(to: int | None) -> dict[str, Any]:
+    def pointing(to: int | None, which: dict[str, Tensor]) -> dict[str, Any]:
         changed: dict[str, Any] = {}
-        for name, index in indices.items():
+        for name, index in which.items():
             pool = "window" if name == "window_index" else "entries"
-            row = to
+            row = len(a[pool]) if to is None else to % len(a[pool])
             if to is None:  # a row of zeros, added at the end
                 changed[pool] = torch.cat((a[pool], a[pool].new_zeros(1, a[pool].shape[1])))
-                row = len(a[pool])
-            elif to < 0:
-                row = len(a[pool]) + to
             changed[name] = torch.where(index >= 0, index, row)
         return changed
 
-    zeros = "padding is counted as keys: it takes part in the softmax with logit 0"
-    yield Hypothesis("padding", zeros, pointing(None))
-    yield Hypothesis("padding", "padding is read as row 0 of the pool", pointing(0))
-    yield Hypothesis("padding", "padding is read as the last row of the pool", pointing(-1))
+    subsets = [indices] + [{n: i} for n, i in indices.items() if len(indices) > 1]
+    for subset in subsets:
+        of = "" if subset is indices else f" of {next(iter(subset))}"
+        for words, to in (
+            ("is counted as keys: it takes part in the softmax with logit 0", None),
+            ("is read as row 0 of the pool", 0),
+            ("is read as the last row of the pool", -1),
+        ):
+            yield Hypothesis("padding", f"padding{of} {words}", pointing(to, subset))
     mean = "padding is counted as keys: the sum is divided by all of them"
-    yield Hypothesis("padding", mean, predict=_divided)
+    yield Hypothesis("padding", mean, predict=partial(_divided, call))
 
 
 def _divided(call: Captured) -> Values:
@@ -84,10 +87,12 @@ def _sink(call: Captured) -> Iterator[Hypothesis]:
     ):
         yield Hypothesis("constant_factor", f"the sink is {words}", {"sink": value})
     yield Hypothesis(
-        "constant_factor", "lse leaves the sink out", predict=lambda c: _lse_without_sink(c, False)
+        "constant_factor",
+        "lse leaves the sink out",
+        predict=partial(_lse_without_sink, call, False),
     )
     yield Hypothesis(
-        "constant_factor", "o leaves the sink out", predict=lambda c: _lse_without_sink(c, True)
+        "constant_factor", "o leaves the sink out", predict=partial(_lse_without_sink, call, True)
     )
 
 
@@ -136,7 +141,7 @@ def _entries(call: Captured) -> Iterator[Hypothesis]:
     pool, index = a["entries"], a["entry_index"]
     if pool is None or index is None or not index.shape[1]:
         return
-    yield Hypothesis("tiles", "compressed entries are left out", {"entries": None})
+    yield Hypothesis("positions", "compressed entries are left out", {"entries": None})
     last = index.max(1, keepdim=True).values
     more = torch.where((last >= 0) & (last + 1 < len(pool)), last + 1, -1)
     shown = {"entry_index": torch.cat((index, more), 1)}
@@ -160,14 +165,14 @@ def _entries(call: Captured) -> Iterator[Hypothesis]:
         yield Hypothesis("permuted", "entries are read from the window's pool", other)
 
 
-def _scale(call: Captured) -> Iterator[Hypothesis]:
+def _scale(call: Captured, rotated: int) -> Iterator[Hypothesis]:
     scale, width = call.inputs["scale"], call.inputs["q"].shape[-1]
     for words, value in (
         ("left out", 1.0),
         ("applied twice", scale * scale),
         ("1 / head width", 1 / width),
-        ("that of the rotated dims", 64**-0.5),
-        ("that of the dims that are not rotated", max(width - 64, 1) ** -0.5),
+        ("that of the rotated dims", rotated**-0.5),
+        ("that of the dims that are not rotated", max(width - rotated, 1) ** -0.5),
         ("in base 2 (exp for exp2)", scale * math.log(2)),
         ("in base 2 (exp2 for exp)", scale / math.log(2)),
     ):
@@ -232,7 +237,7 @@ def _softmax(call: Captured) -> Iterator[Hypothesis]:
         ("unexplained", "a sigmoid is taken instead of the softmax", sigmoid),
     ]
     for kind, words, weigh in variants:
-        yield Hypothesis(kind, words, predict=lambda c, weigh=weigh: attend(c, weigh))
+        yield Hypothesis(kind, words, predict=partial(attend, call, weigh))
 
 
 # ------------------------------------------------------------------------------ rope
@@ -259,12 +264,18 @@ def rope_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
     ramp = torch.arange(len(positions), device=positions.device)
     yield Hypothesis("positions", "rows are numbered from 0", {"positions": ramp})
     halves = "halves_swapped"
-    yield Hypothesis(halves, "halves are paired instead of neighbours (NeoX)", predict=_neox)
     yield Hypothesis(
-        halves, "even and odd columns are exchanged in every pair", predict=_pairs_exchanged
+        halves, "halves are paired instead of neighbours (NeoX)", predict=partial(_neox, call)
     )
-    yield Hypothesis("columns", "the first dims are rotated instead of the last", predict=_first)
-    yield Hypothesis("unexplained", "only the cosine is applied", predict=_cosine)
+    yield Hypothesis(
+        halves,
+        "even and odd columns are exchanged in every pair",
+        predict=partial(_pairs_exchanged, call),
+    )
+    yield Hypothesis(
+        "columns", "the first dims are rotated instead of the last", predict=partial(_first, call)
+    )
+    yield Hypothesis("unexplained", "only the cosine is applied", predict=partial(_cosine, call))
 
 
 def other_frequencies(config: Config, freqs: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@
 | low and high nibble of a byte exchanged | nibbles |
 | block scales in another order, transposed, swizzled, decoded as another format, left out | scale_order |
 | a part of the sum over K, or of the list of keys, is left out | tiles |
+| all compressed entries left out: right until the first one is visible | positions |
 | an in-place argument keeps what it held, earlier state is used | stale |
 | other experts or entries than the scores say | decision_flip |
 | another formula on the same inputs | unexplained (the sentence names it) |
@@ -36,9 +37,9 @@ from dsv4_bench.probes.metrics import rows_of
 from dsv4_bench.probes.signatures import words_for_rows
 
 Values = dict[str, Tensor]
-Predict = Callable[[Captured], Values]
+Predict = Callable[[], Values]
 _LEFT_OVER = 0.02  # share of the error that an explanation may leave
-_SCREENED = 48  # rows on which hypotheses are tried first
+_SCREENED = 32  # rows on which hypotheses are tried first
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Hypothesis:
 
     def outputs(self, call: Captured) -> Values:
         if self.predict is not None:
-            return self.predict(call)
+            return self.predict()
         assert self.changed is not None
         return call.oracle(**self.changed)
 
@@ -185,7 +186,7 @@ def try_one(
             explained |= bool(wrong.any())
             whole &= fits
             if not fits and not where:
-                where = _words(wrong, axis, groups)
+                where = _words(wrong, axis, groups) if bool(wrong.any()) else f"but not in {name}"
         else:
             if explained:
                 return Explanation(hypothesis, "" if whole else where)
@@ -294,7 +295,8 @@ def cut(call: Captured, part: slice) -> Captured:
 
 def fitted_factor(call: Captured, ours: Values, limits: Limits) -> Explanation | None:
     """An argument that enters with some factor: the factor is searched for."""
-    for name, value in call.inputs.items():
+    numbers_first = sorted(call.inputs.items(), key=lambda item: not isinstance(item[1], float))
+    for name, value in numbers_first:
         number = isinstance(value, float)
         if not number and not (isinstance(value, Tensor) and value.is_floating_point()):
             continue
@@ -304,11 +306,10 @@ def fitted_factor(call: Captured, ours: Values, limits: Limits) -> Explanation |
         def loss(factor: float, name: str = name, value: Any = value) -> float:
             return _total_error(call, ours, {name: value * factor}, limits)
 
-        coarse = [-1.0, *(2.0 ** (k / 2) for k in range(-8, 9) if k)]
-        best = min(coarse, key=loss)
-        if loss(best) > 0.7 * loss(1.0):
+        coarse = [-1.0, *(2.0 ** (k / 2) for k in range(-8, 9))]
+        factor = _refined(loss, min(coarse, key=loss))
+        if loss(factor) > 0.5 * loss(1.0):
             continue
-        factor = _refined(loss, best)
         hypothesis = Hypothesis(
             "constant_factor",
             f"{name} enters with {factor:.4g} times its value",

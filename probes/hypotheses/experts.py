@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def gate_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
             changed = {"bias": bias.roll(shift)}
             plain.append(("decision_flip", f"the bias is shifted by {shift} expert", changed))
     for kind, words, options in plain:
-        yield Hypothesis(kind, words, predict=lambda c, o=options: routed(c, **o))
+        yield Hypothesis(kind, words, predict=partial(routed, call, **options))
     scores: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("softmax", lambda x: x.softmax(-1)),
         ("sigmoid", torch.sigmoid),
@@ -69,7 +70,7 @@ def gate_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
     ]
     for words, function in scores:
         text = f"scores are {words} instead of sqrt(softplus)"
-        yield Hypothesis("unexplained", text, predict=lambda c, f=function: routed(c, score=f))
+        yield Hypothesis("unexplained", text, predict=partial(routed, call, score=function))
 
 
 def routed(
@@ -140,52 +141,49 @@ def _misread(weight: Weight, words: str) -> Weight:
     return weight
 
 
-def _scales_exchanged(first: Expert) -> Iterator[tuple[str, str, Change]]:
-    def scaled(weight: Weight, by: Weight) -> Weight:
-        return replace(weight, global_scale=by.global_scale, _dense=None)
+def _scaled(weight: Weight, global_scale: float) -> Weight:
+    return replace(weight, global_scale=global_scale, _dense=None)
 
+
+def _scales_exchanged(first: Expert) -> Iterator[tuple[str, str, Change]]:
+    """A matrix with the global scale of another of the same expert, or with none."""
     if first.w1.format != "nvfp4":
         return
-    pairs = (("up (w3)", "w3", "gate's", "w1"), ("gate (w1)", "w1", "up's", "w3"),
-             ("down (w2)", "w2", "gate's", "w1"))  # fmt: skip
-    for label, name, other, source in pairs:
-        yield (
-            "constant_factor",
-            f"{label} is used with {other} global scale",
-            lambda e, n, a=name, b=source: e._replace(**{a: scaled(getattr(e, a), getattr(e, b))}),
-        )
-    unscaled: Change = lambda e, n: Expert(*(replace(w, global_scale=1.0, _dense=None) for w in e))  # noqa: E731
+
+    def borrowed(name: str, source: str, expert: Expert, number: int) -> Expert:
+        scale = getattr(expert, source).global_scale
+        return expert._replace(**{name: _scaled(getattr(expert, name), scale)})
+
+    def unscaled(expert: Expert, number: int) -> Expert:
+        return Expert(*(_scaled(weight, 1.0) for weight in expert))
+
+    owners = {"w1": "gate's", "w3": "up's"}
+    for name, source in (("w3", "w1"), ("w1", "w3"), ("w2", "w1"), ("w2", "w3")):
+        words = f"{_MATRICES[name]} is used with {owners[source]} global scale"
+        yield "constant_factor", words, partial(borrowed, name, source)
     yield "constant_factor", "no global scale is used", unscaled
 
 
 def _neighbours(bank: ExpertBank) -> Iterator[tuple[str, str, Change]]:
     """Weights, or global scales, of another expert."""
-    count = len(bank)
 
-    def of_first(expert: Expert, number: int) -> Expert:
-        return Expert(
-            *(
-                replace(w, global_scale=f.global_scale, _dense=None)
-                for w, f in zip(expert, bank[0], strict=True)
-            )
+    def of_first(names: tuple[str, ...], expert: Expert, number: int) -> Expert:
+        scales = {name: getattr(bank[0], name).global_scale for name in names}
+        return expert._replace(
+            **{name: _scaled(getattr(expert, name), scale) for name, scale in scales.items()}
         )
+
+    def shifted(shift: int, expert: Expert, number: int) -> Expert:
+        return bank[(number + shift) % len(bank)]
 
     for name, label in _MATRICES.items():
-
-        def one(expert: Expert, number: int, name: str = name) -> Expert:
-            scale = getattr(bank[0], name).global_scale
-            return expert._replace(
-                **{name: replace(getattr(expert, name), global_scale=scale, _dense=None)}
-            )
-
-        yield "constant_factor", f"{label} has expert 0's global scale in every expert", one
-    yield "constant_factor", "expert 0's global scales are used for every expert", of_first
+        words = f"{label} has expert 0's global scale in every expert"
+        yield "constant_factor", words, partial(of_first, (name,))
+    words = "expert 0's global scales are used for every expert"
+    yield "constant_factor", words, partial(of_first, tuple(_MATRICES))
     for shift in (1, -1):
-        yield (
-            "shifted",
-            f"expert e's weights are those of expert e {shift:+d}",
-            lambda e, n, s=shift: bank[(n + s) % count],
-        )
+        words = f"expert e's weights are those of expert e {shift:+d}"
+        yield "shifted", words, partial(shifted, shift)
 
 
 def _activations(limit: float) -> Iterator[tuple[str, str, Activation]]:
@@ -223,13 +221,17 @@ def _activations(limit: float) -> Iterator[tuple[str, str, Activation]]:
         yield (
             "unexplained",
             f"{name} is taken instead of silu",
-            lambda g, u, m, f=function: f(g.clamp(max=m)) * u.clamp(-m, m),
+            partial(_gated, function),
         )
     yield (
         "unexplained",
         "up is taken plus 1",
         lambda g, u, m: F.silu(g.clamp(max=m)) * (u.clamp(-m, m) + 1),
     )
+
+
+def _gated(function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    return function(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 def _forward(
@@ -264,7 +266,7 @@ def experts_variants(call: Captured, config: Config | None) -> Iterator[Hypothes
     a = call.inputs
     bank, routing, chosen = a["bank"], a["routing"], a["experts"]
     for kind, words, act in _activations(a["limit"]):
-        yield Hypothesis(kind, words, predict=lambda c, act=act: _experts_with(c, act))
+        yield Hypothesis(kind, words, predict=partial(_experts_with, call, act))
     ones = torch.ones_like(routing)
     yield Hypothesis("constant_factor", "the routing weights are left out", {"routing": ones})
     twice = {"routing": routing.square()}
@@ -295,8 +297,10 @@ def experts_variants(call: Captured, config: Config | None) -> Iterator[Hypothes
 def shared_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]:
     a = call.inputs
     for kind, words, act in _activations(a["limit"]):
-        yield Hypothesis(kind, words, predict=lambda c, act=act: _shared_with(c, act))
+        yield Hypothesis(kind, words, predict=partial(_shared_with, call, act))
     for kind, words, change in _changes(a["expert"]):
-        yield Hypothesis(
-            kind, words, predict=lambda c, f=change: c.oracle(expert=f(a["expert"], 0))
-        )
+        yield Hypothesis(kind, words, predict=partial(_shared_changed, call, change))
+
+
+def _shared_changed(call: Captured, change: Change) -> Values:
+    return call.oracle(expert=change(call.inputs["expert"], 0))

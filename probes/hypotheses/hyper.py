@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -55,6 +56,15 @@ def _orders(call: Captured) -> Iterator[Hypothesis]:
     first_scale = a["scale"][:1].expand_as(a["scale"])
     yield Hypothesis("constant_factor", "one scale is used for all mixes", {"scale": first_scale})
     yield Hypothesis("permuted", "x is read with its streams in reverse", {"x": a["x"].flip(1)})
+    yield _flattened(call)
+
+
+def _flattened(call: Captured) -> Hypothesis:
+    """fn's columns are stream-major; taken channel-major they meet other channels."""
+    a = call.inputs
+    hc, d = a["x"].shape[1:]
+    columns = a["fn"].unflatten(1, (d, hc)).transpose(1, 2).flatten(1)
+    return Hypothesis("transposed", "the streams are flattened channel by channel", {"fn": columns})
 
 
 def _normalise(comb: Tensor, axis: int, eps: float) -> Tensor:
@@ -113,19 +123,19 @@ def _sinkhorns(call: Captured) -> Iterator[Hypothesis]:
         ),
         ("unexplained", "Sinkhorn starts from exp, then rows and columns", exponential),
         ("unexplained", "Sinkhorn starts from exp(logit - max)", shifted_exponential),
-        ("transposed", "Sinkhorn normalises rows last, not columns", rows_last),
+        ("constant_factor", "Sinkhorn normalises rows last, not columns", rows_last),
         ("transposed", "Sinkhorn's softmax runs over columns", softmax_of_columns),
         ("constant_factor", "Sinkhorn leaves out eps", no_eps),
         ("unexplained", "comb is the softmax of its rows, without Sinkhorn", only_softmax),
         ("unexplained", "Sinkhorn starts from sigmoid", sigmoid),
     ]
     for kind, words, function in variants:
-        yield Hypothesis(kind, words, predict=lambda c, f=function: _pre(c, comb=f))
+        yield Hypothesis(kind, words, predict=partial(_pre, call, comb=function))
     iters = call.inputs["iters"]
-    for other in (iters - 1, iters + 1, 1, 2, 3, 5, 10):
-        if 0 < other != iters:
+    for other in (iters - 1, iters + 1, *range(1, iters - 1)):
+        if other > 0:
             words = f"Sinkhorn takes {other} rounds instead of {iters}"
-            yield Hypothesis("shifted", words, {"iters": other})
+            yield Hypothesis("unexplained", words, {"iters": other})
 
 
 def _coefficients(call: Captured) -> Iterator[Hypothesis]:
@@ -150,7 +160,7 @@ def _coefficients(call: Captured) -> Iterator[Hypothesis]:
         ("constant_factor", "the streams' norm is left out of the mixes", {"norm": False}),
     ]
     for kind, words, options in variants:
-        yield Hypothesis(kind, words, predict=lambda c, o=options: _pre(c, **o))
+        yield Hypothesis(kind, words, predict=partial(_pre, call, **options))
 
 
 def _mixes(call: Captured, norm: bool) -> Tensor:
@@ -208,26 +218,27 @@ def post_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
 @candidates("hc_head")
 def head_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]:
     a = call.inputs
+    yield _flattened(call)
 
     def with_pre(function: Callable[[Tensor], Tensor], norm: bool = True) -> Values:
         mixes = _mixes(call, norm) * a["scale"].double() + a["base"].double()
         return {"h": (function(mixes).unsqueeze(-1) * a["x"].double()).sum(1)}
 
-    variants: list[tuple[str, str, Callable[[Captured], Values]]] = [
-        ("constant_factor", "eps is missing", lambda c: with_pre(torch.sigmoid)),
+    variants: list[tuple[str, str, Callable[[], Values]]] = [
+        ("constant_factor", "eps is missing", lambda: with_pre(torch.sigmoid)),
         (
             "constant_factor",
             "the weights have post's factor 2",
-            lambda c: with_pre(lambda m: 2 * torch.sigmoid(m)),
+            lambda: with_pre(lambda m: 2 * torch.sigmoid(m)),
         ),
-        ("unexplained", "the weights are a softmax", lambda c: with_pre(lambda m: m.softmax(-1))),
-        ("unexplained", "the streams are averaged", lambda c: {"h": a["x"].double().mean(1)}),
-        ("constant_factor", "the streams are summed", lambda c: {"h": a["x"].double().sum(1)}),
-        ("rows", "only the first stream is taken", lambda c: {"h": a["x"].double()[:, 0]}),
+        ("unexplained", "the weights are a softmax", lambda: with_pre(lambda m: m.softmax(-1))),
+        ("unexplained", "the streams are averaged", lambda: {"h": a["x"].double().mean(1)}),
+        ("constant_factor", "the streams are summed", lambda: {"h": a["x"].double().sum(1)}),
+        ("rows", "only the first stream is taken", lambda: {"h": a["x"].double()[:, 0]}),
         (
             "constant_factor",
             "the streams' norm is left out of the mixes",
-            lambda c: with_pre(lambda m: torch.sigmoid(m) + a["eps"], norm=False),
+            lambda: with_pre(lambda m: torch.sigmoid(m) + a["eps"], norm=False),
         ),
     ]
     for kind, words, predict in variants:

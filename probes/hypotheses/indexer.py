@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def compressor_variants(call: Captured, config: Config | None) -> Iterator[Hypot
             "score_state": a["score_state"].roll(half, 2),
         }
         words = "previous and current window take each other's half of the channels"
-        yield Hypothesis("halves_swapped", words, predict=lambda c: _unrolled(c, swapped, half))
+        yield Hypothesis("halves_swapped", words, predict=partial(_unrolled, call, swapped, half))
         yield from _overlap(call)
     yield from _state(call)
     yield from _pooling(call)
@@ -55,11 +56,11 @@ def _unrolled(call: Captured, changed: dict[str, Any], half: int) -> Values:
 def _overlap(call: Captured) -> Iterator[Hypothesis]:
     """The previous window of ratio 4: forgotten within a step, or between steps."""
     current = "the previous window is left out (no overlap)"
-    yield Hypothesis("stale", current, predict=lambda c: pooled(c, previous=False))
+    yield Hypothesis("stale", current, predict=partial(pooled, call, previous=False))
     own = "both halves are taken from the current window"
-    yield Hypothesis("shifted", own, predict=lambda c: pooled(c, lag=0))
+    yield Hypothesis("shifted", own, predict=partial(pooled, call, lag=0))
     two = "the window before the previous one is taken"
-    yield Hypothesis("shifted", two, predict=lambda c: pooled(c, lag=2))
+    yield Hypothesis("shifted", two, predict=partial(pooled, call, lag=2))
 
 
 def _state(call: Captured) -> Iterator[Hypothesis]:
@@ -70,23 +71,23 @@ def _state(call: Captured) -> Iterator[Hypothesis]:
     states = ("kv_state", "score_state")
     kept = {name: a[name].double() for name in states}
     words = "the state keeps its previous contents"
-    yield Hypothesis("stale", words, predict=lambda c: {**c.truth, **kept})
+    yield Hypothesis("stale", words, predict=lambda: {**call.truth, **kept})
     ratio = a["ape"].shape[0]
     if kv.shape[1] == 2 * ratio:
         for part, what in ((slice(0, ratio), "previous"), (slice(ratio, None), "open")):
 
-            def partly(c: Captured, part: slice = part) -> Values:
+            def partly(part: slice = part) -> Values:
                 changed = {}
                 for name in states:
-                    changed[name] = c.truth[name].clone()
+                    changed[name] = call.truth[name].clone()
                     changed[name][:, part] = kept[name][:, part]
-                return {**c.truth, **changed}
+                return {**call.truth, **changed}
 
             words = f"the state of the {what} window keeps its previous contents"
             yield Hypothesis("stale", words, predict=partly)
 
-    def without_bias(c: Captured) -> Values:
-        return {**c.truth, "score_state": c.oracle(ape=c.inputs["ape"] * 0)["score_state"]}
+    def without_bias() -> Values:
+        return {**call.truth, "score_state": call.oracle(ape=call.inputs["ape"] * 0)["score_state"]}
 
     words = "the state keeps scores without the position bias"
     yield Hypothesis("flushed", words, predict=without_bias)
@@ -96,8 +97,8 @@ def _state(call: Captured) -> Iterator[Hypothesis]:
 def _unreset(call: Captured) -> Iterator[Hypothesis]:
     """Slots of the open window that are not cleared when the window closes."""
 
-    def predict(c: Captured) -> Values:
-        truth, a = c.truth, c.inputs
+    def predict() -> Values:
+        truth, a = call.truth, call.inputs
         empty = truth["score_state"] == -math.inf
         kv = torch.where(empty, a["kv_state"].double(), truth["kv_state"])
         score = torch.where(empty, a["score_state"].double(), truth["score_state"])
@@ -116,7 +117,7 @@ def _pooling(call: Captured) -> Iterator[Hypothesis]:
         ("unexplained", "the largest score takes all", {"weigh": _hard}),
     ]
     for kind, words, options in variants:
-        yield Hypothesis(kind, words, predict=lambda c, o=options: pooled(c, **o))
+        yield Hypothesis(kind, words, predict=partial(pooled, call, **options))
 
 
 def _mean(score: Tensor) -> Tensor:
@@ -205,17 +206,17 @@ def score_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis
     step, ratio = a["step"], a["ratio"]
     for shift in (1, -1, 2, -2):
         words = f"visibility is off by {shift:+d} entries"
-        yield Hypothesis("shifted", words, predict=lambda c, s=shift: scored(c, entries=s))
+        yield Hypothesis("shifted", words, predict=partial(scored, call, entries=shift))
     for words, visible in (
         ("an entry is visible one token too late", step.positions // ratio),
         ("an entry is visible before its last token", (step.positions + ratio - 1) // ratio),
     ):
-        yield Hypothesis("shifted", words, predict=lambda c, v=visible: scored(c, visible=v))
+        yield Hypothesis("shifted", words, predict=partial(scored, call, visible=visible))
     everything = torch.full_like(step.positions, step.entries(ratio))
     words = "hidden entries are scored (no causal mask)"
-    yield Hypothesis("padding", words, predict=lambda c: scored(c, visible=everything))
+    yield Hypothesis("padding", words, predict=partial(scored, call, visible=everything))
     words = "hidden entries have score 0, not -inf"
-    yield Hypothesis("padding", words, predict=lambda c: scored(c, hidden=0.0))
+    yield Hypothesis("padding", words, predict=partial(scored, call, hidden=0.0))
     plain: list[tuple[str, str, dict[str, Any]]] = [
         ("flushed", "relu is missing", {"act": lambda x: x}),
         ("flushed", "relu is replaced by the absolute value", {"act": torch.abs}),
@@ -227,7 +228,7 @@ def score_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis
         ("flushed", "relu is applied to the sum of the heads", {"late": True}),
     ]
     for kind, words, options in plain:
-        yield Hypothesis(kind, words, predict=lambda c, o=options: scored(c, **o))
+        yield Hypothesis(kind, words, predict=partial(scored, call, **options))
     keys = a["keys"]
     for shift in (1, -1):
         words = f"entries are read {shift:+d} rows away"
@@ -297,27 +298,27 @@ def topk_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
         if 0 < fewer < k:
             words = f"only {k - fewer} entries are kept"
 
-            def cut(c: Captured, fewer: int = fewer) -> Values:
-                index = c.truth["index"].clone()
+            def cut(fewer: int = fewer) -> Values:
+                index = call.truth["index"].clone()
                 index[:, k - fewer :] = -1
                 return {"index": index}
 
             yield Hypothesis("decision_flip", words, predict=cut)
     for shift in (1, -1):
 
-        def moved(c: Captured, shift: int = shift) -> Values:
-            index = c.truth["index"]
+        def moved(shift: int = shift) -> Values:
+            index = call.truth["index"]
             return {"index": torch.where(index >= 0, index + shift, index)}
 
         yield Hypothesis("shifted", f"indices are {shift:+d}", predict=moved)
 
-    def unmasked(c: Captured) -> Values:
-        ranked = c.inputs["score"].sort(1, descending=True, stable=True).indices[:, :k]
+    def unmasked() -> Values:
+        ranked = call.inputs["score"].sort(1, descending=True, stable=True).indices[:, :k]
         return {"index": ranked.int()}
 
     yield Hypothesis("padding", "hidden entries are kept instead of -1", predict=unmasked)
 
-    def zero_for_none(c: Captured) -> Values:
-        return {"index": c.truth["index"].clamp(min=0)}
+    def zero_for_none() -> Values:
+        return {"index": call.truth["index"].clamp(min=0)}
 
     yield Hypothesis("padding", "0 stands for none instead of -1", predict=zero_for_none)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,33 +26,33 @@ def write_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis
         return {"cache": result}
 
     nothing = {"cache": cache.double()}
-    yield Hypothesis("stale", "nothing is written", predict=lambda c: nothing)
+    yield Hypothesis("stale", "nothing is written", predict=partial(dict, nothing))
     for shift in (1, -1):
         moved = torch.where(slots >= 0, (slots + shift) % length, slots)
-        yield Hypothesis("shifted", f"slots are {shift:+d}", predict=lambda c, m=moved: written(m))
+        yield Hypothesis("shifted", f"slots are {shift:+d}", predict=partial(written, moved))
         words = f"rows are written {abs(shift)} place too {'late' if shift > 0 else 'early'}"
         other = rows.roll(shift, 0)
-        yield Hypothesis("shifted", words, predict=lambda c, r=other: written(slots, r))
+        yield Hypothesis("shifted", words, predict=partial(written, slots, other))
     reverse = rows.flip(0)
     words = "rows are written in reverse"
-    yield Hypothesis("permuted", words, predict=lambda c: written(slots, reverse))
+    yield Hypothesis("permuted", words, predict=partial(written, slots, reverse))
     in_order = torch.arange(len(rows), device=slots.device)
     words = "rows are written one after another, slots are ignored"
-    yield Hypothesis("permuted", words, predict=lambda c: written(in_order))
+    yield Hypothesis("permuted", words, predict=partial(written, in_order))
     if bool((slots < 0).any()):
         last = torch.where(slots >= 0, slots, length - 1)
         words = "rows without a slot (-1) are written to the last row"
-        yield Hypothesis("padding", words, predict=lambda c: written(last))
+        yield Hypothesis("padding", words, predict=partial(written, last))
         first = slots.clamp(min=0)
         words = "rows without a slot (-1) are written to row 0"
-        yield Hypothesis("padding", words, predict=lambda c: written(first))
+        yield Hypothesis("padding", words, predict=partial(written, first))
     for count in (1, 2, 4, 8, 16, 32, 64):
         if count < len(rows):
             for words, part in (("last", slice(-count, None)), ("first", slice(0, count))):
                 cut = slots.clone()
                 cut[part] = -1
                 text = f"the {words} {count} rows are not written"
-                yield Hypothesis("stale", text, predict=lambda c, s=cut: written(s))
+                yield Hypothesis("stale", text, predict=partial(written, cut))
 
 
 @candidates("gather_swa")
@@ -117,7 +118,7 @@ def norm_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
             ("constant_factor", "the weight divides", normed(x, mean_square, 1.0 / scale)),
         ]
     for kind, words, values in variants:
-        yield Hypothesis(kind, words, predict=lambda c, v=values: v)
+        yield Hypothesis(kind, words, predict=partial(dict, values))
 
 
 @candidates("grouped_linear")
@@ -128,8 +129,8 @@ def grouped_variants(call: Captured, config: Config | None) -> Iterator[Hypothes
         return
     parts = o.unflatten(-1, (groups, -1))
 
-    def output_order(c: Captured) -> Values:
-        z = c.truth["z"].unflatten(-1, (groups, -1))
+    def output_order() -> Values:
+        z = call.truth["z"].unflatten(-1, (groups, -1))
         return {"z": z.transpose(1, 2).flatten(1)}
 
     for shift in range(1, min(groups, 4)):
@@ -168,4 +169,4 @@ def embed_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis
 
     for stream in range(a["hc"]):
         words = f"only stream {stream} is filled"
-        yield Hypothesis("columns", words, predict=lambda c, s=stream: only(s))
+        yield Hypothesis("columns", words, predict=partial(only, stream))

@@ -19,12 +19,40 @@ def changed_weights(weight: Weight) -> Iterator[Change]:
         raw = weight.data.view(torch.uint8)
         swapped = (raw >> 4) | (raw << 4)
         yield "nibbles", "low and high nibble are exchanged", _with(weight, data=swapped)
-        signless = raw & 0x77
-        yield "unexplained", "the sign of its codes is ignored", _with(weight, data=signless)
+        for mask, words in ((0x7F, "high nibbles"), (0xF7, "low nibbles"), (0x77, "codes")):
+            yield "nibbles", f"the sign of its {words} is ignored", _with(weight, data=raw & mask)
+        yield (
+            "nibbles",
+            "both nibbles are read as the low one",
+            _with(weight, data=raw & 0xF | raw << 4),
+        )
+        yield (
+            "nibbles",
+            "both nibbles are read as the high one",
+            _with(weight, data=raw & 0xF0 | raw >> 4),
+        )
+        yield from _integers(weight, raw)
     if weight.scale is not None:
         yield from _scales(weight, weight.scale)
     yield from _global(weight)
     yield from _order(weight)
+
+
+def _integers(weight: Weight, raw: Tensor) -> Iterator[Change]:
+    """The codes taken for 4-bit integers, with the block scales they have."""
+    codes = torch.stack((raw & 0xF, raw >> 4), -1).flatten(1).float()  # [n, k]
+    if weight.scale is None:
+        return
+    step = weight.shape[1] // weight.scale.shape[1]
+    scale = weight.scale.float() if weight.format == "nvfp4" else e8m0_to_float(weight.scale)
+    factors = scale.repeat_interleave(step, 1) * weight.global_scale
+    for words, values in (
+        ("two's complement integers", torch.where(codes > 7, codes - 16, codes)),
+        ("unsigned integers", codes),
+        ("integers with a sign bit", torch.where(codes > 7, 8 - codes, codes)),
+    ):
+        dense = Weight(weight.name, "dense", values * factors)
+        yield "nibbles", f"its codes are decoded as {words}", dense
 
 
 def _with(weight: Weight, **changes: object) -> Weight:
@@ -98,9 +126,14 @@ def _decoded(weight: Weight, scale: Tensor) -> Iterator[Change]:
             _with(weight, scale=zero_subnormal),
         )
         return
-    ones = torch.full_like(scale.view(torch.uint8), 127) if scale.element_size() == 1 else None
-    if ones is not None:
-        neutral = ones.view(scale.dtype)
+    one_byte = scale.element_size() == 1
+    neutral_bytes = torch.full_like(scale.view(torch.uint8), 127) if one_byte else None
+    if weight.format == "mxfp4":
+        values = e8m0_to_float(scale).clamp(max=448).to(torch.float8_e4m3fn).float()
+        copied = _with(weight, format="nvfp4", scale=values.repeat_interleave(2, 1))
+        yield "scale_order", "block scales are copied into e4m3", copied
+    if neutral_bytes is not None:
+        neutral = neutral_bytes.view(scale.dtype)
         yield "scale_order", "block scales are left out", _with(weight, scale=neutral)
     elif scale.dtype == torch.float32:
         yield "scale_order", "block scales are left out", _with(weight, scale=scale * 0 + 1)
