@@ -17,6 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_engine_arguments(parser)
     common.add_prompt_arguments(parser)
     parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs of every op on the same inputs, whose bits must agree (default 2)",
+    )
+    parser.add_argument(
+        "--poison",
+        choices=("on", "off"),
+        default="on",
+        help="one more run with NaN in recycled memory, unused rows and guard zones (default on)",
+    )
+    parser.add_argument(
         "--limits", metavar="FILE", help="write the calibrated limits with their evidence"
     )
 
@@ -24,18 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     tokens = common.read_tokens(args.tokens)
     chunks = common.parse_chunks(args.chunks)
+    if args.repeats < 1:
+        raise DSV4Error(f"--repeats {args.repeats}", "an op runs at least once")
     if args.limits and not Path(args.limits).parent.is_dir():
         raise DSV4Error(f"no such folder: {Path(args.limits).parent}")
 
-    from dsv4_bench.workbench.checking import Checker
+    from dsv4_bench.workbench.checking import Checker, default_chunks
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
 
     loaded = load_model(common.engine_options(args))
     prompt = prompt_tokens(loaded, args.prompt, tokens)
-    if not chunks and len(prompt) > 1:
-        chunks = (len(prompt) - 1, 1)  # one prefill and one decode step
-    checker = Checker(loaded.model, loaded.model.route)
-    report = checker.run(prompt, chunks, _progress)
+    checker = Checker(
+        loaded.model, loaded.model.route, repeats=args.repeats, poison=args.poison == "on"
+    )
+    report = checker.run(prompt, chunks or default_chunks(len(prompt)), _progress)
     if args.limits:
         checker.limits.save(Path(args.limits))
     document = report.to_dict()
@@ -66,6 +81,7 @@ def describe(document: dict[str, Any], tokens: int) -> str:
             f"       {first['kind']}, own error {first['own_error']:.2g}, limit {first['limit']:.2g}, "
             f"carried {first['carried_error']:.2g}"
         )
+        lines += [f"       broken: {sentence}" for sentence in first["invariants"]]
     over = [site for site in document["sites"] if site["verdict"] == "over"]
     if over:
         rows = [
