@@ -100,7 +100,7 @@ def _largest(x: Tensor) -> float:
 # ------------------------------------------------------------------------------ mHC
 
 
-@invariant("hc_pre", "comb's columns sum to 1")
+@invariant("hc_pre", "comb's columns sum to 1", 1e-5)
 def _columns(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     return _largest((outputs["comb"].double().sum(1) - 1).abs())
 
@@ -116,7 +116,7 @@ def _post(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     return max(_largest(-post), _largest(post - 2))
 
 
-@invariant("hc_pre", "u is a positive combination of the streams")
+@invariant("hc_pre", "u is a positive combination of the streams", 1e-2)
 def _pre(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     """pre, solved from u = sum of pre_k x_k by least squares, must be positive."""
     x = inputs["x"].double()  # [n, hc, d]
@@ -131,13 +131,13 @@ def _pre(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
 # ------------------------------------------------------------------------------ attention
 
 
-@invariant("attention", "softmax and sink sum to 1")
+@invariant("attention", "softmax and sink sum to 1", 1e-3)
 def _softmax(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     """Sum of exp(logit - lse) over the keys and the sink is exp(true lse - lse)."""
     return _largest((torch.exp(truth["lse"] - outputs["lse"].double()) - 1).abs())
 
 
-@invariant("attention", "no weight on padding", kind="padding")
+@invariant("attention", "no weight on padding", 1e-3, "padding")
 def _padding(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     """In rows with padding: the share of the softmax that lse has beyond keys and sink."""
     padded = (inputs["window_index"] < 0).any(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv4_bench.engine.numerics import acc, acc_dtype
 from dsv4_bench.engine.registry import nbytes, op
 
-_GATHER_BLOCK = 1 << 24  # float32 elements of gathered keys kept at once
+_GATHER_BLOCK = 1 << 20  # elements of gathered keys kept at once: small enough to stay in cache
 
 
 def gather_rows(pool: Tensor, index: Tensor) -> Tensor:
