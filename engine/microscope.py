@@ -28,7 +28,7 @@ from dsv4_bench.engine.formats import (
 
 E4M3_MIN_NORMAL = 2.0**-6
 ROWS = 256  # rows of a matrix whose codes are read unless all are asked for
-BLOCKS = 1024  # blocks whose best scale is searched
+BLOCKS = 256  # blocks whose best scale is searched
 _SLACK_CODE = 3.0  # a block that reaches no further could have half its scale
 _POINTS = 8  # per interval, where its integral is taken
 # Magnitudes that round to each e2m1 value, in units of the scale; a block's largest value is 6.

@@ -48,19 +48,25 @@ class SoftmaxProbe(Probe):
         entropy = torch.special.entr(weights).sum(-1).mean()
         yield call.reading(name, "sink_mass", sink.mean(), "share")
         window = weights[..., :width].sum(-1).mean()
-        yield call.reading(name, "window_mass", window, "share", detail=note)
+        yield call.reading(name, "window_mass", window, "share", sampled=note)
         if weights.shape[-1] > width:
             entries = weights[..., width:].sum(-1).mean()
-            yield call.reading(name, "entry_mass", entries, "share", detail=note)
-        yield call.reading(name, "entropy", entropy, "nats", detail=note)
-        yield call.reading(name, "max_weight", weights.max(), "share", detail=note)
-        padding = (1 - row_sum).clamp(min=0).max()
+            yield call.reading(name, "entry_mass", entries, "share", sampled=note)
+        yield call.reading(name, "entropy", entropy, "nats", sampled=note)
+        yield call.reading(name, "max_weight", weights.max(), "share", sampled=note)
+        padding, worst = (1 - row_sum).clamp(min=0).max(), furthest(row_sum, 1.0)
         yield call.reading(
-            name, "padding_mass", padding, "share", _ROUNDING, at_most(_ROUNDING), note
+            name, "padding_mass", padding, "share", _ROUNDING, at_most(_ROUNDING), sampled=note
         )
-        worst = "; ".join(filter(None, ("furthest from 1", note)))
         yield call.reading(
-            name, "row_sum", furthest(row_sum, 1.0), "share", 1.0, near(1.0, _ROUNDING), worst
+            name,
+            "row_sum",
+            worst,
+            "share",
+            1.0,
+            near(1.0, _ROUNDING),
+            "furthest from 1",
+            sampled=note,
         )
 
 

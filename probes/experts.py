@@ -102,10 +102,10 @@ class ClampProbe(Probe):
             torch.cat([values.flatten() for values in side]) for side in zip(*pairs, strict=True)
         )
         clamped = ((gate > limit).double().mean(), (up.abs() > limit).double().mean())
-        yield call.reading(name, "clamped_gate", clamped[0], "share", detail=note)
-        yield call.reading(name, "clamped_up", clamped[1], "share", detail=note)
-        yield call.reading(name, "gate_max", gate.max(), "", limit, detail=note)
-        yield call.reading(name, "up_max", up.abs().max(), "", limit, detail=note)
+        yield call.reading(name, "clamped_gate", clamped[0], "share", sampled=note)
+        yield call.reading(name, "clamped_up", clamped[1], "share", sampled=note)
+        yield call.reading(name, "gate_max", gate.max(), "", limit, sampled=note)
+        yield call.reading(name, "up_max", up.abs().max(), "", limit, sampled=note)
 
 
 def _product(x: Tensor, weight: Weight) -> Tensor:

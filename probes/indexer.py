@@ -91,11 +91,13 @@ class IndexProbe(Probe):
         worse = (kept & (exact < (last - noise)[:, None])).sum()
         lost = (k - kept.sum(-1)).sum()
         name = self.name
-        yield call.reading(name, "score_recall", recall.mean(), "share", detail=note)
-        yield call.reading(name, "margin", margin.min(), "x noise", detail=note)
+        yield call.reading(name, "score_recall", recall.mean(), "share", sampled=note)
+        yield call.reading(name, "margin", margin.min(), "x noise", sampled=note)
         undecided = (margin < 1).double().mean()
-        yield call.reading(name, "undecided", undecided, "share", detail=note)
-        yield call.reading(name, "wrong_entries", worse + lost, "entries", 0, at_most(0), note)
+        yield call.reading(name, "undecided", undecided, "share", sampled=note)
+        yield call.reading(
+            name, "wrong_entries", worse + lost, "entries", 0, at_most(0), sampled=note
+        )
 
     def _mass(self, call: Call, scored: _Scored) -> Iterable[Reading]:
         index, entries = call.inputs["entry_index"], call.inputs["entries"]
@@ -114,8 +116,8 @@ class IndexProbe(Probe):
             kept = torch.where(local >= 0, kept, -torch.inf)
             recall.append(torch.exp(kept.logsumexp(-1) - logits.logsumexp(-1)))
         shares = torch.stack(recall)  # [s, h]
-        yield call.reading(self.name, "mass_recall", shares.mean(), "share", detail=note)
-        yield call.reading(self.name, "mass_recall_min", shares.min(), "share", detail=note)
+        yield call.reading(self.name, "mass_recall", shares.mean(), "share", sampled=note)
+        yield call.reading(self.name, "mass_recall_min", shares.min(), "share", sampled=note)
 
 
 def _places(step: Step, rows: Iterable[int]) -> list[tuple[int, int]]:

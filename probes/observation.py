@@ -65,12 +65,14 @@ class Observation:
 class Watch:
     """A tap's observer that runs every op on its route and collects the probes' readings.
 
-    `forward` counts in the readings; set it before each pass, and call `flush` after it.
+    `forward` counts in the readings; set it before each pass, and call `flush` after it. `observed`
+    counts the ops that some probe looked at.
     """
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.observation = Observation(probes)
         self.forward = 0
+        self.observed = 0
         self.readings: list[Reading] = []
         self._layer: int | None = None
 
@@ -87,6 +89,7 @@ class Watch:
         result = site.run(args)
         call.ran(site.spec.name_outputs(result) | {n: call.inputs[n] for n in site.spec.mutates})
         self.readings += self.observation.look(call)
+        self.observed += 1
         return result
 
     def flush(self) -> None:

@@ -24,7 +24,8 @@ class Reading(NamedTuple):
     """One number (or small array) taken at a site.
 
     `verdict` is ``alarm``, ``ok`` (judged and fine) or ``info`` (not judged). `limit` is the bound
-    that was judged against; `detail` says what the value cannot, sampling above all.
+    that was judged against; `detail` says what the value cannot. `sampled` is empty, or what part was
+    looked at ("8 of 160 queries"); it is in `detail` too.
     """
 
     site: str
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
     forward: int = 0
     detail: str = ""
     output: str = ""
+    sampled: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return self._asdict()
@@ -101,16 +103,19 @@ class Call:
         verdict: str | Rule = "info",
         detail: str = "",
         output: str = "",
+        sampled: str = "",
     ) -> Reading:
         """A reading at this call's site; a tensor as value is fetched, now on the CPU, later elsewhere."""
         if isinstance(value, Tensor) and value.is_cpu:
             value = value.tolist()
         if not isinstance(verdict, str) and not isinstance(value, Tensor):
             verdict = verdict(value)
+        if sampled:
+            detail = f"{detail}; {sampled}" if detail else sampled
         site, at = self.site, self.forward
         return Reading(
-            site.path, probe, name, value, unit, limit, verdict, site.layer, at, detail, output
-        )
+            site.path, probe, name, value, unit, limit, verdict, site.layer, at, detail, output, sampled
+        )  # fmt: skip
 
 
 def fetch(readings: Sequence[Reading], calls: Sequence[Call] = ()) -> list[Reading]:

@@ -94,6 +94,16 @@ def _gate_up(weights: list[Weight], scale: Callable[[Weight], float | None]) -> 
     return [found[gate] / found[up] for gate, up in pairs if up in found]
 
 
+_BLOCK_FIELDS = {  # reading -> field of Blocks
+    "at_top": "at_top",
+    "zero_codes": "zeros",
+    "zero_blocks": "zero_blocks",
+    "slack": "slack",
+    "noise": "noise",
+    "best_noise": "best_noise",
+}
+
+
 @probe
 class MicroscopeProbe(Probe):
     """How well the quantised weights in use spend their scales and codes; see engine/microscope.py.
@@ -106,11 +116,10 @@ class MicroscopeProbe(Probe):
 
     name = "microscope"
     help = "block-scale exponents, elements at the top and zero, slack, rounding noise of weights"
-    reads = ("exponents", "at_top", "zero_codes", "zero_blocks", "slack", "noise", "best_noise")
+    reads = ("exponents", *_BLOCK_FIELDS)
 
     def __init__(self) -> None:
-        self._seen: dict[int, Blocks] = {}  # by id of the weight: weights do not change
-        self._weights: list[Weight] = []  # keeps the ids unique
+        self._seen: dict[str, Blocks] = {}  # by name: weights do not change
 
     def wants(self, site: Site) -> bool:
         return any(isinstance(v, (Weight, Expert)) or k == "bank" for k, v in site.params.items())
@@ -122,24 +131,20 @@ class MicroscopeProbe(Probe):
         if not seen:
             return
         sampled = next((blocks.sampling for blocks in seen if blocks.sampling), "")
-        detail = "; ".join(filter(None, (f"{len(seen)} {seen[0].format} matrices", sampled)))
+        detail = f"{len(seen)} {seen[0].format} matrices"
         pairs: Counter[int] = Counter()
         for blocks in seen:
             pairs.update(blocks.exponents)
         flat = [float(number) for pair in sorted(pairs.items()) for number in pair]
         yield call.reading(self.name, "exponents", flat, "log2, count", detail=detail)
-        for name, field in (
-            ("zero_codes", "zeros"),
-            *((n, n) for n in self.reads if n != "exponents"),
-        ):
-            values = [getattr(blocks, field, None) for blocks in seen]
-            known = [value for value in values if value is not None]
+        for name, field in _BLOCK_FIELDS.items():
+            known = [value for blocks in seen if (value := getattr(blocks, field)) is not None]
             if known:
                 unit = "ratio" if "noise" in name else "share"
-                yield call.reading(self.name, name, sum(known) / len(known), unit, detail=detail)
+                mean = sum(known) / len(known)
+                yield call.reading(self.name, name, mean, unit, detail=detail, sampled=sampled)
 
     def _blocks(self, weight: Weight) -> Blocks:
-        if id(weight) not in self._seen:
-            self._weights.append(weight)
-            self._seen[id(weight)] = examine(weight.to(torch.device("cpu")))
-        return self._seen[id(weight)]
+        if weight.name not in self._seen:
+            self._seen[weight.name] = examine(weight.to(torch.device("cpu")))
+        return self._seen[weight.name]

@@ -26,14 +26,15 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import demo_checkpoint
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, Site, parse_route, spec_of
+from dsv4_bench.probes.base import make_probes
+from dsv4_bench.probes.observation import Watch
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.cli.output import table
 from dsv4_bench.workbench.commands import parse
 from dsv4_bench.workbench.serving import SessionServer
-from dsv4_bench.workbench.session import Session
+from dsv4_bench.workbench.session import DEFAULT_PROBES, Session
 
 PROMPT = [(17 * i + 5) % 400 for i in range(160)]
-PROBES = ("stats", "residual", "softmax", "hyper", "load", "nonfinite")
 
 
 def interleaved(
@@ -143,31 +144,71 @@ def engine(folder: Path) -> dict[str, float]:
     return {**interleaved(reference, 5), **interleaved(kernels, 60)}
 
 
+class Passes:
+    """A model that is run over the prompt and three tokens, with `probes` on."""
+
+    def __init__(self, folder: Path, route: str, probes: tuple[str, ...]) -> None:
+        self.model = Transformer(Checkpoint(folder))
+        self.model.set_route(parse_route([route]))
+        self.watch = Watch(make_probes(probes))
+        if probes:
+            set_taps(self.model.sites.values(), self.watch)
+
+    def __call__(self) -> None:
+        cache, self.watch.readings = self.model.new_cache(), []
+        for forward, piece in enumerate((PROMPT, [5], [7], [9])):
+            self.watch.forward = forward
+            self.model.forward(cache.step([piece]), cache, last_only=True)
+            self.watch.flush()
+
+
+def probes(folder: Path) -> dict[str, float]:
+    """Seconds of a prefill and three decode steps of the demo, without a session, by what is on."""
+    rows = {}
+    for route, rounds in (("reference", 7), ("kernel", 15)):
+        variants: dict[str, Callable[[], None]] = {
+            f"{route}, {name}": Passes(folder, route, names)
+            for name, names in (("no probes", ()), ("default probes", DEFAULT_PROBES))
+        }
+        rows |= interleaved(variants, rounds)
+    return rows
+
+
 def debugger(folder: Path) -> dict[str, float]:
     """Seconds of a session over the prompt and three tokens, in this process, by what is on."""
     rows = {}
-    for name, probes, shadow in (
-        ("no probes", (), ""),
-        ("default probes", PROBES, ""),
-        ("default probes and shadow", PROBES, "*"),
-    ):
-        with tempfile.TemporaryDirectory() as scratch:
-            server = SessionServer(Path(scratch), lambda message: None)
+    for route in ("reference", "kernel"):
+        for name, names, shadow in (
+            ("no probes", (), ""),
+            ("default probes", DEFAULT_PROBES, ""),
+            ("default probes and shadow", DEFAULT_PROBES, "*"),
+        ):
             options = {"checkpoint": str(folder), "tokens": PROMPT, "max_new_tokens": 4}
-            server.open({**options, "probes": list(probes), "shadow": shadow})
-            for number, line in enumerate(("continue", "reset", "continue")):
+            options |= {"route": [route], "probes": list(names), "shadow": shadow}
+            rows[f"{route}, {name}"] = session_run(options)
+    return rows
+
+
+def session_run(options: dict[str, Any]) -> float:
+    """Seconds of the better of two runs of a session's plan, served in this process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        server = SessionServer(Path(scratch), lambda message: None)
+        server.open(options)
+        best = float("inf")
+        for lines in (("continue",), ("reset", "continue")):
+            for number, line in enumerate(lines):
                 server.submit(number, parse(line))
             server.requests.put(None)
             started = time.perf_counter()
             server.run()
-            rows[name] = (time.perf_counter() - started) / 2
-    return rows
+            best = min(best, time.perf_counter() - started)
+    return best
 
 
 def session(folder: Path) -> dict[str, float]:
     """Seconds until the worker is open, and medians of commands through the protocol."""
     started = time.perf_counter()
-    with Session(str(folder), tokens=PROMPT, max_new_tokens=4, probes=PROBES) as client:
+    with Session(str(folder), tokens=PROMPT, max_new_tokens=4, probes=DEFAULT_PROBES) as client:
         client.wait_open()
         rows = {"open": time.perf_counter() - started}
         client.command("layer")
@@ -185,10 +226,17 @@ def main() -> None:
         taps = tap_off()
         decode = engine(folder)
     results = {"tap off, ns": taps, "decode step": decode}
-    results |= {"continue over 4 passes": debugger(folder), "session": session(folder)}
+    results |= {"4 passes, no session": probes(folder), "continue over 4 passes": debugger(folder)}
+    results["session"] = session(folder)
     rows = [("a tap that is off", name, f"{ns:.0f} ns") for name, ns in taps.items()]
-    for title in ("decode step", "continue over 4 passes", "session"):
+    for title in ("decode step", "4 passes, no session", "continue over 4 passes", "session"):
         rows += [(title, name, f"{1000 * s:.2f} ms") for name, s in results[title].items()]
+    for title in ("4 passes, no session", "continue over 4 passes"):
+        for route in ("reference", "kernel"):
+            ratio = (
+                results[title][f"{route}, default probes"] / results[title][f"{route}, no probes"]
+            )
+            rows.append((title, f"{route}: default probes against none", f"{ratio:.2f}x"))
     off = decode["kernel"] / decode["bare"] - 1
     rows.append(("decode step", "all taps off, against bare calls", f"{100 * off:+.1f} %"))
     print(table(("what", "variant", "cost"), rows))

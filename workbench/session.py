@@ -32,6 +32,11 @@ from dsv4_bench.workbench.process import WorkerProcess
 Event = dict[str, Any]
 _HUNG_SECONDS = 1.0  # an op that takes longer is named when a pause or a restart waits for it
 
+# All but those that compute again what an op computes, or read weights.
+DEFAULT_PROBES = (
+    "stats", "residual", "softmax", "hyper", "load", "nonfinite", "index", "cache",
+)  # fmt: skip
+
 
 @dataclass
 class SessionOptions:
@@ -46,7 +51,7 @@ class SessionOptions:
     dtype: str | None = None
     device: str | None = None
     plugins: tuple[str, ...] = ()
-    probes: tuple[str, ...] = ("stats", "residual", "softmax", "hyper", "load", "nonfinite")
+    probes: tuple[str, ...] = DEFAULT_PROBES
     shadow: str = ""
     carried: bool = False
     connect: str | None = None  # a shell command that starts a worker elsewhere, e.g. over ssh
