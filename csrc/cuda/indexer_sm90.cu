@@ -1,0 +1,192 @@
+// Op index_score: score every visible compressed entry of a sequence for every token.
+
+#include "dispatch.cuh"
+#include "hopper.cuh"
+
+namespace dsv4 {
+namespace {
+
+struct Problem {
+    const void* q;             // [n, heads, dim]
+    const void* keys;          // [sequences, capacity, dim]
+    const void* weights;       // [n, heads]
+    const int64_t* sequence;   // [n]
+    const int64_t* visible;    // [n]
+    int64_t n, capacity, total;
+    int heads, dim;
+    float scale;
+    bool float_weights;
+    float* score;  // [n, total]
+
+    __device__ float weight(int64_t i) const {
+        float w = float_weights ? ((const float*)weights)[i] : to_float(((const bf16*)weights)[i]);
+        return w * scale;
+    }
+};
+
+// max(x, 0) that keeps NaN.
+__device__ inline float relu(float x) {
+    asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+    return x;
+}
+
+// ---------------------------------------------------------------- any dtype and width
+
+constexpr int kAnyWarps = 8;
+
+// One warp an entry of one token.
+template <class T>
+__global__ void __launch_bounds__(32 * kAnyWarps) score_any_kernel(Problem p) {
+    let_next_start();
+    wait_for_previous();
+    const int lane = threadIdx.x % 32;
+    int64_t entry = (int64_t)blockIdx.x * kAnyWarps + threadIdx.x / 32, token = blockIdx.y;
+    if (entry >= p.total) return;
+    float score = -INFINITY;
+    if (entry < p.visible[token]) {
+        const T* key = (const T*)p.keys + (p.sequence[token] * p.capacity + entry) * p.dim;
+        const T* q = (const T*)p.q + token * p.heads * p.dim;
+        score = 0;
+        for (int h = 0; h < p.heads; h++) {
+            float dot = 0;
+            for (int i = lane; i < p.dim; i += 32) dot += to_float(q[h * p.dim + i]) * to_float(key[i]);
+            score += p.weight(token * p.heads + h) * relu(warp_sum(dot));
+        }
+    }
+    if (lane == 0) p.score[token * p.total + entry] = score;
+}
+
+// ---------------------------------------------------------------- bfloat16, 128 wide: tensor cores
+//
+// A warp keeps 32 entries in registers as the left operand and runs through the tokens of its block,
+// whose queries pass through shared memory; heads are the columns of the product. Columns are
+// permuted alike in both operands, so that all loads are 16 bytes.
+
+constexpr int kDim = 128, kMostHeads = 64, kWarps = 8, kEntries = 32 * kWarps;
+constexpr int kPitch = 2 * kDim + 64;  // bytes a head of the query; 64 spread the banks
+
+struct Query {
+    alignas(16) char q[kMostHeads * kPitch];
+    float weight[kMostHeads];
+};
+
+// Starts the copy of a token's query; its weights are there after the next barrier.
+__device__ void load_query(const Problem& p, int64_t token, Query& to) {
+    const bf16* from = (const bf16*)p.q + token * p.heads * kDim;
+    for (int i = threadIdx.x; i < p.heads * (kDim / 8); i += 32 * kWarps)
+        copy16(shared_address(to.q) + i / 16 * kPitch + i % 16 * 16, from + i * 8, true);
+    if (threadIdx.x < p.heads) to.weight[threadIdx.x] = p.weight(token * p.heads + threadIdx.x);
+}
+
+// 32 entries from `first`: [tile][row r or r + 8][columns 32 g + 8 t ...]; zeros past the pool.
+struct Entries {
+    uint4 at[2][2][kDim / 32];
+
+    __device__ void load(const Problem& p, int64_t sequence, int64_t first) {
+        const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int64_t entry = first + 16 * tile + 8 * half + r;
+                const bf16* from = (const bf16*)p.keys + (sequence * p.capacity + entry) * kDim;
+#pragma unroll
+                for (int g = 0; g < kDim / 32; g++)
+                    at[tile][half][g] =
+                        entry < p.capacity ? load_once(from + 32 * g + 8 * t) : uint4{};
+            }
+    }
+};
+
+// score[tile][half] += sum over 8 heads of weight * relu(q . entry), this thread's two columns.
+__device__ inline void score_heads(const Query& query, const Entries& entries, int head,
+                                   float (&score)[2][2]) {
+    const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float dot[2][4] = {};
+#pragma unroll
+    for (int g = 0; g < kDim / 32; g++) {
+        uint4 b = *(const uint4*)(query.q + (head + r) * kPitch + 64 * g + 16 * t);
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+            uint4 low = entries.at[tile][0][g], high = entries.at[tile][1][g];
+            mma(dot[tile], low.x, high.x, low.y, high.y, b.x, b.y);
+            mma(dot[tile], low.z, high.z, low.w, high.w, b.z, b.w);
+        }
+    }
+    float2 w = *(const float2*)(query.weight + head + 2 * t);
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            score[tile][half] += w.x * relu(dot[tile][2 * half]) + w.y * relu(dot[tile][2 * half + 1]);
+}
+
+// Entries [256 x, ...) for tokens [y * tokens, ...).
+__global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_t tokens) {
+    __shared__ Query query[2];
+    let_next_start();
+    wait_for_previous();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t begin = blockIdx.y * tokens, block = (int64_t)blockIdx.x * kEntries;
+    const int64_t end = begin + tokens < p.n ? begin + tokens : p.n, first = block + 32 * warp;
+    Entries entries;
+    int64_t loaded = -1;
+    load_query(p, begin, query[0]);
+    copy_commit();
+    for (int64_t token = begin; token < end; token++) {
+        int64_t visible = p.visible[token], sequence = p.sequence[token];
+        if (sequence != loaded && first < visible) {
+            entries.load(p, sequence, first);
+            loaded = sequence;
+        }
+        if (token + 1 < end) load_query(p, token + 1, query[(token + 1 - begin) % 2]);
+        copy_commit();
+        copy_wait<1>();
+        __syncthreads();
+        const Query& now = query[(token - begin) % 2];
+        float score[2][2] = {};
+        if (first < visible) {
+#pragma unroll 2
+            for (int head = 0; head < p.heads; head += 8) score_heads(now, entries, head, score);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float& s = score[i / 2][i % 2];
+            s += __shfl_xor_sync(~0u, s, 1);
+            s += __shfl_xor_sync(~0u, s, 2);
+        }
+        // Lane 4 r + t writes entry 8 t + r.
+        int t = lane % 4;
+        float mine = t < 2 ? (t == 0 ? score[0][0] : score[0][1]) : t == 2 ? score[1][0] : score[1][1];
+        int64_t entry = first + 8 * t + lane / 4;
+        if (entry < p.total)
+            p.score[token * p.total + entry] = entry < visible ? mine : -INFINITY;
+        __syncthreads();  // the query has been read
+    }
+}
+
+}  // namespace
+}  // namespace dsv4
+
+using namespace dsv4;
+
+// score [n, total] float32 = scale * sum over heads of weights * relu(q . key), -inf from visible[n]
+// on. q [n, heads, dim], keys [sequences, capacity, dim] of `dtype`, weights [n, heads] of
+// `weights_dtype`; token i belongs to sequence[i]. A block takes `tokens` tokens one after another.
+DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, const void* weights,
+                                 int weights_dtype, const int64_t* sequence,
+                                 const int64_t* visible, int64_t n, int64_t heads, int64_t dim,
+                                 int64_t capacity, int64_t total, float scale, int64_t tokens,
+                                 float* score, void* stream) {
+    Problem p = {q, keys, weights, sequence, visible, n, capacity, total, (int)heads, (int)dim, scale,
+                 weights_dtype == DSV4_F32, score};
+    if (total == 0) return cudaSuccess;
+    if (dtype == DSV4_BF16 && dim == kDim && heads % 8 == 0 && heads <= kMostHeads) {
+        dim3 grid(ceil_div(total, kEntries), ceil_div(n, tokens));
+        return launch(score_kernel, grid, 32 * kWarps, 0, stream, p, tokens);
+    }
+    return with_dtype(dtype, [&](auto tag) {
+        dim3 grid(ceil_div(total, kAnyWarps), n);
+        return launch(score_any_kernel<type_of<decltype(tag)>>, grid, 32 * kAnyWarps, 0, stream, p);
+    });
+}

@@ -1,0 +1,123 @@
+"""The `sm90` implementation of the sparse attention core.
+
+Contract: that of the reference in `ops`. Nothing here synchronises with the GPU. An index past the
+end of its pool stops the kernel, as it does in torch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
+from dsv4_bench.engine.cuda_library import (
+    F,
+    I,
+    Library,
+    N,
+    P,
+    activation,
+    floats,
+    sm90,
+    typed,
+    wrong,
+)
+
+ATTENTION = Library(
+    "attention", {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, P, P, P, P, I)}
+)
+_KEYS, _HEADS, _MOST_SHARES = 64, 64, 64  # of a block; as in attention_sm90.cu
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shares(n: int, heads: int, widths: tuple[int, int], available: int) -> int:
+    """How many CTAs share the keys of one token, so that `available` processors have work at once.
+
+    Each gets the same number of blocks of 64 keys, the last one perhaps fewer, none nothing.
+    """
+    blocks = sum(-(-width // _KEYS) for width in widths)
+    tiles = n * -(-heads // _HEADS)
+    most = min(available // max(tiles, 1), _MOST_SHARES)
+    if most < 2 or blocks < 2:
+        return 1
+    return -(-blocks // -(-blocks // most))
+
+
+@sm90("attention", ATTENTION)
+def attention(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    *,
+    sink: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    op = "attention"
+    q, kind = activation(op, q)
+    n, heads, dim = q.shape
+    window, window_index = _pool(op, window, q), _index(op, window_index, n)
+    entry_rows = entry_width = 0
+    entry_address = entry_index_address = None
+    if entries is not None and entry_index is not None:
+        entries, entry_index = _pool(op, entries, q), _index(op, entry_index, n)
+        entry_rows, entry_width = entries.shape[0], entry_index.shape[1]
+        entry_address, entry_index_address = entries.data_ptr(), entry_index.data_ptr()
+    sink = floats(op, sink)
+    if sink.shape != (heads,):
+        wrong(op, f"sink is {list(sink.shape)}, q has {heads} heads")
+    o = torch.empty_like(q)
+    lse = q.new_empty((n, heads), dtype=torch.float32)
+    split = shares(n, heads, (window_index.shape[1], entry_width), processors(q.device))
+    part = part_sums = None
+    if split > 1:
+        part = lse.new_empty((n, heads, split, dim))
+        part_sums = lse.new_empty((n, heads, split, 2))
+    ATTENTION.call(
+        op,
+        q,
+        q.data_ptr(),
+        window.data_ptr(),
+        window.shape[0],
+        window_index.data_ptr(),
+        window_index.shape[1],
+        entry_address,
+        entry_rows,
+        entry_index_address,
+        entry_width,
+        sink.data_ptr(),
+        scale,
+        n,
+        heads,
+        dim,
+        split,
+        None if part is None else part.data_ptr(),
+        None if part_sums is None else part_sums.data_ptr(),
+        o.data_ptr(),
+        lse.data_ptr(),
+        kind,
+    )
+    return o, lse
+
+
+def _pool(op: str, pool: Tensor, q: Tensor) -> Tensor:
+    """A pool of keys [rows, head width] in q's dtype."""
+    if pool.dim() != 2 or pool.shape[1] != q.shape[2]:
+        wrong(op, f"a pool is {list(pool.shape)}, q {list(q.shape)}")
+    if pool.dtype != q.dtype and (pool.dtype, q.dtype) != (torch.bfloat16, torch.float32):
+        wrong(op, f"a pool is {pool.dtype}, q {q.dtype}")
+    return typed(op, pool, q.dtype)
+
+
+def _index(op: str, index: Tensor, n: int) -> Tensor:
+    if index.dim() != 2 or index.shape[0] != n:
+        wrong(op, f"an index is {list(index.shape)}, q has {n} tokens")
+    return typed(op, index, torch.int32)

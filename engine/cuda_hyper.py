@@ -1,0 +1,114 @@
+"""The `sm90` implementations of the hyper-connections: pre, post and head.
+
+Contracts are those of the references in `ops`, with four streams. Nothing here synchronises with the
+GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
+from dsv4_bench.engine.cuda_library import (
+    F,
+    I,
+    Library,
+    N,
+    P,
+    activation,
+    floats,
+    sm90,
+    wrong,
+)
+
+_STREAMS = 4
+HYPER = Library(
+    "hyper",
+    {
+        "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
+        "hc_head": (P, I, N, N, P, P, P, F, F, P),
+        "hc_post": (P, P, P, P, I, N, N, P),
+    },
+)
+
+
+@sm90("hc_pre", HYPER)
+def hc_pre(
+    x: Tensor,
+    *,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "hc_pre"
+    x, kind = activation(op, x)
+    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
+    n, hc, d = x.shape
+    u = x.new_empty(n, d)
+    post = x.new_empty(n, hc, dtype=torch.float32)
+    comb = x.new_empty(n, hc, hc, dtype=torch.float32)
+    HYPER.call(
+        op,
+        x,
+        x.data_ptr(),
+        kind,
+        n,
+        d,
+        fn.data_ptr(),
+        scale.data_ptr(),
+        base.data_ptr(),
+        iters,
+        eps,
+        norm_eps,
+        u.data_ptr(),
+        post.data_ptr(),
+        comb.data_ptr(),
+    )
+    return u, post, comb
+
+
+@sm90("hc_head", HYPER)
+def hc_head(
+    x: Tensor, *, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    op = "hc_head"
+    x, kind = activation(op, x)
+    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=4, scales=1)
+    n, _, d = x.shape
+    h = x.new_empty(n, d)
+    weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
+    HYPER.call(op, x, x.data_ptr(), kind, n, d, *weights, eps, norm_eps, h.data_ptr())
+    return h
+
+
+def _parameters(
+    op: str, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixes: int, scales: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fn, scale and base as dense float32, once their shapes fit x [n, 4, d]."""
+    if x.dim() != 3 or x.shape[1] != _STREAMS:
+        wrong(op, f"x is {list(x.shape)}, the kernel takes [n, {_STREAMS}, d]")
+    shapes = (mixes, _STREAMS * x.shape[2]), (scales,), (mixes,)
+    if (fn.shape, scale.shape, base.shape) != shapes:
+        given = ", ".join(str(list(tensor.shape)) for tensor in (fn, scale, base))
+        wrong(op, f"fn, scale and base are {given} for x {list(x.shape)}")
+    return floats(op, fn), floats(op, scale), floats(op, base)
+
+
+@sm90("hc_post", HYPER)
+def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    op = "hc_post"
+    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
+    if x.dim() != 3 or x.shape[1] != _STREAMS or y.shape != (x.shape[0], x.shape[2]):
+        wrong(op, f"y {list(y.shape)}, x {list(x.shape)}, the kernel takes x [n, {_STREAMS}, d]")
+    n, hc, d = x.shape
+    if post.shape != (n, hc) or comb.shape != (n, hc, hc) or kind != y_kind:
+        wrong(op, f"post {list(post.shape)}, comb {list(comb.shape)}, y {y.dtype}, x {x.dtype}")
+    post, comb = floats(op, post), floats(op, comb)
+    out = torch.empty_like(x)
+    gates = (post.data_ptr(), comb.data_ptr())
+    HYPER.call(op, x, y.data_ptr(), x.data_ptr(), *gates, kind, n, d, out.data_ptr())
+    return out

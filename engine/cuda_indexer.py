@@ -1,0 +1,165 @@
+"""The `sm90` implementations of the indexer (scores and top-k) and of the KV compressor.
+
+Contracts are those of the references in `ops`. Nothing here synchronises with the GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
+from dsv4_bench.engine.cuda_attention import processors
+from dsv4_bench.engine.cuda_library import (
+    F,
+    I,
+    Library,
+    N,
+    P,
+    activation,
+    floats,
+    sm90,
+    typed,
+    wrong,
+)
+from dsv4_bench.engine.step import Step
+
+INDEXER = Library("indexer", {"index_score": (P, P, I, P, I, P, P, N, N, N, N, N, F, N, P)})
+TOPK = Library("topk", {"index_topk": (P, P, N, N, N, N, P)})
+COMPRESSOR = Library("compressor", {"compressor": (P, P, P, P, P, P, N, N, N, I, N, P)})
+_ENTRIES = 256  # that a block of index_score takes
+
+
+@sm90("index_score", INDEXER)
+def index_score(
+    q: Tensor, keys: Tensor, weights: Tensor, step: Step, *, scale: float, ratio: int
+) -> Tensor:
+    op = "index_score"
+    (q, kind), (weights, weights_kind) = activation(op, q), activation(op, weights)
+    n, heads, dim = q.shape
+    total = step.entries(ratio)
+    if keys.dim() != 3 or keys.shape[0] != len(step.lengths) or keys.shape[2] != dim:
+        wrong(op, f"q {list(q.shape)}, keys {list(keys.shape)}, {len(step.lengths)} sequences")
+    if weights.shape != (n, heads) or n != sum(step.lengths) or total > keys.shape[1]:
+        wrong(op, f"q {list(q.shape)}, weights {list(weights.shape)}, {total} entries")
+    if keys.dtype != q.dtype and (keys.dtype, q.dtype) != (torch.bfloat16, torch.float32):
+        wrong(op, f"keys are {keys.dtype}, queries {q.dtype}")
+    keys = typed(op, keys, q.dtype)
+    score = q.new_empty((n, total), dtype=torch.float32)
+    sequence, visible = step.sequence, step.visible(ratio)
+    INDEXER.call(
+        op,
+        q,
+        q.data_ptr(),
+        keys.data_ptr(),
+        kind,
+        weights.data_ptr(),
+        weights_kind,
+        sequence.data_ptr(),
+        visible.data_ptr(),
+        n,
+        heads,
+        dim,
+        keys.shape[1],
+        total,
+        scale,
+        _tokens_per_block(step, total, processors(q.device)),
+        score.data_ptr(),
+    )
+    return score
+
+
+def _tokens_per_block(step: Step, total: int, available: int) -> int:
+    """As many tokens one after another, up to 64, as leave four blocks for every processor."""
+    if step.is_decode:
+        return 1
+    blocks = -(-total // _ENTRIES) * sum(step.lengths)
+    return max(1, min(64, blocks // (4 * available)))
+
+
+@sm90("index_topk", TOPK)
+def index_topk(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
+    op = "index_topk"
+    score, visible = floats(op, score), typed(op, visible, torch.int64)
+    if score.dim() != 2 or visible.shape != score.shape[:1]:
+        wrong(op, f"score {list(score.shape)}, visible {list(visible.shape)}")
+    n, total = score.shape
+    k = min(k, total)
+    index = score.new_empty((n, k), dtype=torch.int32)
+    sizes = (n, total, k, processors(score.device))
+    TOPK.call(op, score, score.data_ptr(), visible.data_ptr(), *sizes, index.data_ptr())
+    return index
+
+
+@sm90("compressor", COMPRESSOR)
+def compressor(
+    kv: Tensor,
+    score: Tensor,
+    kv_state: Tensor,
+    score_state: Tensor,
+    step: Step,
+    *,
+    ape: Tensor,
+) -> Tensor:
+    op = "compressor"
+    (ratio, width), (batch, slots, _) = ape.shape, kv_state.shape
+    tokens = (sum(step.lengths), width)
+    state = (len(step.lengths), slots, width)
+    if kv.shape != tokens or score.shape != tokens or slots not in (ratio, 2 * ratio):
+        wrong(op, f"kv {list(kv.shape)}, score {list(score.shape)}, ape {list(ape.shape)}")
+    if kv_state.shape != state or score_state.shape != state:
+        wrong(op, f"states {list(kv_state.shape)}, {list(score_state.shape)}, not {list(state)}")
+    kv, score, ape = floats(op, kv), floats(op, score), floats(op, ape)
+    states = [_writable(op, kv_state), _writable(op, score_state)]
+    windows = _windows(step.starts, step.lengths, ratio)
+    overlap = slots == 2 * ratio
+    pooled = kv.new_empty(sum(windows), width // 2 if overlap else width)
+    sequences = _sequences(step.starts, step.lengths, ratio, kv.device)
+    COMPRESSOR.call(
+        op,
+        kv,
+        kv.data_ptr(),
+        score.data_ptr(),
+        ape.data_ptr(),
+        states[0].data_ptr(),
+        states[1].data_ptr(),
+        sequences.data_ptr(),
+        batch,
+        ratio,
+        width,
+        overlap,
+        max(windows),
+        pooled.data_ptr(),
+    )
+    for given, written in zip((kv_state, score_state), states, strict=True):
+        if written is not given:
+            given.copy_(written)
+    return pooled
+
+
+def _windows(starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int) -> list[int]:
+    """How many windows of each sequence close in this step."""
+    return [(a % ratio + b) // ratio for a, b in zip(starts, lengths, strict=True)]
+
+
+@lru_cache(maxsize=16)
+def _sequences(
+    starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int, device: torch.device
+) -> Tensor:
+    """[b, 4] int64: start, length, first row of the inputs, first row of the output."""
+    table, row, window = [], 0, 0
+    for start, length, closed in zip(
+        starts, lengths, _windows(starts, lengths, ratio), strict=True
+    ):
+        table.append((start, length, row, window))
+        row, window = row + length, window + closed
+    return torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _writable(op: str, state: Tensor) -> Tensor:
+    """A float32 argument that is written in place; a copy to be written back if not contiguous."""
+    if state.dtype != torch.float32 or not state.is_cuda:
+        wrong(op, f"the state is float32 in GPU memory, not {state.dtype} on {state.device}")
+    return state if state.is_contiguous() else state.contiguous()

@@ -1,0 +1,92 @@
+"""The CUDA kernels of the hyper-connections: against float64, hostile inputs, bit-identical repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_judge import judge, kernel, same_each_time, views
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+def parameters(d: int, mixes: int = 24) -> dict[str, Any]:
+    return {
+        "fn": torch.randn(mixes, 4 * d, device="cuda") * (4 * d) ** -0.5,
+        "scale": torch.rand(3 if mixes == 24 else 1, device="cuda") + 0.5,
+        "base": torch.randn(mixes, device="cuda"),
+        "eps": 1e-6,
+        "norm_eps": 1e-6,
+    }
+
+
+def streams(n: int, d: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, 4, d, device="cuda").to(dtype)
+
+
+# 4096 and 7168 in bfloat16 take the cluster kernel, tiles of 16 tokens; the others the simple one.
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 65, 300, 2100])
+@pytest.mark.parametrize("d", [4096, 7168])
+def test_pre_and_head_of_real_widths(n: int, d: int) -> None:
+    x = streams(n, d, torch.bfloat16)
+    judge("hc_pre", x, iters=20, **parameters(d))
+    judge("hc_head", x, **parameters(d, mixes=4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, d", [(0, 64), (1, 192), (3, 33), (5, 4096), (70, 256), (0, 4096)])
+def test_any_width(n: int, d: int, dtype: torch.dtype) -> None:
+    x = streams(n, d, dtype)
+    got = judge("hc_pre", x, iters=20, **parameters(d))
+    judge("hc_head", x, **parameters(d, mixes=4))
+    y = torch.randn(n, d, device="cuda").to(dtype)
+    judge("hc_post", y, x, got["post"], got["comb"])
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 129])
+@pytest.mark.parametrize("d", [4096, 7168])
+def test_post_of_real_widths(n: int, d: int) -> None:
+    x, y = streams(n, d, torch.bfloat16), torch.randn(n, d, device="cuda").bfloat16()
+    post, comb = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
+    judge("hc_post", y, x, post, comb)
+    for view in views(x):
+        judge("hc_post", y, view, post, comb)
+
+
+def test_constants_count() -> None:
+    x = streams(20, 4096, torch.bfloat16)
+    for change in ({"norm_eps": 0.5}, {"eps": 0.01}, {"iters": 1}, {"iters": 3}):
+        judge("hc_pre", x * 0.1, **{**parameters(4096), "iters": 20, **change})
+
+
+def test_views_outliers_and_one_bad_token() -> None:
+    x = streams(33, 4096, torch.bfloat16)
+    params = parameters(4096)
+    x[5, 2, 17], x[7] = 3e4, 0
+    for view in views(x):
+        judge("hc_pre", view, iters=20, **params)
+    clean = kernel("hc_pre", x, iters=20, **params)
+    x[9, 1, 4000] = torch.nan
+    spoilt = kernel("hc_pre", x, iters=20, **params)
+    rows = torch.arange(33, device="cuda") != 9
+    for name, value in spoilt.items():
+        assert value[9].isnan().any(), name
+        assert torch.equal(value[rows], clean[name][rows]), f"{name}: NaN leaks to other tokens"
+
+
+@pytest.mark.parametrize("n", [1, 40, 700])
+def test_repeats_are_identical(n: int) -> None:
+    x = streams(n, 4096, torch.bfloat16)
+    same_each_time("hc_pre", x, iters=20, **parameters(4096))
+    same_each_time("hc_head", x, repeats=20, **parameters(4096, mixes=4))

@@ -1,0 +1,192 @@
+"""The CUDA kernels of indexer and compressor: against float64, hostile inputs, identical repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_judge import judge, kernel, same_each_time, views
+from torch import Tensor
+
+from dsv4_bench.engine.step import Step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+CONSTANTS = {"scale": 0.0123, "ratio": 4}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+def step_of(*pieces: tuple[int, int]) -> Step:
+    """Sequences by (start, length)."""
+    starts, lengths = zip(*pieces, strict=True)
+    return Step(torch.zeros(sum(lengths), dtype=torch.int64, device="cuda"), starts, lengths, 128)
+
+
+def score_case(
+    step: Step, heads: int = 64, dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, ...]:
+    """Arguments of index_score; unused rows of the pools are NaN."""
+    n, batch, capacity = sum(step.lengths), len(step.lengths), step.entries(4) + 5
+    q = torch.randn(n, heads, dim, device="cuda").to(dtype)
+    keys = torch.full((batch, capacity, dim), torch.nan, device="cuda", dtype=dtype)
+    for b in range(batch):
+        count = step.entries_of(b, 4)
+        keys[b, :count] = torch.randn(count, dim, device="cuda").to(dtype)
+    return q, keys, torch.randn(n, heads, device="cuda").to(dtype), step
+
+
+# ------------------------------------------------------------------------------ scores
+
+
+@pytest.mark.parametrize(
+    "entries", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 4096]
+)
+def test_scores_of_decode(entries: int) -> None:
+    judge("index_score", *score_case(step_of((4 * entries - 1, 1))), **CONSTANTS)
+
+
+def test_scores_of_unequal_sequences() -> None:
+    step = step_of((3, 1), (4095, 1), (0, 1), (1026, 1), (5000, 1))
+    judge("index_score", *score_case(step), **CONSTANTS)
+    step = step_of((0, 300), (777, 5), (4000, 129), (2, 1))
+    judge("index_score", *score_case(step), **CONSTANTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, dim", [(64, 128), (16, 128), (8, 128), (5, 128), (3, 40)])
+def test_scores_of_any_shape(heads: int, dim: int, dtype: torch.dtype) -> None:
+    judge("index_score", *score_case(step_of((60, 30), (700, 1)), heads, dim, dtype), **CONSTANTS)
+
+
+def test_scores_of_long_prefill() -> None:
+    judge("index_score", *score_case(step_of((0, 2048), (1000, 600))), **CONSTANTS)
+
+
+def test_scores_keep_nan_and_views() -> None:
+    q, keys, weights, step = score_case(step_of((700, 1), (400, 1)))
+    plain = kernel("index_score", q, keys, weights, step, **CONSTANTS)["score"]
+    for q_view, keys_view, w_view in zip(views(q), views(keys), views(weights), strict=True):
+        got = kernel("index_score", q_view, keys_view, w_view, step, **CONSTANTS)["score"]
+        assert torch.equal(got, plain)
+    keys[0, 33, 5] = torch.nan
+    got = kernel("index_score", q, keys, weights, step, **CONSTANTS)["score"]
+    assert got[0, 33].isnan() and got.isnan().sum() == 1
+    same_each_time("index_score", q, keys, weights, step, **CONSTANTS)
+
+
+# ------------------------------------------------------------------------------ top-k
+
+
+def check_topk(score: Tensor, visible: Tensor, k: int) -> None:
+    hidden = torch.arange(score.shape[1], device="cuda") >= visible[:, None]
+    judge("index_topk", score.masked_fill(hidden, -torch.inf), visible, k=k)
+
+
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1025, 16384, 16385, 40000, 262144]
+
+
+@pytest.mark.parametrize("total", LENGTHS)
+@pytest.mark.parametrize("k", [512, 1024, 7])
+def test_topk(total: int, k: int) -> None:
+    n = 3
+    score = torch.randn(n, total, device="cuda")
+    check_topk(score, torch.tensor([total, (total + 1) // 2, 0], device="cuda"), k)
+    few = torch.randint(0, 4, (n, total), device="cuda").float()
+    check_topk(few, torch.tensor([total, total - 1, 1], device="cuda"), k)
+    for value in (0.0, -3.0, -torch.inf):
+        check_topk(
+            torch.full((1, total), value, device="cuda"), torch.tensor([total], device="cuda"), k
+        )
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 64, 200])
+def test_topk_of_many_rows(n: int) -> None:
+    score = torch.randn(n, 30000, device="cuda")
+    check_topk(score, torch.randint(0, 30001, (n,), device="cuda"), 512)
+
+
+def test_topk_of_odd_values() -> None:
+    score = torch.randn(3, 5000, device="cuda")
+    score[0, ::3], score[0, 1::3] = -0.0, 0.0
+    score[1, [7, 3, 4000]] = torch.nan
+    score[1, 50], score[1, 60] = torch.inf, -torch.inf
+    score[2] = torch.linspace(-1, 1, 5000, device="cuda") * 1e-40  # subnormal
+    check_topk(score, torch.full((3,), 5000, device="cuda"), 512)
+    for view in views(score):
+        judge("index_topk", view, torch.full((3,), 5000, device="cuda"), k=512)
+
+
+def test_topk_repeats_are_identical() -> None:
+    score = torch.randint(0, 50, (1, 200000), device="cuda").float()
+    same_each_time("index_topk", score, torch.tensor([200000], device="cuda"), k=512)
+
+
+# ------------------------------------------------------------------------------ compressor
+
+
+def state_of(step: Step, ratio: int, width: int, ape: Tensor) -> tuple[Tensor, Tensor]:
+    """States as they are after the tokens before this step, filled with random tokens."""
+    slots = 2 * ratio if ratio == 4 else ratio
+    kv = torch.zeros(len(step.starts), slots, width, device="cuda")
+    score = torch.full_like(kv, -torch.inf)
+    for b, start in enumerate(step.starts):
+        first = ratio if ratio == 4 else 0
+        filled = start % ratio
+        spans = [(first, first + filled)]
+        if ratio == 4 and start >= ratio:
+            spans.append((0, ratio))
+        for begin, end in spans:
+            kv[b, begin:end] = torch.randn(end - begin, width, device="cuda")
+            score[b, begin:end] = (
+                torch.randn(end - begin, width, device="cuda") + ape[: end - begin]
+            )
+    return kv, score
+
+
+STEPS = [
+    ((0, 1),),
+    ((3, 1), (4, 1), (127, 1), (128, 1), (1023, 1)),
+    ((0, 300),),
+    ((5, 3), (0, 1), (126, 131), (2, 2), (250, 6)),
+    ((0, 4), (1, 7), (4, 128), (127, 1)),
+    ((1000, 1000), (7, 129)),
+]
+
+
+@pytest.mark.parametrize("pieces", STEPS)
+@pytest.mark.parametrize("ratio, dim", [(4, 512), (4, 128), (128, 512), (4, 33)])
+def test_compressor(pieces: tuple[tuple[int, int], ...], ratio: int, dim: int) -> None:
+    step = step_of(*pieces)
+    n, width = sum(step.lengths), 2 * dim if ratio == 4 else dim
+    ape = torch.randn(ratio, width, device="cuda")
+    kv, score = torch.randn(n, width, device="cuda"), torch.randn(n, width, device="cuda") * 3
+    args = (kv, score, *state_of(step, ratio, width, ape), step)
+    judge("compressor", *args, ape=ape)
+    wide = [
+        torch.cat((x, x), dim=-1)[..., :width] for x in args[:4]
+    ]  # states written through views
+    judge("compressor", *wide, step, ape=ape)
+    same_each_time("compressor", *args, repeats=10, ape=ape)
+
+
+def test_compressor_token_by_token_equals_at_once() -> None:
+    whole, ape = step_of((0, 261)), torch.randn(4, 256, device="cuda")
+    kv, score = torch.randn(261, 256, device="cuda"), torch.randn(261, 256, device="cuda")
+    state = state_of(whole, 4, 256, ape)
+    at_once = kernel("compressor", kv, score, *[s.clone() for s in state], whole, ape=ape)
+    pieces = []
+    for i in range(261):
+        one = slice(i, i + 1)
+        pieces.append(
+            kernel("compressor", kv[one], score[one], *state, step_of((i, 1)), ape=ape)["pooled"]
+        )
+    assert torch.equal(torch.cat(pieces), at_once["pooled"])
+    assert torch.equal(state[0], at_once["kv_state"])
+    assert torch.equal(state[1], at_once["score_state"])
