@@ -8,7 +8,7 @@ op with one thing changed (probes/hypotheses); the places that are wrong.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ class Diagnosis:
 
 def _combined(seen: Signature, explained: Explanation) -> Signature:
     """What is seen, and what it means; the meaning decides the kind."""
-    return replace(seen, kind=explained.hypothesis.kind, detail=f"{seen.detail}: {explained.words}")
+    return Signature(explained.hypothesis.kind, f"{seen.detail}: {explained.words}")
 
 
 def groups_of(call: Captured, positions: Tensor | None) -> dict[str, Tensor]:

@@ -30,10 +30,14 @@ _CLAMPED = 3  # values at the bound that make a clamp
 
 @dataclass(frozen=True)
 class Signature:
-    """`kind` is one of KINDS; `detail` completes the sentence "<site>: <detail>"."""
+    """`kind` is one of KINDS; `detail` completes the sentence "<site>: <detail>".
+
+    start: of kind `positions`, the first wrong position, where that was read off the rows.
+    """
 
     kind: str
     detail: str
+    start: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "detail": self.detail}
@@ -298,7 +302,8 @@ def _support(d: Difference) -> Signature | None:
         first = int(d.positions[rows].min())
         right = d.positions[~rows]
         if len(right) and int(right.max()) < first:
-            return Signature("positions", f"{d.name} is wrong from position {first} on")
+            words = f"{d.name} is wrong {where} (from position {first} on)"
+            return Signature("positions", words, first)
     return Signature(kind, f"{d.name} is wrong {where}") if kind else None
 
 

@@ -8,6 +8,7 @@ reference). Limits calibrate themselves on the same inputs; see probes/limits.py
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, RouteEntry, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.capture import Capture, Captured
+from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.diagnosis import Diagnosis
 from dsv4_bench.probes.invariants import check_invariants
 from dsv4_bench.probes.judging import (
@@ -35,9 +37,10 @@ from dsv4_bench.probes.judging import (
 from dsv4_bench.probes.limits import judged, move_inputs
 from dsv4_bench.probes.metrics import measure, relative_error
 from dsv4_bench.probes.signatures import Signature
-from dsv4_bench.probes.tap import set_taps
+from dsv4_bench.probes.tap import Observer, set_taps
 from dsv4_bench.workbench.baseline import Baseline, Piece, default_chunks
 from dsv4_bench.workbench.findings import CheckReport, Finding, SiteCheck
+from dsv4_bench.workbench.settling import Judged, settle
 
 __all__ = ["Baseline", "CheckReport", "Checker", "Finding", "default_chunks"]
 
@@ -93,6 +96,8 @@ class Checker:
 
     repeats: how often every op runs on the same inputs to see whether its bits change. poison: one
     more run with NaN in recycled memory, unused rows and guard zones (probes/poison.py).
+    replay_decisions: the route's own run goes on with the reference's experts and entries, so that
+    carried errors are those of its numbers.
     """
 
     def __init__(
@@ -102,8 +107,10 @@ class Checker:
         *,
         repeats: int = 2,
         poison: bool = True,
+        replay_decisions: bool = False,
     ) -> None:
         self.model = model
+        self.replay_decisions = replay_decisions
         self.repeats = repeats
         self.poison = poison
         self.report = CheckReport()
@@ -127,6 +134,7 @@ class Checker:
         started = time.perf_counter()
         self.limits = self.report.limits = baseline.limits
         self.diagnosis = Diagnosis(self.limits, self.model.config)
+        self._judged: dict[str, list[Judged]] = defaultdict(list)
         cache, step, x = self.model.new_cache(), None, torch.empty(0)
         for number, piece in enumerate(baseline.pieces()):
             if progress is not None:
@@ -143,6 +151,9 @@ class Checker:
                 self.report.logits_error = max(self.report.logits_error, error)
                 cache.advance(step)
         self._use(self.chosen)
+        first = self.report.first
+        if first is not None:
+            first.signature = settle(first, self._judged[first.site])
         if progress is not None:
             progress("check", baseline.count, baseline.count)
         self.report.seconds = time.perf_counter() - started
@@ -161,8 +172,11 @@ class Checker:
         """Run a part of the model on the checked route."""
         self._use(self.chosen)
         capture = RouteCapture({call.site.path: call for call in piece.calls})
+        observer: Observer = capture
+        if self.replay_decisions:
+            observer = Replay(Record.of(piece.calls), inner=capture)
         sites = self.model.sites.values()
-        set_taps(sites, capture)
+        set_taps(sites, observer)
         try:
             return piece.part(x, cache, step), capture
         finally:
@@ -178,6 +192,9 @@ class Checker:
             if check.verdict == "uncovered":
                 continue
             found = self._check_own(call, piece)
+            rows = len(piece.positions)
+            start = int(piece.positions.min())
+            self._judged[path].append(Judged(piece.forward, rows, start, found))
             if not found and other is not None:
                 self._check_in_run(other, piece)
             if not found and path in capture.problems:
