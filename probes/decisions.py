@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.tap import Observer
 
 DECIDERS = ("gate", "index_topk")
@@ -42,18 +43,17 @@ class Choice:
     options: int
 
 
-def choice_of(site: Site, args: tuple[Any, ...], result: Any) -> Choice:
-    """The decision in `result`, which `site` returned for `args`; copies."""
-    inputs = site.spec.bind(args, site.params)
+def choice_of(site: Site, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Choice:
+    """The decision in what `site` returned for `inputs`, both by name; copies."""
     if site.op == "index_topk":
         score = inputs["score"]
-        return Choice(result.clone(), score.clone(), score.shape[1])
-    _, experts, scores = result
+        return Choice(outputs["index"].clone(), score.clone(), score.shape[1])
+    experts, scores = outputs["experts"].clone(), outputs["scores"]
     options = scores.shape[1]
     if inputs["tid2eid"] is not None:
-        return Choice(experts.clone(), None, options)
+        return Choice(experts, None, options)
     bias = inputs["bias"]
-    return Choice(experts.clone(), scores + (0.0 if bias is None else bias), options)
+    return Choice(experts, scores + (0.0 if bias is None else bias), options)
 
 
 def replayed(site: Site, args: tuple[Any, ...], result: Any, rows: Tensor, chosen: Tensor) -> Any:
@@ -109,7 +109,7 @@ def spread(ours: Tensor, theirs: Tensor, scores: Tensor | None) -> Tensor:
     swapped = a ^ b
     distance = _extreme(scores, swapped, True) - _extreme(scores, swapped, False)
     balanced = (a & swapped).sum(1) == (b & swapped).sum(1)
-    return torch.where(balanced, distance, math.inf).nan_to_num(nan=math.inf)
+    return torch.where(balanced, distance, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @dataclass
@@ -162,7 +162,7 @@ class Flips:
             return
         own, right = ours.scores[differ], theirs.scores[differ]
         gap = _extreme(right, lost, False) - _extreme(right, instead, True)
-        self.gap = max(self.gap, float(gap.nan_to_num(nan=math.inf).max()))
+        self.gap = max(self.gap, float(gap.nan_to_num(nan=math.inf, posinf=math.inf).max()))
         fine = _extreme(own, instead, False) >= _extreme(own, lost, True)
         fine &= instead.sum(1) == lost.sum(1)
         self.against_scores += int((~fine).sum())
@@ -209,14 +209,25 @@ class Record:
         self.inner = inner
         self.choices: dict[str, list[Choice]] = {}
 
+    @classmethod
+    def of(cls, calls: Iterable[Captured]) -> Record:
+        """The decisions among captured calls."""
+        record = cls()
+        for call in calls:
+            record.add(call.site, call.inputs, call.outputs)
+        return record
+
+    def add(self, site: Site, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> None:
+        """Keep the decision of one call; nothing happens at a site that does not decide."""
+        if site.op in DECIDERS:
+            self.choices.setdefault(site.path, []).append(choice_of(site, inputs, outputs))
+
     def wants(self, site: Site) -> bool:
         return site.op in DECIDERS or (self.inner is not None and self.inner.wants(site))
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         result = _run(self.inner, site, args)
-        if site.op not in DECIDERS:
-            return result
-        self.choices.setdefault(site.path, []).append(choice_of(site, args, result))
+        self.add(site, site.spec.bind(args, site.params), site.spec.name_outputs(result))
         return result
 
 
@@ -241,6 +252,11 @@ class Replay:
         self.flips: dict[str, Flips] = {}
         self._calls: Counter[str] = Counter()
 
+    def follow(self, record: Record) -> None:
+        """From now on compare with `record`, from its first call on; what was counted stays."""
+        self.record = record
+        self._calls.clear()
+
     def wants(self, site: Site) -> bool:
         return site.op in DECIDERS or (self.inner is not None and self.inner.wants(site))
 
@@ -248,7 +264,8 @@ class Replay:
         result = _run(self.inner, site, args)
         if site.op not in DECIDERS:
             return result
-        ours = choice_of(site, args, result)
+        inputs, outputs = site.spec.bind(args, site.params), site.spec.name_outputs(result)
+        ours = choice_of(site, inputs, outputs)
         theirs = self.record.choices[site.path][self._calls[site.path]]
         self._calls[site.path] += 1
         differ = differing_rows(ours.chosen, theirs.chosen)
@@ -273,7 +290,7 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """
     p, q = (x.double().log_softmax(-1) for x in (reference, logits))
     terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
-    return terms.sum(-1).nan_to_num(nan=math.inf).clamp(min=0.0)
+    return terms.sum(-1).nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
@@ -297,20 +314,36 @@ class KLSplit:
         return {**vars(self), "unit": "nats"}
 
 
-def split_kl(reference: Tensor, route: Tensor, with_replay: Tensor) -> KLSplit:
-    """Logits [n, v] of the reference, of the route, and of the route with decisions replayed."""
-    totals, arithmetic = (kl_divergence(reference, x) for x in (route, with_replay))
-    total, own = float(totals.mean()), float(arithmetic.mean())
-    both_infinite = math.isinf(total) and math.isinf(own)  # the numbers alone explain it
-    best = reference.argmax(-1)
-    worst = int(totals.argmax())
-    return KLSplit(
-        total,
-        own,
-        0.0 if both_infinite else total - own,
-        len(totals),
-        worst,
-        float(totals[worst]),
-        int((route.argmax(-1) != best).sum()),
-        int((with_replay.argmax(-1) != best).sum()),
-    )
+class KLMeter:
+    """Adds up the divergences of forward calls; of the logits nothing is kept."""
+
+    def __init__(self) -> None:
+        self._totals: list[Tensor] = []
+        self._arithmetic: list[Tensor] = []
+        self._changed = self._changed_arithmetic = 0
+
+    def add(self, reference: Tensor, route: Tensor, with_replay: Tensor) -> None:
+        """Logits [n, v] of one call: of the reference, the route, and it with decisions replayed."""
+        self._totals.append(kl_divergence(reference, route))
+        self._arithmetic.append(kl_divergence(reference, with_replay))
+        best = reference.argmax(-1)
+        self._changed += int((route.argmax(-1) != best).sum())
+        self._changed_arithmetic += int((with_replay.argmax(-1) != best).sum())
+
+    def split(self) -> KLSplit:
+        """The split over every position so far, at least one."""
+        totals = torch.cat(self._totals)
+        total, arithmetic = float(totals.mean()), float(torch.cat(self._arithmetic).mean())
+        both_infinite = math.isinf(total) and math.isinf(arithmetic)  # the numbers alone explain it
+        decisions = 0.0 if both_infinite else total - arithmetic
+        at = int(totals.argmax())
+        return KLSplit(
+            total,
+            arithmetic,
+            decisions,
+            len(totals),
+            at,
+            float(totals[at]),
+            self._changed,
+            self._changed_arithmetic,
+        )

@@ -100,6 +100,6 @@ def calibrate(
         found = logits_error(logits, reference)
         errors.append(found.error)
         row_errors.append(found.row_error)
-        moves.append(float((logits - reference).abs().nan_to_num(0.0).max()))
+        moves.append(float((logits - reference).abs().nan_to_num(0.0, 0.0).max()))
     progress("calibrate", NOISE_RUNS, NOISE_RUNS)
     return Calibration(MARGIN * max(errors), MARGIN * max(row_errors), MARGIN * max(moves), ties)
