@@ -66,7 +66,8 @@ class Blocks:
     codes: tuple[float, ...] = ()
     noise: float | None = None
     best_noise: float | None = None
-    searched: int = 0  # blocks that the two estimates are from
+    filled: int = 0  # blocks of these rows that hold something
+    searched: int = 0  # those that the two estimates are from
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "exponents": {str(e): n for e, n in self.exponents.items()}}
@@ -77,8 +78,8 @@ class Blocks:
         parts = []
         if self.rows < self.shape[0]:
             parts.append(f"codes of {self.rows} of {self.shape[0]} rows")
-        if self.noise is not None and self.searched < self.scales:
-            parts.append(f"noise of {self.searched} of {self.scales} blocks")
+        if self.searched < self.filled:
+            parts.append(f"noise of {self.searched} of {self.filled} blocks")
         return ", ".join(parts)
 
 
@@ -130,8 +131,8 @@ def _codes(values: Tensor, scales: Tensor, e4m3: bool, most: int) -> dict[str, A
     magnitude = values.abs()
     peak = magnitude.amax(-1)
     shares = tuple(_share(magnitude == value) for value in E2M1_VALUES)
-    useful = ((peak > 0) & (scales > 0) & torch.isfinite(scales)).nonzero().flatten()
-    useful = useful[_spaced(len(useful), most)]
+    filled = ((peak > 0) & (scales > 0) & torch.isfinite(scales)).nonzero().flatten()
+    useful = filled[_spaced(len(filled), most)]
     noise, best = (
         estimated_noise(values[useful], scales[useful], e4m3) if len(useful) else (None,) * 2
     )
@@ -143,6 +144,7 @@ def _codes(values: Tensor, scales: Tensor, e4m3: bool, most: int) -> dict[str, A
         "codes": shares,
         "noise": noise,
         "best_noise": best,
+        "filled": len(filled),
         "searched": len(useful),
     }
 
@@ -192,19 +194,19 @@ def _squared_error(originals: Tensor, scales: Tensor) -> Tensor:
     return (originals - rounded).double().square().sum(-1)
 
 
-def measured_noise(weight: Weight, original: Tensor, rows: int = ROWS) -> tuple[float, float]:
-    """Relative noise of a 4-bit matrix against its original [n, k] float: as stored, and with the best
-    block scales under the same global scale. Raises ValueError for other formats and shapes.
+def measured_noise(weight: Weight, original: Weight, rows: int = ROWS) -> tuple[float, float]:
+    """Relative noise of a 4-bit matrix against its original: as stored, and with the best block scales
+    under the same global scale; of up to `rows` rows. Raises ValueError for other formats and shapes.
     """
     if weight.format not in ("nvfp4", "mxfp4") or original.shape != weight.shape:
-        raise ValueError(
-            f"{weight.name}: {weight.format} {list(weight.shape)} against {list(original.shape)}"
-        )
-    chosen = _spaced(len(original), rows)
+        raise ValueError(f"{weight.name}: {weight.format} {weight.shape}, {original.shape}")
+    chosen = _spaced(weight.shape[0], rows)
     e4m3 = weight.format == "nvfp4"
     block = NVFP4_BLOCK if e4m3 else MXFP4_BLOCK
-    truth = original[chosen].float()
-    stored = torch.cat([weight.dequantize_rows(int(row), int(row) + 1) for row in chosen])
+    truth, stored = (
+        torch.cat([w.dequantize_rows(row, row + 1) for row in chosen.tolist()])
+        for w in (original, weight)
+    )
     actual = float((stored - truth).double().square().sum() / truth.double().square().sum())
     scales = block_scales(weight)[chosen].flatten()
     _, best = block_noise((truth / weight.global_scale).reshape(-1, block), scales, e4m3)

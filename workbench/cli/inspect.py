@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dsv4_bench.engine.errors import BadCheckpoint, ExitCode
+from dsv4_bench.engine.errors import BadCheckpoint, DSV4Error, ExitCode
 from dsv4_bench.workbench.cli.output import bytes_text, narrate, print_json, progress, table
 
 if TYPE_CHECKING:
     from dsv4_bench.engine.census import Census
+    from dsv4_bench.engine.checkpoint import Checkpoint
 
 _SHOWN = 40  # problems and extra tensors in the report; JSON has all of them
 
@@ -19,6 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all",
         action="store_true",
         help="read every block scale, however many (default: a sample of the experts)",
+    )
+    parser.add_argument(
+        "--microscope",
+        metavar="GLOB",
+        nargs="?",
+        const="*",
+        help="how well the blocks of the matrices GLOB use scales and codes (default: of all)",
+    )
+    parser.add_argument(
+        "--against", metavar="CKPT", help="with --microscope: the original, to measure the noise"
+    )
+    parser.add_argument(
+        "--plot", metavar="OUT", help="with --microscope: draw it into OUT.png or OUT.svg"
     )
 
 
@@ -30,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     folder = resolve_checkpoint(args.checkpoint)
     if not args.checkpoint:
         narrate(f"inspecting {folder}")
+    if args.microscope is not None:
+        return _microscope(args, Checkpoint(folder))
+    if args.plot or args.against:
+        raise DSV4Error("--plot and --against belong to --microscope", "add --microscope")
     census = take_census(Checkpoint(folder), args.all, progress)
     if args.json:
         print_json(census.to_dict())
@@ -40,6 +58,27 @@ def run(args: argparse.Namespace) -> int:
             f"{folder}: {len(census.problems)} problems, first: {census.problems[0]}",
             "the report on stdout lists them" + ("" if args.json else "; --json lists all"),
         )
+    return ExitCode.OK
+
+
+def _microscope(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    from dsv4_bench.engine.block_census import take_block_census
+    from dsv4_bench.engine.checkpoint import Checkpoint
+    from dsv4_bench.workbench.cli import microscope
+
+    plot = microscope.plot_path(args.plot) if args.plot else None
+    original = Checkpoint(args.against) if args.against else None
+    census = take_block_census(checkpoint, args.microscope, args.all, original, progress)
+    if plot is not None:
+        microscope.write_plot(census, plot)
+        narrate(f"plot written to {plot}")
+    if args.json:
+        print_json(census.to_dict())
+    else:
+        print(microscope.report(census))
+    if census.problems:
+        text = f"{census.folder}: {len(census.problems)} problems, first: {census.problems[0]}"
+        raise BadCheckpoint(text, "the report on stdout lists them")
     return ExitCode.OK
 
 
