@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -55,17 +54,13 @@ def draw_plots(readings: Sequence[Row], calls: Sequence[Row], layers: int) -> li
         ("experts", "Share of the tokens that each expert got", _load),
         ("scales", "Block scales of the quantised weights, by power of two", _scales),
     ):
-        drawn += _drawn(name, caption, partial(_call, draw, by_name, calls, layers))
+        drawn += _drawn(name, caption, draw, (by_name, calls, layers))
     return drawn
 
 
-def _call(draw: Callable[..., bool], *data: Any) -> bool:
-    """`draw` takes the axes first, which come last here."""
-    *content, axes = data
-    return draw(axes, *content)
-
-
-def _drawn(name: str, caption: str, draw: Callable[[Any], bool]) -> Iterator[Plot]:
+def _drawn(
+    name: str, caption: str, draw: Callable[..., bool], data: tuple[Any, ...]
+) -> Iterator[Plot]:
     """The plot, unless `draw` finds no data and says False."""
     import matplotlib.pyplot as plt
 
@@ -85,7 +80,7 @@ def _drawn(name: str, caption: str, draw: Callable[[Any], bool]) -> Iterator[Plo
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         try:
-            if draw(axes):
+            if draw(axes, *data):
                 files = []
                 for kind in ("png", "svg"):
                     buffer = io.BytesIO()

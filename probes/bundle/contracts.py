@@ -21,7 +21,6 @@ from dsv4_bench.probes.bundle.values import ExpertSubset
 
 Arguments = dict[str, Any]
 _FLOATS = (torch.float32, torch.bfloat16)
-_LARGEST_SCORES = 1 << 28  # elements of a score matrix [n, T] that a step may ask for
 
 
 def check_call(
@@ -40,8 +39,26 @@ def check_call(
         for name, value in arguments.items():
             _check_type(name, value)
         CONTRACTS[spec.name](arguments)
+        _check_sizes(spec.name, arguments, reference)
     except _Broken as broken:
         raise BadBundle(f"{where}: {broken}") from None
+
+
+def _check_sizes(op: str, a: Arguments, reference: dict[str, Tensor]) -> None:
+    """Outputs that may be far larger than the inputs have to be in the bundle at that size."""
+    shape: tuple[int, ...] = ()
+    if op in ("linear", "grouped_linear"):
+        name, rows = ("y", a["x"]) if op == "linear" else ("z", a["o"])
+        shape = (len(rows), a["weight"].shape[0])
+    elif op == "index_score":
+        name, shape = "score", (len(a["q"]), a["step"].entries(a["ratio"]))
+    elif op == "embed":
+        name, shape = "x", (len(a["tokens"]), a["hc"], a["weight"].shape[1])
+    elif op == "gate":
+        name, shape = "scores", (len(a["x"]), a["weight"].shape[0])
+    if shape and (name not in reference or tuple(reference[name].shape) != shape):
+        found = list(reference[name].shape) if name in reference else "missing"
+        raise _Broken(f"{name} of the reference is {found}, not {list(shape)}")
 
 
 class _Broken(Exception):
@@ -237,8 +254,6 @@ def _index_score(a: Arguments) -> None:
     total = step.entries(a["ratio"])
     if batch != len(step.lengths) or width != dim or total > capacity:
         raise _Broken(f"keys {list(a['keys'].shape)} for {len(step.lengths)} x {total} x {dim}")
-    if n * total > _LARGEST_SCORES:
-        raise _Broken(f"{n} x {total} scores")
 
 
 def _index_topk(a: Arguments) -> None:

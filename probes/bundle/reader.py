@@ -45,6 +45,7 @@ _SITE = re.compile(r"[\w.-]{1,80}(/[\w.-]{1,80}){0,7}", re.ASCII)
 _TEXTS = ("created", "dtype", "numerics")
 _MAPPINGS = ("versions", "checkpoint", "coverage")
 _VERDICTS = ("ok", "over", "unjudged")
+_LEAST_BUDGET = 64 << 20  # bytes that the views of one call may claim, however small the bundle is
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Bundle:
                 kept[name] = self.storages(name)
             return kept[name]
 
-        decoder = Decoder(storages, self.source.limits.total)
+        size = sum(entry.bytes for entry in self.files.values())
+        decoder = Decoder(storages, max(_LEAST_BUDGET, 2 * size))
         spec = spec_of(entry.site.op)
         params = _decoded(decoder, entry.site.params, f"{entry.site.path} params")
         inputs = _decoded(decoder, entry.inputs, f"{where} inputs")
