@@ -35,6 +35,7 @@ class Comparison:
     limit: float
     row_limit: float = INF
     against: str = "reference"
+    note: str = ""
 
     @property
     def times(self) -> float:

@@ -130,6 +130,20 @@ def test_anomaly_runs_to_the_first_wrong_op(start):
             assert state["state"] == "finished" or state["site"].endswith("/wq_b")
 
 
+def test_a_known_bug_is_switched_on_by_route_caught_and_named(start):
+    driver = start(route=["reference"], shadow="on")
+    rows = driver.command("faults comb_transposed")["faults"]
+    assert rows[0]["name"] == "fault/comb_transposed" and rows[0]["ops"] == ["hc_post"]
+    driver.command("until L1/attn/hc_post")
+    changed = driver.command("route L1/attn/hc_post=fault/comb_transposed")["changed"]
+    assert [row["site"] for row in changed] == ["L1/attn/hc_post"]
+    view = driver.command("op")
+    assert view["anomaly"] == "over" and view["signature"]["kind"] == "transposed"
+    assert not [a for a in view["alternatives"] if a["name"].startswith("fault/")]
+    with pytest.raises(DSV4Error, match="no fault matches"):
+        driver.command("faults comb_transposd")
+
+
 def test_anomaly_stops_at_a_nan(start):
     def with_nan(*args, **params):
         y = reference("rms_norm")(*args, **params)

@@ -52,7 +52,7 @@ def test_positions_reach_the_signature():
     judge, call = Judge(torch.float32), norm_call()
     wrong = call.outputs["y"].clone()
     wrong[16:] += 0.1
-    found = judge.judge(call, {"y": wrong}, range(100, 100 + ROWS))
+    found = judge.judge(call, {"y": wrong}, torch.arange(100, 100 + ROWS))
     assert found is not None and found.signature is not None
     assert found.signature.kind == "positions" and "position 116" in found.signature.detail
 
@@ -79,21 +79,38 @@ def test_nan_and_shapes_never_pass():
     found = judge.judge(call, {"y": wrong[:, :32]})
     assert found is not None and found.comparison.verdict == "over"
     assert found.signature is not None and "[24, 32], should be [24, 64]" in found.signature.detail
-    assert judge.judge(call, {}) is None
+    found = judge.judge(call, {})
+    assert found is not None and found.comparison.verdict == "over"
+    assert found.signature is not None and found.signature.detail == "y is missing"
+
+
+def topk_call(score: torch.Tensor, k: int) -> Captured:
+    site = Site("L2/attn/index/topk", spec_of("index_topk"), {"k": k}, 2)
+    call = Captured(site, (score, torch.full((len(score),), score.shape[1])), {})
+    return replace(call, outputs=call.run(reference("index_topk")))
 
 
 def test_sets_are_compared_as_sets():
-    site = Site("L2/attn/index/topk", spec_of("index_topk"), {"k": 3}, 2)
-    score = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
-    call = Captured(site, (score, torch.tensor([4, 4])), {})
-    call = replace(call, outputs=call.run(reference("index_topk")))
+    score = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    call, judge = topk_call(score, 4), Judge(torch.float32)
     ((name, index),) = call.outputs.items()
-    judge = Judge(torch.float32)
     same = judge.judge(call, {name: index.flip(-1)})
     assert same is not None and same.comparison.verdict == "ok"
     other = index.clone()
-    other[1] = torch.tensor([0, 1, 3])
+    other[5] = score[5].topk(4, largest=False).indices
     found = judge.judge(call, {name: other})
     assert found is not None and found.signature is not None
-    assert found.signature.kind == "decision_flip" and "first row 1" in found.signature.detail
+    assert found.signature.kind == "decision_flip" and "first row 5" in found.signature.detail
     assert found.comparison.times == float("inf")
+
+
+def test_another_choice_among_equal_scores_is_as_good():
+    score = torch.tensor([[1.0, 2.0, 2.0, 0.0], [4.0, 3.0, 2.0, 1.0]])
+    call, judge = topk_call(score, 1), Judge(torch.float32)
+    ((name, index),) = call.outputs.items()
+    other = index.clone()
+    other[0] = 3 - index[0]  # the other one of the two that score 2
+    assert sorted([int(index[0]), int(other[0])]) == [1, 2]
+    found = judge.judge(call, {name: other})
+    assert found is not None and found.signature is None
+    assert (found.comparison.verdict, found.comparison.note) == ("ok", "as good a choice")

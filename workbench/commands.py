@@ -115,6 +115,14 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         group="Change",
     ),
     SessionCommand(
+        "faults",
+        "known bugs to switch on by route: [NAME, GLOB or FAMILY ...]",
+        (Argument("names", "rest", True),),
+        (),
+        logged=False,
+        group="Change",
+    ),
+    SessionCommand(
         "toggle",
         "switch this site (or glob) between reference and kernel",
         (_SITE,),

@@ -447,7 +447,8 @@ class Debugger:
         try:
             record.seconds[other.name], outputs = self.shadow.rerun(call, held.args, other)
             held.others[other.name] = outputs
-            found = self.shadow.judged(call, held.args, outputs, range(*self.span))
+            positions = torch.arange(*self.span, device=self.model.device)
+            found = self.shadow.judged(call, held.args, outputs, positions)
         except (Exception, SystemExit) as raised:
             text = f"{other.name} raised {type(raised).__name__}: {_first_line(raised)}"
             return [call.reading("shadow", "error", text, verdict="alarm", detail=text)]

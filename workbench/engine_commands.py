@@ -208,6 +208,17 @@ class EngineCommands:
             "state": self.state(),
         }
 
+    def do_faults(self, names: str = "") -> dict[str, Any]:
+        """The catalogue of known bugs; from now on `route` completes their names."""
+        import dsv4_bench.probes.faults.catalogue  # noqa: F401
+        from dsv4_bench.probes.faults.base import select_faults
+
+        rows = [
+            {"name": f"fault/{f.name}", "ops": list(f.parts), "route": f.route, "what": f.doc}
+            for f in select_faults(names.split())
+        ]
+        return {"faults": rows}
+
     def do_shadow(self, what: str = "") -> dict[str, Any]:
         debugger, shadow = self.debugger, self.debugger.shadow
         if what in ("off", "none"):

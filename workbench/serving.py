@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
+from dsv4_bench.engine.registry import IMPLEMENTATIONS
 from dsv4_bench.probes.base import make_probes
 from dsv4_bench.workbench.commands import BY_NAME, Parsed
 from dsv4_bench.workbench.debugger import Debugger, Plan, Quit, Request, Restart, Rewind
@@ -79,6 +80,7 @@ class SessionServer:
             "folder": str(self.folder),
             "tokens": list(self.debugger.plan.tokens),
             "text": self.commands.decode(list(self.debugger.plan.tokens)),
+            "implementations": {op: list(table) for op, table in IMPLEMENTATIONS.items()},
             "sites": [
                 {
                     "path": site.path,

@@ -39,7 +39,7 @@ class Shadow:
         self.timed = timed
         self.pattern = ""
         self.carried = False
-        self.judge = Judge(model.dtype)
+        self.judge = Judge(model.dtype, model.config)
         self.reference = ReferenceRun(model, spans, between)
 
     def covers(self, path: str) -> bool:
@@ -69,14 +69,17 @@ class Shadow:
         return seconds, outputs
 
     def judged(
-        self, call: Call, args: tuple[Any, ...], others: dict[str, Tensor], positions: range
+        self, call: Call, args: tuple[Any, ...], others: dict[str, Tensor], positions: Tensor
     ) -> Judgement | None:
-        """The route's outputs in `call` against `others`, one of the two being the reference's."""
+        """The route's outputs in `call` against `others`, one of the two being the reference's.
+
+        `positions` [n] are those of the tokens.
+        """
         ours, theirs = call.outputs, others
         if call.site.stamp.implementation == "reference":
             ours, theirs = theirs, ours
         captured = Captured(call.site, args, call.before, theirs)
-        return self.judge.judge(captured, ours, positions)
+        return self.judge.judge(captured, ours, positions, call.forward)
 
     def cost(self) -> dict[str, Any]:
         """What calibrating has taken so far: ops with limits, runs in float64, seconds."""

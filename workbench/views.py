@@ -106,9 +106,11 @@ def params_view(site: Site) -> list[dict[str, Any]]:
 
 
 def alternatives_view(op: str, context: Context) -> list[dict[str, Any]]:
-    """Every implementation of an op, with the reason if it cannot run here."""
+    """Every implementation of an op, with the reason if it cannot run here; faults are left out."""
     rows = []
     for name, impl in IMPLEMENTATIONS[op].items():
+        if name.startswith("fault/"):
+            continue
         reason = impl.unavailable(context)
         rows.append({"name": name, "available": reason is None, "reason": reason or ""})
     return rows
@@ -141,6 +143,7 @@ def op_view(debugger: Debugger, path: str) -> dict[str, Any]:
         "held": held is not None,
         "state": record.state,
         "alarm": record.alarm,
+        "anomaly": record.anomaly,
     }
 
 

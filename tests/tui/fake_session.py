@@ -99,6 +99,7 @@ class FakeSession:
             "layout": "modelopt nvfp4", "config": {}, "device": "cpu", "dtype": "float32",
             "sites": self.entries, "tokens": list(range(128)), "threads": 2,
             "text": "The quick brown fox",
+            "implementations": {entry["op"]: ["reference", "cpu"] for entry in self.entries},
         })  # fmt: skip
         self._emit_state()
 
@@ -285,6 +286,14 @@ class FakeSession:
             i for i in range(self.position + 1, len(self.paths)) if self.paths[i] in self.alarms
         ]
         return min(ahead, default=len(self.paths) - 1)
+
+    def _do_faults(self, names: str = "") -> Event:
+        row = {
+            "name": "fault/comb_transposed", "ops": ["hc_post"],
+            "route": ["L2/attn/hc_post=fault/comb_transposed"],
+            "what": "The mixing sum runs over comb's second index.",
+        }  # fmt: skip
+        return {"faults": [row]}
 
     def _do_toggle(self, site: str | None = None) -> Event:
         path = site or self._site() or self.paths[0]

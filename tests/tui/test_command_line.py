@@ -5,10 +5,14 @@ from __future__ import annotations
 from harness import Driver, drive
 from textual import events
 
-from dsv4_bench.workbench.tui.completion import History, common, complete, hint
+from dsv4_bench.workbench.tui.completion import History, Names, common, complete, hint
 from dsv4_bench.workbench.tui.widgets.command_line import CommandLine
 
-SITES = ["embed", "L0/attn/core", "L0/attn/norm", "L1/attn/core", "L12/ffn/gate", "head/logits"]
+OPS = {
+    "embed": "embed", "L0/attn/core": "attention", "L0/attn/norm": "rms_norm",
+    "L1/attn/core": "attention", "L12/ffn/gate": "gate", "head/logits": "linear",
+}  # fmt: skip
+SITES = Names(OPS, (), {"attention": ["cpu", "fault/sink_missing"], "gate": ["cpu"]})
 
 
 def test_complete_names_and_sites():
@@ -17,8 +21,33 @@ def test_complete_names_and_sites():
     assert complete("until L0/attn/", SITES) == ["until L0/attn/core", "until L0/attn/norm"]
     assert complete("break embed own", SITES) == ["break embed own_error > limit"]
     assert complete("route ref", SITES) == ["route reference"]
-    assert complete("print win", SITES, ["window", "o"]) == ["print window"]
+    assert complete("print win", Names(OPS, ["window", "o"])) == ["print window"]
     assert complete("nonsense x", SITES) == []
+
+
+def test_complete_implementations_of_the_op():
+    core = "route L0/attn/core="
+    assert complete(core, SITES) == [
+        core + name for name in ("kernel", "reference", "cpu", "fault/sink_missing")
+    ]
+    assert complete("route */core=f", SITES) == ["route */core=fault/sink_missing"]
+    assert complete("route L12=f", SITES) == []
+    assert complete("route L12=c", SITES) == ["route L12=cpu"]
+
+
+def test_faults_are_asked_for_once_a_route_may_name_one():
+    async def script(ui: Driver) -> None:
+        line = ui.main.query_one(CommandLine)
+        await ui.press("colon")
+        await ui.type("route L3/attn/hc_post=f")
+        await ui.press("tab")
+        assert line.input.value == "route L3/attn/hc_post=fault/comb_transposed"
+        assert ui.session.lines.count("faults") == 1
+        await ui.press("escape")
+        await ui.line("faults hyper")
+        await ui.shows("1 known bugs", "L2/attn/hc_post=fault/comb_transposed", "The mixing sum")
+
+    drive(script)
 
 
 def test_common_and_hint():

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from dsv4_bench.workbench.commands import BY_NAME, SESSION_COMMANDS
 from dsv4_bench.workbench.tui.store import command_name
 
-IMPLEMENTATIONS = ("kernel", "reference")
+FAMILIES = ("kernel", "reference")
 READINGS = ("nan > 0", "inf > 0", "own_error > limit", "abs_max > ")
 WORDS = {
     "shadow": ("on", "off", "*/core"),
     "probes": ("all", "none"),
-    "route": IMPLEMENTATIONS,
+    "route": FAMILIES,
 }
 
 
-def complete(text: str, sites: Sequence[str], expressions: Sequence[str] = ()) -> list[str]:
+@dataclass
+class Names:
+    """What a line can name: sites with their op, expressions, implementations of each op."""
+
+    sites: Mapping[str, str] = field(default_factory=dict)
+    expressions: Sequence[str] = ()
+    implementations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def of_sites(self, pattern: str) -> list[str]:
+        """The implementations of all ops under a site glob."""
+        ops = dict.fromkeys(
+            op for path, op in self.sites.items() if fnmatchcase(path, pattern)
+            or fnmatchcase(path, pattern + "/*")
+        )  # fmt: skip
+        return list(dict.fromkeys(name for op in ops for name in self.implementations.get(op, ())))
+
+
+def complete(text: str, names: Names) -> list[str]:
     """Whole lines that `text` can become, best first."""
     name, space, rest = text.lstrip().partition(" ")
     if not space:
@@ -31,24 +49,26 @@ def complete(text: str, sites: Sequence[str], expressions: Sequence[str] = ()) -
         return []
     head, _, word = rest.rpartition(" ")
     prefix = f"{name} {head} " if head else f"{name} "
-    return [prefix + item for item in _words(name, head, word, sites, expressions)]
+    return [prefix + item for item in _words(name, head, word, names)]
 
 
-def _words(
-    name: str, head: str, word: str, sites: Sequence[str], expressions: Sequence[str]
-) -> list[str]:
+def _words(name: str, head: str, word: str, names: Names) -> list[str]:
     kinds = {argument.kind for argument in BY_NAME[name].arguments}
     candidates: list[str] = list(WORDS.get(name, ()))
     if name in ("print", "eval", "watch"):
-        candidates += expressions
+        candidates += names.expressions
+    pattern, equals, _ = word.partition("=")
+    if name == "route" and equals:
+        wanted = [*FAMILIES, *names.of_sites(pattern)]
+        candidates = [f"{pattern}={item}" for item in dict.fromkeys(wanted)]
     if name == "break" and head:
         return [item for item in READINGS if item.startswith(word)]
     if not head and ("site" in kinds or name in ("break", "route", "shadow")):
-        candidates += _sites(word, sites)
+        candidates += _sites(word, names.sites)
     return [item for item in candidates if item.startswith(word)]
 
 
-def _sites(word: str, sites: Sequence[str]) -> list[str]:
+def _sites(word: str, sites: Iterable[str]) -> list[str]:
     """Sites one path part at a time: L3/ before L3/attn/core."""
     stems: dict[str, None] = {}
     for site in sites:
@@ -75,7 +95,7 @@ def hint(text: str) -> str:
     command = BY_NAME.get(command_name(name))
     if command is not None:
         return f"{command.usage}   {command.help}"
-    names = complete(name, ())
+    names = complete(name, Names())
     return "  ".join(names) if names else f"no command starts with {name!r}; ? lists them"
 
 

@@ -127,6 +127,8 @@ def _error(view: View, width: int) -> list[Line]:
         (f"{fmt.number(error.get('relative_l2'))} rel. L2 vs {error.get('against')}", PLAIN),
         (f"limit {fmt.number(error.get('limit'))}", DIM),
     ]
+    if error.get("note"):
+        words.append((error["note"], PLAIN))
     if error.get("bits_equal"):
         words[1:] = [("same bits", PLAIN)]
     lines = wrap("error", words, width, INDENT)

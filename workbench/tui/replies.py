@@ -35,6 +35,19 @@ def _heatmap(store: Store, line: str, result: Event, quiet: bool) -> Change:
     return Change.HEAT
 
 
+def _faults(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    """Faults become implementations to complete; asked for by name, they are listed."""
+    rows = result.get("faults", ())
+    for row in rows:
+        for op in row["ops"]:
+            names = store.implementations.setdefault(op, [])
+            names += [row["name"]] if row["name"] not in names else []
+    if quiet:
+        return Change.NONE
+    text = "\n".join(f"{' '.join(row['route'])}\n    {row['what']}" for row in rows)
+    return _show(store, line, f"{len(rows)} known bugs; route ENTRY switches one on", text)
+
+
 def _sites(store: Store, line: str, result: Event, quiet: bool) -> Change:
     for entry in result.get("sites", ()):
         site = store.sites.setdefault(entry["path"], SiteInfo(entry["path"], entry["op"]))
@@ -121,6 +134,7 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("print", "eval"), _print),
     "op": _op,
     "heatmap": _heatmap,
+    "faults": _faults,
     "sites": _sites,
     "readings": _readings,
     "watch": _watch,

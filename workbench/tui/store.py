@@ -46,6 +46,7 @@ class Store:
     entered: str | None = None
     op: Event = field(default_factory=dict)
     heat: Event = field(default_factory=dict)
+    implementations: dict[str, list[str]] = field(default_factory=dict)  # by op
     effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)
     residual: list[Event] = field(default_factory=list)
@@ -150,6 +151,7 @@ class Store:
             )
             for entry in event.get("sites", ())
         }
+        self.implementations = dict(event.get("implementations", {}))
         self.order = {path: index for index, path in enumerate(self.sites)}
         self.death, self.op, self.entered = {}, {}, None
         self.layer_readings, self.residual = [], []

@@ -40,6 +40,12 @@ class MainScreen(MainView):
     def _line_opened(self) -> None:
         self.key_bar.display = False
 
+    @on(CommandLine.NamesFaults)
+    def _names_faults(self) -> None:
+        names = (name for table in self.store.implementations.values() for name in table)
+        if self.store.idle and not any(name.startswith("fault/") for name in names):
+            self.ask("faults")
+
     @on(CommandLine.Entered)
     def _entered(self, event: CommandLine.Entered) -> None:
         name = command_name(event.line)

@@ -124,7 +124,8 @@ class MainView(Screen[None]):
         store = self.store
         if Change.HELLO in change:
             self.site_tree.load(store.sites)
-            self.command_line.sites = list(store.sites)
+            self.command_line.names.sites = {path: site.op for path, site in store.sites.items()}
+            self.command_line.names.implementations = store.implementations
         if Change.STOPPED in change:
             self._stopped()
         if Change.SITES in change:
@@ -146,7 +147,7 @@ class MainView(Screen[None]):
         if change & (Change.STATE | Change.SITES | Change.BREAKS | Change.VALUES):
             self._show_counts()
         if Change.OP in change:
-            self.command_line.expressions = store.tensor_names()
+            self.command_line.names.expressions = store.tensor_names()
         if change & (Change.OP | Change.STATE | Change.LOG):
             self.show_op()
         if change & (Change.READINGS | Change.STOPPED | Change.HELLO | Change.SITES):

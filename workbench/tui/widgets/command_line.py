@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from textual import on
@@ -14,7 +13,7 @@ from textual.widgets import Input, Static
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.commands import parse
-from dsv4_bench.workbench.tui.completion import History, common, complete, hint
+from dsv4_bench.workbench.tui.completion import History, Names, common, complete, hint
 from dsv4_bench.workbench.tui.results import error_text
 
 SEARCH_HINT = "parts of a path, such as  12 topk;  up and down: other matches;  enter stays"
@@ -40,6 +39,9 @@ class CommandLine(Vertical):
     class Opened(Message):
         """Letters are text from now on."""
 
+    class NamesFaults(Message):
+        """A route is being typed that may name a fault: their names are wanted."""
+
     class Searched(Message):
         """Find `text`; `step` 0 from here, 1 the next match, -1 the one before."""
 
@@ -58,8 +60,7 @@ class CommandLine(Vertical):
     def __init__(self, id: str) -> None:
         super().__init__(id=id)
         self.history = History()
-        self.sites: Sequence[str] = ()
-        self.expressions: Sequence[str] = ()
+        self.names = Names()
         self._choices: list[str] = []
         self._searching = False
         self.input = Input(id="line", compact=True, select_on_focus=False)
@@ -112,7 +113,7 @@ class CommandLine(Vertical):
             choices = self._choices
             self._set(choices[(choices.index(text) + 1) % len(choices)])
             return
-        choices = complete(text, self.sites, self.expressions)
+        choices = complete(text, self.names)
         shared = common(choices)
         if len(shared) > len(text):
             self._set(shared)
@@ -136,8 +137,10 @@ class CommandLine(Vertical):
             return
         if self._searching:
             self.post_message(self.Searched(event.value))
-        else:
-            self._hint(hint(event.value))
+            return
+        self._hint(hint(event.value))
+        if event.value.startswith("route ") and "=f" in event.value:
+            self.post_message(self.NamesFaults())
 
     @on(Input.Submitted)
     def _submitted(self, event: Input.Submitted) -> None:
