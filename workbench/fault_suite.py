@@ -19,10 +19,11 @@ import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY, Config
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import OPS, implementation, matches, parse_route
+from dsv4_bench.engine.registry import OPS, RouteEntry, implementation, matches, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
-from dsv4_bench.probes.faults.base import Fault, forget, registered_for_a_while
-from dsv4_bench.workbench.baseline import Baseline
+from dsv4_bench.probes.capture import Captured
+from dsv4_bench.probes.faults.base import PREFIX, Fault, forget, registered_for_a_while
+from dsv4_bench.workbench.baseline import Baseline, Piece
 from dsv4_bench.workbench.checking import Checker, CheckReport
 
 Progress = Callable[[str, int, int], None]
@@ -116,6 +117,27 @@ def _expected(fault: Fault, sites: list[str], layers: list[int | None]) -> Outco
     )
 
 
+class _OnceChecker(Checker):
+    """Judges a kernel on the reference's inputs once a baseline: where it was clean, it stays clean.
+
+    The kernels beside the fault are the same for every fault; judging them is most of a check.
+    """
+
+    def __init__(self, model: Transformer, route: list[RouteEntry], clean: set[Any]) -> None:
+        super().__init__(model, route)
+        self._clean = clean
+
+    def _check_own(self, call: Captured, piece: Piece) -> bool:
+        chosen = self.chosen[call.site.path]
+        key = (id(call), chosen.name, chosen.hash)
+        if key in self._clean:
+            return False
+        found = super()._check_own(call, piece)
+        if not found and not chosen.name.startswith(PREFIX):
+            self._clean.add(key)
+        return found
+
+
 class Suite:
     """Small checkpoints in the layouts that faults ask for, each with one reference run to compare."""
 
@@ -124,6 +146,7 @@ class Suite:
         self.config = config
         self.tokens = prompt(length, config.vocab_size)
         self._baselines: dict[Any, Baseline] = {}
+        self._clean: set[Any] = set()  # calls live as long as their baseline, so ids stay unique
 
     def baseline(self, fault: Fault) -> Baseline:
         """The reference's run of the checkpoint that shows `fault`, made at first use."""
@@ -150,7 +173,8 @@ class Suite:
             sites, layers = [s.path for s in on], [s.layer for s in on]
             forget()
             route = parse_route(["kernel", *fault.route])
-            outcome = judge(fault, sites, layers, Checker(baseline.model, route).against(baseline))
+            report = _OnceChecker(baseline.model, route, self._clean).against(baseline)
+            outcome = judge(fault, sites, layers, report)
         except Exception as error:
             outcome = _expected(fault, sites, layers)
             outcome.crashed = f"{type(error).__name__}: {error}"

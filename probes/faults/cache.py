@@ -39,7 +39,8 @@ def full_ring_not_overwritten(rows: Tensor, slots: Tensor, cache: Tensor) -> Non
 @fault(
     op="cache_write",
     sites="L0/attn/window_write",
-    kinds="rows",
+    kinds="rows stale",
+    why="some rows of the ring keep their old contents",
     source="a copy in vectors of 8 rows",
 )
 def last_rows_not_written(rows: Tensor, slots: Tensor, cache: Tensor) -> None:

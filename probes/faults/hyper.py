@@ -220,7 +220,8 @@ def stream_3_kept(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 @fault(
     op="hc_post",
     sites="L1/attn/hc_post",
-    kinds="permuted",
+    kinds="permuted shifted",
+    why="streams in another order, one further",
     source="post indexed by the wrong stream",
 )
 def post_of_next_stream(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:

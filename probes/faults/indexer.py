@@ -223,8 +223,8 @@ def entry_visible_too_early(
 @fault(
     op="index_score",
     sites="L2/attn/index/score",
-    kinds="positions rows",
-    why="right for the first chunk, later ones see only its entries",
+    kinds="columns stale",
+    why="the columns of entries from earlier chunks; what was there is not carried on",
     source="mlx-lm PR 1189: indexer pool not kept across chunks",
 )
 def entries_of_earlier_chunks_lost(
