@@ -109,11 +109,11 @@ def examine(captured: Captured, forward: int, limits: Limits) -> BundleCall:
             break
     stamp = {k: v for k, v in site.stamp.to_dict().items() if k != "launches"}
     return BundleCall(
-        captured, forward, reference, checks, stamp, _signature(captured, truth, checks)
+        captured, forward, reference, checks, stamp, describe_wrong(captured, truth, checks)
     )
 
 
-def _signature(
+def describe_wrong(
     captured: Captured, truth: Mapping[str, Tensor], checks: Mapping[str, OutputCheck]
 ) -> dict[str, str] | None:
     """Kind and detail of the first output that is over its limit."""
