@@ -25,6 +25,7 @@ _SPREAD = 8.0
 class _Scored:
     """The scoring that a layer's top-k and attention go back to."""
 
+    layer: int | None
     forward: int
     inputs: dict[str, Any]
 
@@ -58,7 +59,7 @@ class IndexProbe(Probe):
         self.reset()
 
     def reset(self) -> None:
-        self._scored: dict[int | None, _Scored] = {}
+        self._scored: _Scored | None = None  # of one layer: its tensors are large
 
     def wants(self, site: Site) -> bool:
         return site.op in ("index_score", "index_topk", "attention")
@@ -66,21 +67,19 @@ class IndexProbe(Probe):
     def observe(self, call: Call) -> Iterable[Reading]:
         layer = call.site.layer
         if call.site.op == "index_score":
-            self._scored[layer] = _Scored(call.forward, call.inputs)
+            self._scored = _Scored(layer, call.forward, call.inputs)
             return ()
-        scored = self._scored.get(layer)
-        if scored is None or scored.forward != call.forward:
+        scored = self._scored
+        if scored is None or (scored.layer, scored.forward) != (layer, call.forward):
             return ()
-        if call.site.op == "index_topk":
-            return self._cut(call, scored)
-        del self._scored[layer]  # its tensors are not kept longer than the layer's attention
-        return self._mass(call, scored)
+        cut = call.site.op == "index_topk"
+        return self._cut(call, scored) if cut else self._mass(call, scored)
 
     def _cut(self, call: Call, scored: _Scored) -> Iterable[Reading]:
         index = call.outputs["index"]
         k, total = index.shape[1], call.inputs["score"].shape[1]
-        rows, note = _rows_with_a_cut(scored, k, index.device)
-        if not len(rows):
+        rows, note = _rows_with_a_cut(scored, k)
+        if not rows:
             return
         exact, noise = exact_scores(scored.inputs, rows, total)  # [s, T], [s]
         best = exact.topk(k + 1)
@@ -101,13 +100,13 @@ class IndexProbe(Probe):
 
     def _mass(self, call: Call, scored: _Scored) -> Iterable[Reading]:
         index, entries = call.inputs["entry_index"], call.inputs["entries"]
-        rows, note = _rows_with_a_cut(scored, index.shape[1], index.device)
-        if not len(rows):
+        rows, note = _rows_with_a_cut(scored, index.shape[1])
+        if not rows:
             return
         step, ratio = scored.step, scored.inputs["ratio"]
         capacity = len(entries) // len(step.starts)
         recall = []
-        for row, (sequence, position) in zip(rows, _places(step, rows.tolist()), strict=True):
+        for row, (sequence, position) in zip(rows, _places(step, rows), strict=True):
             first = sequence * capacity
             visible = entries[first : first + (position + 1) // ratio].float()
             logits = call.inputs["q"][row].float() @ visible.T * call.inputs["scale"]  # [h, v]
@@ -130,12 +129,13 @@ def _places(step: Step, rows: Iterable[int]) -> list[tuple[int, int]]:
     return [places[row] for row in rows]
 
 
-def _rows_with_a_cut(scored: _Scored, k: int, device: torch.device) -> tuple[Tensor, str]:
+def _rows_with_a_cut(scored: _Scored, k: int) -> tuple[list[int], str]:
     """Tokens that see more than k entries, at most `_QUERIES` of them, and words about the sample."""
     step, ratio = scored.step, scored.inputs["ratio"]
     places = _places(step, range(len(step.tokens)))
     rows = [row for row, (_, position) in enumerate(places) if (position + 1) // ratio > k]
-    return sample_rows(torch.tensor(rows, dtype=torch.long, device=device), _QUERIES)
+    chosen, note = sample_rows(torch.tensor(rows, dtype=torch.long), _QUERIES)
+    return chosen.tolist(), note
 
 
 def _mask(index: Tensor, total: int) -> Tensor:
@@ -145,13 +145,13 @@ def _mask(index: Tensor, total: int) -> Tensor:
     return found.scatter_(1, places, True)[:, :total]
 
 
-def exact_scores(inputs: dict[str, Any], rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def exact_scores(inputs: dict[str, Any], rows: list[int], total: int) -> tuple[Tensor, Tensor]:
     """Scores [s, T] float64 of token rows [s], -inf where not visible, and float32's noise [s]."""
     step, ratio, scale = inputs["step"], inputs["ratio"], inputs["scale"]
     q, weights = inputs["q"][rows].double(), inputs["weights"][rows].double()
     exact = q.new_full((len(rows), total), -torch.inf)
     largest = []
-    for i, (sequence, position) in enumerate(_places(step, rows.tolist())):
+    for i, (sequence, position) in enumerate(_places(step, rows)):
         keys = inputs["keys"][sequence, : (position + 1) // ratio].double()  # [visible, id]
         dots = torch.relu(q[i] @ keys.T)  # [ih, visible]
         exact[i, : len(keys)] = scale * (weights[i] @ dots)

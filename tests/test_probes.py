@@ -8,25 +8,9 @@ import torch
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import Weight, quantize_nvfp4
 from dsv4_bench.engine.registry import Site, reference, spec_of
-from dsv4_bench.probes.base import PROBES, Probe, make_probes, probe, probe_that_reads
+from dsv4_bench.probes.base import Probe, make_probes, probe, probe_that_reads
 from dsv4_bench.probes.observation import Observation
-from dsv4_bench.probes.readings import Call, Reading
-from dsv4_bench.workbench.loading import load_plugins
-
-PLUGIN = """
-from dsv4_bench.probes.base import Probe, probe
-
-@probe
-class Peak(Probe):
-    name = "peak"
-    help = "largest absolute output of every linear"
-
-    def wants(self, site):
-        return site.op == "linear"
-
-    def observe(self, call):
-        yield call.reading(self.name, "peak", float(call.outputs["y"].abs().max()))
-"""
+from dsv4_bench.probes.readings import Call
 
 
 def call_of(op, *args, path=None, change=None, **params):
@@ -171,23 +155,6 @@ def test_a_re_run_is_measured_anew():
     assert call.stats("y").abs_max == 2
     call.ran({"y": torch.zeros(1)})
     assert call.stats("y").abs_max == 0
-
-
-def test_the_documented_plugin_probe(tmp_path):
-    file = tmp_path / "peak.py"
-    file.write_text(PLUGIN)
-    try:
-        load_plugins([str(file)])
-        call = call_of(
-            "linear",
-            torch.ones(1, 4),
-            weight=Weight("w", "dense", torch.ones(2, 4)),
-            out_dtype=None,
-        )
-        assert read("peak", call)["peak"] == Reading("L1/attn/linear", "peak", "peak", 4.0, layer=1)
-        assert "peak" in [p.name for p in make_probes(["all"])]
-    finally:
-        PROBES.pop("peak", None)
 
 
 def test_names():
