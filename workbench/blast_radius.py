@@ -25,6 +25,7 @@ import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import SHIPPED
 from dsv4_bench.engine.demo_model import tasks
+from dsv4_bench.engine.demo_model.evaluate import band, count
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
@@ -91,9 +92,9 @@ def metrics(reading: Reading, healthy: Reading, texts: list[tasks.Document]) -> 
             right.tolist(), text.kinds[1:], text.distances[1:], strict=True
         ):
             if kind in _RECALLED:
-                _count(tally[_band(distance)], hit)
+                count(tally, band(distance), hit)
             elif kind == tasks.COPY:
-                _count(tally["copy"], hit)
+                count(tally, "copy", hit)
         kinds = torch.tensor(text.kinds[1:])
         wrong = (theirs == target) & ~right & (kinds != tasks.RANDOM)
         if bool(wrong.any()):
@@ -107,18 +108,6 @@ def metrics(reading: Reading, healthy: Reading, texts: list[tasks.Document]) -> 
         "first_wrong_token": first,
         "changed": changed / total,
     }
-
-
-def _count(entry: list[int], hit: bool) -> None:
-    entry[0] += int(hit)
-    entry[1] += 1
-
-
-def _band(distance: int) -> str:
-    for name, (low, high) in zip(tasks.BAND_NAMES, tasks.BANDS, strict=True):
-        if low <= distance < high:
-            return name
-    raise ValueError(distance)
 
 
 # ------------------------------------------------------------------------------ all faults

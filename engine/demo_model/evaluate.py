@@ -1,11 +1,11 @@
 """Judge a checkpoint of the demo model with this engine: what it says, not how far its numbers are.
 
-    python -m dsv4_bench.engine.demo_model.evaluate [CKPT] [--quick] [--route kernel] [--fault NAME]
+    python -m dsv4_bench.engine.demo_model.evaluate [CKPT] [--quick] [--route kernel]
 
 Texts of 2304 tokens, never seen in training, are read once: the loss, and the share of tokens
 predicted right by kind, recalled values by their distance d to the latest mention. Then prompts
-with one fact at a chosen distance, and a few prompts that are continued greedily. `--fault` makes
-one known mistake in the engine, to see whether the answers show it.
+with one fact at a chosen distance, and a few prompts that are continued greedily. What mistakes in
+the engine do to the answers: `dsv4-bench faults --blast`.
 """
 
 from __future__ import annotations
@@ -27,47 +27,12 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo_model import tasks
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Site, parse_route
+from dsv4_bench.engine.registry import parse_route
 
 HERE = Path(__file__).parent / "checkpoint"
 NEEDLES = (20, 60, 100, 160, 300, 450, 600, 900, 1200, 1600, 2000)
 Tally = dict[str, list[int]]  # right, asked
 Say = Callable[[str], None]
-
-
-def _negate(site: Site) -> None:
-    site.params["scale"] = -site.params["scale"]
-
-
-def _forward(site: Site) -> None:
-    site.params["inverse"] = False
-
-
-def _shift(site: Site) -> None:
-    site.params["ape"] = site.params["ape"].roll(1, 0)
-
-
-def _few(site: Site) -> None:
-    site.params["k"] = 1
-
-
-FAULTS: dict[str, tuple[str, Callable[[Site], None], str]] = {
-    "worst-entries": ("attn/index/score", _negate, "the indexer keeps the worst entries"),
-    "one-entry": ("attn/index/topk", _few, "the indexer keeps one entry"),
-    "no-inverse-rope": ("attn/o_rope", _forward, "the output is rotated forwards"),
-    "ape-off-by-one": ("attn/compressor/pool", _shift, "position bias rows moved by one"),
-    "one-expert": ("ffn/gate", _few, "one expert a token instead of two"),
-}
-
-
-def break_engine(model: Transformer, fault: str) -> int:
-    """Make the named mistake at every site it concerns; how many there are."""
-    ending, change, _ = FAULTS[fault]
-    sites = [site for path, site in model.sites.items() if path.endswith(ending)]
-    for site in sites:
-        change(site)
-        site.use(site.impl)  # binds the parameters anew
-    return len(sites)
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -190,18 +155,15 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=-1, help="prompts for each distance")
     parser.add_argument("--length", type=int, default=2304)
     parser.add_argument("--text", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--fault", default="", choices=("", *FAULTS))
     parser.add_argument("--json", default="", help="also write the result to this file")
     args = parser.parse_args()
     model = Transformer(Checkpoint(args.checkpoint), getattr(torch, args.dtype), args.device)
     if args.route != "reference":
         import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
     model.set_route(parse_route([args.route]))
-    broken = break_engine(model, args.fault) if args.fault else 0
     documents = args.documents or (2 if args.quick else 20)
     each = args.needles if args.needles >= 0 else (0 if args.quick else 8)
     result = evaluate(model, documents, each, args.length, args.text, _narrate)
-    result |= {"fault": args.fault, "sites broken": broken}
     show(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

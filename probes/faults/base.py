@@ -106,7 +106,8 @@ def fault(
                 )
         implementation(op=op, name=PREFIX + title)(function)
         found = known or Fault(title, names, source, doc, **more)
-        found.family = function.__module__.rpartition(".")[2]
+        # A module of the catalogue, or the file name of a plugin.
+        found.family = re.sub(r"^dsv4_plugin_\d+_", "", function.__module__.rpartition(".")[2])
         found.parts[op] = function
         found.sites = (*found.sites, *sites.split())
         FAULTS[title] = found

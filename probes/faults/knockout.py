@@ -50,6 +50,23 @@ def with_every_entry(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
     return index_topk(score, visible, k=score.shape[1])
 
 
+@_knocked_out("index_topk", "*/attn/index/topk", "recall beyond the window needs one entry a head")
+def with_one_entry(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
+    """CSA layers keep the one best entry."""
+    index = index_topk(score, visible, k=k).clone()
+    index[:, 1:] = -1
+    return index
+
+
+@_knocked_out("gate", "*/ffn/gate", "the loss rises: half of what experts add is another's")
+def with_one_expert(x: Tensor, tokens: Tensor, *, scale: float, **more: Any) -> Any:
+    """Every token uses its first expert only, with the whole weight."""
+    routing, chosen, scores = right("gate")(x, tokens, scale=scale, **more)
+    alone = torch.zeros_like(routing)
+    alone[:, 0] = scale
+    return alone, chosen, scores
+
+
 @_knocked_out("attention", "*/attn/core", "what is local is lost: copying, text, recall within it")
 def without_window(
     q: Tensor, window: Tensor, window_index: Tensor, *rest: Any, **params: Any
