@@ -13,7 +13,7 @@ from dsv4_bench.engine.registry import Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most
-from dsv4_bench.probes.sampling import sample_rows
+from dsv4_bench.probes.sampling import on_device, sample_rows
 
 _QUERIES = 8  # as many as are computed again
 _ROUNDOFF = 2.0**-24
@@ -84,7 +84,7 @@ class IndexProbe(Probe):
         exact, noise = exact_scores(scored.inputs, rows, total)  # [s, T], [s]
         best = exact.topk(k + 1)
         last, next_ = best.values[:, k - 1], best.values[:, k]
-        kept = _mask(index[rows], total)
+        kept = _mask(index[on_device(rows, index.device)], total)
         recall = _mask(best.indices[:, :k], total).logical_and(kept).sum(-1) / k
         margin = (last - next_) / noise
         worse = (kept & (exact < (last - noise)[:, None])).sum()
@@ -148,7 +148,8 @@ def _mask(index: Tensor, total: int) -> Tensor:
 def exact_scores(inputs: dict[str, Any], rows: list[int], total: int) -> tuple[Tensor, Tensor]:
     """Scores [s, T] float64 of token rows [s], -inf where not visible, and float32's noise [s]."""
     step, ratio, scale = inputs["step"], inputs["ratio"], inputs["scale"]
-    q, weights = inputs["q"][rows].double(), inputs["weights"][rows].double()
+    index = on_device(rows, inputs["q"].device)
+    q, weights = inputs["q"][index].double(), inputs["weights"][index].double()
     exact = q.new_full((len(rows), total), -torch.inf)
     largest = []
     for i, (sequence, position) in enumerate(_places(step, rows)):

@@ -11,6 +11,7 @@ from dsv4_bench.engine.registry import Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most
+from dsv4_bench.probes.sampling import on_device
 
 
 @probe
@@ -68,5 +69,5 @@ def _occupied(score_state: Tensor, ratio: int) -> Tensor:
 
 def _expected(tail: list[int], ratio: int, call: Call) -> Tensor:
     device = call.outputs["score_state"].device
-    waiting = torch.tensor(tail, device=device)[:, None]
+    waiting = on_device(tail, device)[:, None]
     return torch.arange(ratio, device=device) < waiting

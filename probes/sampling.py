@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,9 @@ def furthest(values: Tensor, target: float) -> Tensor:
     """The one of `values` that is furthest from `target`, 0-d, without waiting for a device."""
     flat = values.flatten()
     return flat.index_select(0, (flat - target).abs().argmax()[None])[0]
+
+
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 numbers of the host [n] as a tensor there, without waiting for what the device does."""
+    tensor = torch.tensor(values, dtype=torch.long)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
