@@ -29,10 +29,12 @@ _STALE_ROWS = 16  # wrong rows that are looked up in earlier outputs
 
 @dataclass(frozen=True)
 class Remembered:
-    """One earlier output, with words for where it came from."""
+    """One earlier output, with words for where it came from; `right` if the reference made it."""
 
+    site: str
     op: str
     output: str
+    right: bool
     label: str
     value: Tensor
 
@@ -46,11 +48,13 @@ class History:
         self._entries: deque[Remembered] = deque()
 
     def add(self, call: Captured, outputs: dict[str, Tensor], forward: int) -> None:
+        right = outputs is call.outputs
         for name, value in outputs.items():
             if not isinstance(value, Tensor) or value.nbytes > self.limit // 16:
                 continue
             label = f"{name} of {call.site.path} in pass {forward}"
-            self._entries.append(Remembered(call.site.op, name, label, value))
+            path, op = call.site.path, call.site.op
+            self._entries.append(Remembered(path, op, name, right, label, value))
             self.used += value.nbytes
         while self.used > self.limit:
             self.used -= self._entries.popleft().value.nbytes
@@ -111,9 +115,10 @@ class Diagnosis:
         rows = positions if positions is not None and len(positions) == len(truth) else None
         difference = Difference(name, ours.double(), truth.double(), limit, rows, groups)
         seen = sharp(difference)
-        if seen is not None and seen.kind == "nan":
+        if seen is not None and bool((ours.isnan() & ~truth.isnan()).any()):
             return seen
-        if seen is not None and seen.kind != "padding":  # padding: finite where -inf is due
+        # Of non-finite values all but NaN may be what something else than a bad number left behind.
+        if seen is not None and seen.kind not in ("nan", "padding"):
             explained = self._explain(call, verdict, groups, seen.kind)
             return seen if explained is None else _combined(seen, explained)
         explained = self._explain(call, verdict, groups, None)
@@ -158,6 +163,26 @@ class Diagnosis:
                 call, name, truth, earlier.value
             ):
                 return Signature("stale", f"{name} equals {earlier.label}")
+        return self._unmoved(call, name, ours, truth)
+
+    def _unmoved(self, call: Captured, name: str, ours: Tensor, truth: Tensor) -> Signature | None:
+        """Wrong rows that all are what the same site had in them in an earlier pass."""
+        if ours.dim() < 2 or not judged(call, name, truth):
+            return None
+        wrong = rows_of((ours - truth).abs() > 0.1 * truth.abs()).any(1)
+        rows = wrong.nonzero().flatten()
+        if len(rows) < 2:
+            return None
+        for earlier in self.history.of(call.site.op, name):
+            was = earlier.value
+            mine = earlier.site == call.site.path and earlier.right
+            if not mine or was.shape[1:] != ours.shape[1:] or int(rows[-1]) >= len(was):
+                continue
+            if torch.equal(ours[rows], was[rows]):
+                where = words_for_rows(wrong, {})
+                return Signature(
+                    "stale", f"{name} still is what it was in an earlier pass in {where}"
+                )
         return None
 
     def _stale_rows(self, call: Captured, name: str, d: Difference) -> Signature | None:

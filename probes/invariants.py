@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.signatures import Signature
 
@@ -123,7 +124,7 @@ def _pre(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
     gram = x @ x.transpose(1, 2)
     ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-30  # the streams may be equal
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    side = (x @ outputs["u"].double().unsqueeze(-1)).nan_to_num()
+    side = x @ outputs["u"].double().unsqueeze(-1)
     pre = torch.linalg.solve(gram + ridge[:, None, None] * eye, side)
     return _largest(-pre)
 
@@ -212,6 +213,21 @@ def _untouched(inputs: dict[str, Any], outputs: Values, truth: Values) -> float:
 # ------------------------------------------------------------------------------ scales
 
 
+def weights_of(call: Captured) -> list[Weight]:
+    """Every weight that a call reads; of a layer's experts those that were chosen."""
+    found: list[Weight] = []
+    for value in call.inputs.values():
+        if isinstance(value, Weight):
+            found.append(value)
+        elif isinstance(value, Expert):
+            found.extend(value)
+    if call.site.op == "experts":
+        bank = call.inputs["bank"]
+        for number in sorted(set(call.inputs["experts"].flatten().tolist())):
+            found.extend(bank[number])
+    return found
+
+
 def check_scales(weight: Weight) -> Held | None:
     """Scales of a quantised weight are finite and not negative, its global scale positive.
 
@@ -219,8 +235,7 @@ def check_scales(weight: Weight) -> Held | None:
     """
     if weight.scale is None:
         return None
-    scale = weight.scale.float()
+    scale = weight.scale.float()  # e8m0 too: byte 255 is NaN
     bad = int((~torch.isfinite(scale) | (scale < 0)).sum())
     bad += not (math.isfinite(weight.global_scale) and weight.global_scale > 0)
-    words = f"scales of {weight.name} are finite and positive"
-    return Held(words, float(bad), 0.0, "nan" if bad else "unexplained")
+    return Held(f"scales of {weight.name} are finite and positive", float(bad), 0.0, "nan")

@@ -167,7 +167,9 @@ def judge_values(
         error, row = tensor_and_row_error(value, right)
         if error / limit >= verdict.error / (verdict.limit or 1.0):
             verdict.error, verdict.limit = error, limit
-        if bool(masks_differ(value, right).any()) or error > limit or row > row_limit:
+        if bool(masks_differ(value, right).any()):  # the most telling of all
+            verdict.broken.insert(0, Broken(name, max(error, row), limit))
+        elif error > limit or row > row_limit:
             verdict.broken.append(Broken(name, max(error, row), limit))
     return verdict
 
@@ -243,7 +245,9 @@ def judge_memory(
     changed = changed_outputs(verdict.outputs, run.outputs)
     if changed:
         verdict.runs.append(run.outputs)
-        verdict.broken.insert(0, _poison_evidence(call, function, verdict, changed[0]))
+        evidence = _poison_evidence(call, function, verdict, changed[0])
+        uninitialised = evidence.signature is not None and evidence.signature.kind != "padding"
+        verdict.broken.insert(0 if uninitialised else len(verdict.broken), evidence)
 
 
 def _again(call: Captured, function: Function, verdict: Verdict, repeats: int) -> Broken | None:
@@ -279,16 +283,17 @@ def _poison_evidence(call: Captured, function: Function, verdict: Verdict, name:
     differs = rows_of((first != second) & ~(first.isnan() & second.isnan())).any(1)
     where = f"in {int(differs.sum())} of {len(differs)} rows, first row {int(differs.nonzero()[0])}"
     sources = {
+        "guards": ("padding", f"{name} depends on memory outside its arguments {where}"),
         "memory": ("nondeterministic", f"{name} holds uninitialised memory {where}"),
         "rows": ("padding", f"{name} depends on rows that no index names, {where}"),
     }
     for source, (kind, words) in sources.items():
-        switches = {key: key == source for key in sources}
+        memory, rows = source == "memory", source == "rows"
         try:
-            outputs = poisoned_run(call, function, **switches).outputs
+            outputs = poisoned_run(call, function, memory=memory, rows=rows).outputs
         except Exception as error:
             return Broken(name, _ANY, 0.0, Signature(kind, f"{words}; {raised(error).detail}"))
         if changed_outputs(verdict.outputs, {**verdict.outputs, name: outputs[name]}):
             return Broken(name, _distance(second, first), 0.0, Signature(kind, words))
-    words = f"{name} depends on memory outside its arguments {where}"
-    return Broken(name, _distance(second, first), 0.0, Signature("padding", words))
+    words = f"{name} differs on poisoned memory {where}"
+    return Broken(name, _distance(second, first), 0.0, Signature("nondeterministic", words))

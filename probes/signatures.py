@@ -232,7 +232,7 @@ def _rearrangements(truth: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor | 
     if truth.dim() >= 2 and truth.shape[-1] == truth.shape[-2]:
         yield "transposed", "has its last two axes exchanged", truth.transpose(-1, -2), None
     width = truth.shape[-1]
-    if width % 2 == 0 and truth.dim() >= 2:
+    if width % 2 == 0 and width > 2 and truth.dim() >= 2:
         halves = torch.cat((truth[..., width // 2 :], truth[..., : width // 2]), -1)
         yield "halves_swapped", "has its two halves exchanged", halves, None
         pairs = truth.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

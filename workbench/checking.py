@@ -21,9 +21,10 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, RouteEntry, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.capture import Capture, Captured
+from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.diagnosis import Diagnosis
-from dsv4_bench.probes.invariants import check_invariants
+from dsv4_bench.probes.invariants import Held, check_invariants, check_scales, weights_of
 from dsv4_bench.probes.judging import (
     Broken,
     Verdict,
@@ -34,6 +35,7 @@ from dsv4_bench.probes.judging import (
     judge_values,
     raised,
 )
+from dsv4_bench.probes.layout import storage_key
 from dsv4_bench.probes.limits import judged, move_inputs
 from dsv4_bench.probes.metrics import measure, relative_error
 from dsv4_bench.probes.signatures import Signature
@@ -46,6 +48,9 @@ __all__ = ["Baseline", "CheckReport", "Checker", "Finding", "default_chunks"]
 
 Progress = Callable[[str, int, int], None]
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
+# Before an alarm noise is measured on the inputs at hand: so often, and until there are so many values;
+# the largest of one or two says nothing.
+_NOISE_SEEDS, _NOISE_VALUES = 4, 64
 # A fault that only the route's own run shows is one of memory, and gross; its inputs, off by what came
 # before, may amplify rounding more than those the limits were made on.
 _IN_RUN_SLACK = 4.0
@@ -56,15 +61,17 @@ class RouteCapture(Capture):
 
     `right`: the reference's calls by path. Where an implementation raises or breaks its contract
     the reference takes over on the same inputs, and if it cannot, its outputs of its own run do;
-    `problems` has what happened, by path.
+    `problems` has what happened, by path. An output that somebody overwrites before it is read is one.
     """
 
     def __init__(self, right: dict[str, Captured]) -> None:
         super().__init__()
         self.right = right
         self.problems: dict[str, Signature] = {}
+        self._live: dict[int, list[tuple[str, str, Tensor, Tensor]]] = defaultdict(list)
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        self._check_reads(site, args)
         expected = self.right.get(site.path)
         count = len(self.calls)
         try:
@@ -79,7 +86,21 @@ class RouteCapture(Capture):
                 site.spec.bind(args, site.params)[name].copy_(before)
             assert broken[0].signature is not None
             return self._replaced(site, args, broken[0].signature)
+        for name in site.spec.outputs:
+            live = ours.outputs.get(name)
+            if live is not None:
+                ours.outputs[name] = live.clone()
+                self._live[storage_key(live)].append((site.path, name, live, ours.outputs[name]))
         return result
+
+    def _check_reads(self, site: Site, args: tuple[Any, ...]) -> None:
+        """Whether the outputs that `site` is about to read are still what they were when returned."""
+        for value in args:
+            entries = self._live.get(storage_key(value), []) if isinstance(value, Tensor) else []
+            for path, name, live, returned in entries:
+                if not bits_equal(live, returned):
+                    words = f"{name} is overwritten before {site.path} reads it: another op writes to its memory"
+                    self.problems.setdefault(path, Signature("stale", words))
 
     def _replaced(self, site: Site, args: tuple[Any, ...], problem: Signature) -> Any:
         self.problems[site.path] = problem
@@ -134,6 +155,7 @@ class Checker:
         started = time.perf_counter()
         self.limits = self.report.limits = baseline.limits
         self.diagnosis = Diagnosis(self.limits, self.model.config)
+        self._scales_seen: set[tuple[str, str]] = set()
         self._judged: dict[str, list[Judged]] = defaultdict(list)
         cache, step, x = self.model.new_cache(), None, torch.empty(0)
         for number, piece in enumerate(baseline.pieces()):
@@ -203,7 +225,7 @@ class Checker:
                 )
             self.diagnosis.history.add(call, call.outputs, piece.forward)
             if other is not None and changed_outputs(call.outputs, other.outputs):
-                self.diagnosis.history.add(other, other.outputs, piece.forward)
+                self.diagnosis.history.add(call, other.outputs, piece.forward)
 
     # ------------------------------------------------------------------ judging
 
@@ -214,6 +236,13 @@ class Checker:
         if seen is None or seen.samples < _NOISE_SAMPLES:
             noisy = call.oracle(**move_inputs(call, self.model.dtype))
         self.limits.learn(call, call.truth, noisy)
+
+    def _learn_noise(self, call: Captured) -> None:
+        """Measure rounding noise on these very inputs: sums that cancel amplify it."""
+        values = max(value.numel() for value in call.truth.values())
+        for seed in range(1, 1 + max(_NOISE_SEEDS, _NOISE_VALUES // max(values, 1))):
+            noisy = call.oracle(**move_inputs(call, self.model.dtype, seed))
+            self.limits.learn(call, call.truth, noisy)
 
     def _check_own(self, call: Captured, piece: Piece) -> bool:
         """Judge an op on the reference's inputs; whether something was found."""
@@ -229,6 +258,9 @@ class Checker:
                 self._find(call, piece, item, item.signature)
             return True
         verdict = judge_values(call, outputs, call.truth, self.limits)
+        if verdict.broken:
+            self._learn_noise(call)
+            verdict = judge_values(call, outputs, call.truth, self.limits)
         judge_memory(call, function, verdict, self.repeats, self.poison)
         check = self.report.sites[call.site.path]
         if verdict.error >= check.own_error:
@@ -244,19 +276,21 @@ class Checker:
         widened = {name: value.double() for name, value in reference.items()}
         if not judge_values(alike, other.outputs, widened, self.limits, _IN_RUN_SLACK).broken:
             return
-        noisy = alike.oracle(**move_inputs(alike, self.model.dtype))
-        self.limits.learn(alike, alike.truth, noisy)
+        self._learn_noise(alike)
         verdict = judge_values(alike, other.outputs, alike.truth, self.limits, _IN_RUN_SLACK)
         self._name(alike, piece, verdict, own=False)
 
     def _name(self, call: Captured, piece: Piece, verdict: Verdict, own: bool) -> bool:
         """Turn what is broken into findings; an invariant raises one only where nothing else did."""
-        held = check_invariants(call, verdict.outputs)
+        held = {**check_invariants(call, verdict.outputs), **self._scales(call)}
         self._keep_invariants(call, held)
         broken_ones = [item for item in held.values() if not item.ok]
         sentences = [item.sentence for item in broken_ones]
-        for broken in verdict.broken:
-            signature = self.diagnosis.name(call, verdict, broken, piece.positions)
+        named = [
+            (self.diagnosis.name(call, verdict, broken, piece.positions), broken)
+            for broken in verdict.broken
+        ]
+        for signature, broken in sorted(named, key=lambda item: item[0].kind == "unexplained"):
             self._find(call, piece, broken, signature, own, verdict, sentences)
         if not verdict.broken:
             for item in broken_ones:
@@ -264,7 +298,14 @@ class Checker:
                 self._find(call, piece, broken, item.signature, own, verdict, sentences)
         return bool(verdict.broken) or bool(sentences)
 
-    def _keep_invariants(self, call: Captured, held: dict[str, Any]) -> None:
+    def _scales(self, call: Captured) -> dict[str, Held]:
+        """Scales of the weights that this call is the first to read."""
+        new = [w for w in weights_of(call) if (call.site.path, w.name) not in self._scales_seen]
+        self._scales_seen.update((call.site.path, weight.name) for weight in new)
+        found = [held for weight in new if (held := check_scales(weight)) is not None]
+        return {held.words: held for held in found}
+
+    def _keep_invariants(self, call: Captured, held: dict[str, Held]) -> None:
         kept = self.report.sites[call.site.path].invariants
         for words, item in held.items():
             if words not in kept or item.value > kept[words].value:

@@ -16,9 +16,11 @@ from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.hypotheses.base import Hypothesis
 from dsv4_bench.probes.hypotheses.weights import changed_weights
 
+_UNORDERED = 16  # an axis up to this long counts streams, heads or experts, not a sequence
+
 
 def changed_arguments(call: Captured) -> Iterator[Hypothesis]:
-    """One argument changed, whatever the op; order of arguments and of likelihood."""
+    """One argument changed, whatever the op; weights first, then the smallest: quickest to try."""
     inputs = call.inputs
     running = {n: v for n, v in inputs.items() if n not in call.site.params}
     yield from _exchanged(running)
@@ -26,7 +28,7 @@ def changed_arguments(call: Captured) -> Iterator[Hypothesis]:
         if isinstance(value, Weight):
             for kind, words, weight in changed_weights(value):
                 yield Hypothesis(kind, f"{name}: {words}", {name: weight})
-    for name, value in inputs.items():
+    for name, value in sorted(inputs.items(), key=lambda item: _size(item[1])):
         if isinstance(value, Tensor) and value.numel():
             if value.is_floating_point():
                 yield from _reordered(name, value)
@@ -46,6 +48,10 @@ def changed_arguments(call: Captured) -> Iterator[Hypothesis]:
             yield from _steps(name, value)
         if isinstance(value, (Tensor, Weight)) and name in call.site.params:
             yield Hypothesis("decision_flip", f"{name} is ignored", {name: None})
+
+
+def _size(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def _exchanged(running: dict[str, Any]) -> Iterator[Hypothesis]:
@@ -74,9 +80,11 @@ def _reordered(name: str, value: Tensor) -> Iterator[Hypothesis]:
         label = "row" if axis == 0 else "column" if axis == value.dim() - 1 else "head"
         if length < 2:
             continue
+        # Heads and streams are no sequence: there the next one's is another's.
+        kind = "permuted" if axis > 0 and length <= _UNORDERED else "shifted"
         for shift in (1, -1):
             yield Hypothesis(
-                "shifted",
+                kind,
                 f"{name} is read {abs(shift)} {label} too {'early' if shift > 0 else 'late'}",
                 {name: value.roll(shift, axis)},
                 edge=1 if axis == 0 else 0,

@@ -258,6 +258,8 @@ def rope_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis]
         yield Hypothesis("positions", words, {"positions": positions // ratio})
         words = f"window numbers are multiplied by {ratio}"
         yield Hypothesis("positions", words, {"positions": positions * ratio})
+        words = f"positions are counted within {ratio}"
+        yield Hypothesis("positions", words, {"positions": positions % ratio})
         for shift in (ratio - 1, ratio):
             words = f"positions are {shift} too high"
             yield Hypothesis("shifted", words, {"positions": positions + shift})

@@ -204,12 +204,12 @@ def _fit(
     ours: Tensor, truth: Tensor, guess: Tensor, limit: float, axis: int, edge: int
 ) -> tuple[Tensor, bool] | None:
     """(wrong slices, whether `guess` is right for all of them), None if it leaves a wrong one."""
-    before = _slice_errors(ours, truth, axis)
-    after = _slice_errors(ours, guess, axis)
+    before = _slice_errors(ours, truth, truth, axis)
+    after = _slice_errors(ours, guess, truth, axis)
     wrong = before > limit
     if not bool(wrong.any()) and float(before.max()) > 0.5 * limit > 0:
         wrong = before > 0.2 * float(before.max())  # over the limit of the whole tensor only
-    allowed = (_LEFT_OVER * before).clamp(min=limit)
+    allowed = (_LEFT_OVER * before.nan_to_num(posinf=0.0)).clamp(min=limit)
     fits = (after <= allowed) & (~wrong | (after <= 0.3 * before))
     if edge and axis == 0 and len(fits) > 2 * edge:
         fits[:edge] = True
@@ -219,19 +219,19 @@ def _fit(
     return wrong, bool(fits.all())
 
 
-def _slice_errors(ours: Tensor, other: Tensor, axis: int) -> Tensor:
-    """Relative L2 [slices] along `axis`; infinite where non-finite values differ.
+def _slice_errors(ours: Tensor, other: Tensor, truth: Tensor, axis: int) -> Tensor:
+    """|ours - other| of each slice along `axis`, relative to the larger of ours and the truth.
 
-    Integers: 1 where a slice differs.
+    Infinite where non-finite values differ. Integers: 1 where a slice differs.
     """
-    a, b = (rows_of(t.movedim(axis, 0)) for t in (ours, other))
+    a, b, right = (rows_of(t.movedim(axis, 0)) for t in (ours, other, truth))
     if not b.is_floating_point():
         return (a != b).any(1).double()
-    a, b = a.double(), b.double()
+    a, b, right = a.double(), b.double(), right.double()
     same = (a == b) | (a.isnan() & b.isnan())
     finite = torch.isfinite(a) & torch.isfinite(b)
     difference = torch.where(finite, a - b, 0.0).norm(dim=1)
-    norms = torch.where(torch.isfinite(b), b, 0.0).norm(dim=1)
+    norms = torch.maximum(*(torch.where(torch.isfinite(t), t, 0.0).norm(dim=1) for t in (a, right)))
     typical = float(norms.square().mean().sqrt()) if len(norms) else 0.0
     errors = difference / norms.clamp(min=max(1e-2 * typical, 1e-30))
     return torch.where((finite | same).all(1), errors, torch.inf)
@@ -268,7 +268,7 @@ def _screening(call: Captured, ours: Values, limits: Limits) -> tuple[Captured, 
     wrong = torch.zeros(length)
     for name, truth in call.truth.items():
         if name in ours and len(truth) == length:
-            errors = _slice_errors(ours[name], truth, 0)
+            errors = _slice_errors(ours[name], truth, truth, 0)
             bound = limits.of(op, name)[1] if judged(call, name, truth) else 0.0
             wrong += (errors > bound).float().cpu()
     totals = wrong.cumsum(0)
@@ -329,7 +329,7 @@ def _total_error(call: Captured, ours: Values, changed: dict[str, Any], limits: 
     total = 0.0
     for name, truth in call.truth.items():
         if judged(call, name, truth):
-            errors = _slice_errors(ours[name], guess[name], 0)
+            errors = _slice_errors(ours[name], guess[name], truth, 0)
             total += float(errors.square().mean().sqrt().nan_to_num(nan=1e9, posinf=1e9))
     return total
 

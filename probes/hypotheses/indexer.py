@@ -24,7 +24,7 @@ def compressor_variants(call: Captured, config: Config | None) -> Iterator[Hypot
     ape, kv, score = a["ape"], a["kv"], a["score"]
     ratio, width = ape.shape
     overlap = a["kv_state"].shape[1] == 2 * ratio
-    yield Hypothesis("flushed", "the position bias (ape) is left out", {"ape": ape * 0})
+    yield Hypothesis("constant_factor", "the position bias (ape) is left out", {"ape": ape * 0})
     yield Hypothesis("constant_factor", "the position bias (ape) is added twice", {"ape": ape * 2})
     for shift in (1, -1):
         words = f"the position bias (ape) is shifted by {shift} row"
@@ -39,6 +39,9 @@ def compressor_variants(call: Captured, config: Config | None) -> Iterator[Hypot
             "kv_state": a["kv_state"].roll(half, 2),
             "score_state": a["score_state"].roll(half, 2),
         }
+        fresh = {name: swapped[name] for name in ("kv", "score", "ape")}
+        words = "the two halves of the channels are exchanged"
+        yield Hypothesis("halves_swapped", words, fresh)
         words = "previous and current window take each other's half of the channels"
         yield Hypothesis("halves_swapped", words, predict=partial(_unrolled, call, swapped, half))
         yield from _overlap(call)
@@ -90,7 +93,7 @@ def _state(call: Captured) -> Iterator[Hypothesis]:
         return {**call.truth, "score_state": call.oracle(ape=call.inputs["ape"] * 0)["score_state"]}
 
     words = "the state keeps scores without the position bias"
-    yield Hypothesis("flushed", words, predict=without_bias)
+    yield Hypothesis("constant_factor", words, predict=without_bias)
     yield from _unreset(call)
 
 

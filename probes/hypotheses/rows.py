@@ -52,7 +52,7 @@ def write_variants(call: Captured, config: Config | None) -> Iterator[Hypothesis
                 cut = slots.clone()
                 cut[part] = -1
                 text = f"the {words} {count} rows are not written"
-                yield Hypothesis("stale", text, predict=partial(written, cut))
+                yield Hypothesis("rows", text, predict=partial(written, cut))
 
 
 @candidates("gather_swa")
