@@ -61,10 +61,10 @@ def measure(
 ) -> Honesty:
     """Run `pieces` of one sequence through new caches, with and without `probes`, on the model's route.
 
-    Each of `rounds` runs both ways, after one run that is not timed; the better time counts. Taps that
-    were set are set again afterwards; launches are counted in the stamps. Costs 2 `rounds` + 1 runs.
+    Each of `rounds` runs both ways, after one run that is not timed; the better time counts. Taps and
+    counts of launches are put back afterwards. Costs 2 `rounds` + 1 runs.
     """
-    taps = {site: site.tap for site in model.sites.values()}
+    before = [(site, site.tap, site.stamp.launches) for site in model.sites.values()]
     times: dict[bool, list[float]] = {False: [], True: []}
     changed: dict[str, None] = {}
     try:
@@ -81,8 +81,8 @@ def measure(
                 who = "" if watched else " (without probes)"
                 changed |= {f"{name}{who}": None for name, equal in same.items() if not equal}
     finally:
-        for site, tap in taps.items():
-            site.tap = tap
+        for site, tap, launches in before:
+            site.tap, site.stamp.launches = tap, launches
     assert watch is not None
     taken = {(reading.probe, reading.site) for reading in watch.readings}
     return Honesty(

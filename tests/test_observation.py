@@ -68,12 +68,13 @@ def test_a_probe_that_changes_bits_is_found_out(make_checkpoint: MakeCheckpoint)
     model = model_of(make_checkpoint("nvfp4"), torch.float32, "reference")
     site = model.sites["embed"]
     site.tap = marker = lambda site, args: site.run(args)
+    site.stamp.launches = 7
     found = measure(model, [TOKENS[:20], TOKENS[20:21]], [Meddler()])
     assert found.changed[:2] == ("logits of pass 0", "logits of pass 1")
     assert not any(name.startswith("L1 ring") for name in found.changed)  # written before the core
     assert "L2 ring" in found.changed and found.sites == {"meddler": 1}
     assert "PROBES CHANGED BITS of logits of pass 0 and" in found.sentence
-    assert site.tap is marker  # whoever watched before watches again
+    assert site.tap is marker and site.stamp.launches == 7  # as if nobody had measured
     assert found.observed == 2 < found.ops
 
 
@@ -276,11 +277,12 @@ def test_the_documented_probe_runs_from_the_command_line(
     file, script = tmp_path / "peak.py", tmp_path / "steps.txt"
     file.write_text(code)
     script.write_text(
-        "break L1/attn/wq_a\ncontinue\nprint y.abs().max()\nreadings L1/attn/wq_a peak\n"
+        "break L1/attn/wq_a\ncontinue\nprint y.abs().max()\nhonesty\nreadings L1/attn/wq_a peak\n"
     )
     arguments = [str(make_checkpoint("nvfp4")), "--plugin", str(file), "--probes", "peak"]
     assert main(["script", str(script), *arguments, "--json"]) == 0
     results = [row["result"] for row in json.loads(capfd.readouterr().out)["commands"]]
+    assert results[3]["changed"] == [] and results[3]["sites"]["peak"] > 20
     (reading,) = results[-1]["readings"]
     assert (reading["site"], reading["probe"], reading["name"]) == ("L1/attn/wq_a", "peak", "peak")
     assert reading["value"] == pytest.approx(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from dsv4_bench.engine.errors import DSV4Error, did_you_mean
 from dsv4_bench.engine.registry import Site, matches, select_sites
 from dsv4_bench.probes.base import PROBES, make_probes, probe_that_reads
+from dsv4_bench.probes.honesty import measure
 from dsv4_bench.workbench import goals, views
 from dsv4_bench.workbench.breakpoints import Breakpoint, parse_breakpoint
 from dsv4_bench.workbench.debugger import Debugger, Restart, Rewind
-from dsv4_bench.workbench.heat import heat_view
+from dsv4_bench.workbench.heat import heat_view, parse_request
 from dsv4_bench.workbench.loading import read_route
 from dsv4_bench.workbench.reloading import Reloader
+
+if TYPE_CHECKING:
+    from dsv4_bench.workbench.comparing import Comparing
 
 _TEXT_LIMIT = 20000  # characters of a printed value
 _PRINT = {"threshold": 400, "edgeitems": 4, "linewidth": 120, "precision": 6, "sci_mode": None}
@@ -30,10 +35,16 @@ class EngineCommands:
     """
 
     def __init__(
-        self, debugger: Debugger, tokenizer: Any = None, plugins: Sequence[str] = ()
+        self,
+        debugger: Debugger,
+        tokenizer: Any = None,
+        plugins: Sequence[str] = (),
+        layout: str = "",
     ) -> None:
         self.debugger = debugger
         self.tokenizer = tokenizer
+        self.layout = layout
+        self.comparing: Comparing | None = None
         self.watches: list[str] = []
         self.reloader = Reloader(debugger, plugins)
 
@@ -324,6 +335,35 @@ class EngineCommands:
     def do_heatmap(self, request: str = "") -> dict[str, Any]:
         return heat_view(self.debugger, request)
 
+    def do_bundle(self, out: str, sites: str = "*") -> dict[str, Any]:
+        """The current layer as a bundle; its parts are imported when they are needed."""
+        from dsv4_bench.workbench.bundle_here import write_bundle_here
+
+        command = ["dsv4-bench", "tui", f"bundle {out} {sites}"]
+        written = write_bundle_here(self.debugger, Path(out), sites, self.layout, command)
+        first = f"; first over its limit: {written.first['sentence']}" if written.first else ""
+        text = f"wrote {written.path}: {written.calls} ops, {written.bytes / 1e6:.1f} MB"
+        text += f", {len(written.left_out)} left out" if written.left_out else ""
+        return {**written.to_dict(), "text": text + first}
+
+    def do_compare(self, a: str, b: str) -> dict[str, Any]:
+        from dsv4_bench.workbench.comparing import Comparing
+
+        def progress(text: str, done: int, total: int) -> None:
+            if self.debugger.pause:
+                raise DSV4Error(f"compare: paused at op {done} of {total}")
+
+        self.comparing = Comparing(a, b, progress)
+        return self.comparing.to_dict()
+
+    def do_difference(self, request: str) -> dict[str, Any]:
+        if self.comparing is None:
+            raise DSV4Error("nothing is compared", "`compare A B` first")
+        number, _, rest = request.partition(" ")
+        if not number.isdigit():
+            raise DSV4Error(f"difference: {number!r} is not the number of an op")
+        return self.comparing.difference(int(number), parse_request(rest))
+
     def do_sites(self) -> dict[str, Any]:
         return {"sites": views.sites_view(self.debugger)}
 
@@ -338,6 +378,15 @@ class EngineCommands:
         order = {path: i for i, path in enumerate(self.debugger.model.sites)}
         rows.sort(key=lambda row: order.get(row["site"], -1))
         return {"readings": rows}
+
+    def do_honesty(self) -> dict[str, Any]:
+        """Runs the prompt three times on caches of its own; the session stays where it is."""
+        debugger = self.debugger
+        spans = [span for span in debugger.plan.spans() if span[1] <= len(debugger.tokens)]
+        pieces = [debugger.tokens[start:stop] for start, stop in spans]
+        probes = make_probes([probe.name for probe in debugger.probes])
+        found = measure(debugger.model, pieces, probes)
+        return {**found.to_dict(), "text": found.sentence}
 
     def do_stamps(self) -> dict[str, Any]:
         sites = self.debugger.model.sites.values()
