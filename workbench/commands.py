@@ -25,7 +25,9 @@ class Argument:
 
 @dataclass(frozen=True)
 class SessionCommand:
-    """One row; `runs` marks commands that let the engine run until the next stop."""
+    """One row; `runs` marks commands that let the engine run until the next stop, `long` those that
+    keep it busy where it stands. `pause` ends both.
+    """
 
     name: str
     help: str
@@ -34,6 +36,7 @@ class SessionCommand:
     where: str = "worker"
     runs: bool = False
     logged: bool = True
+    long: bool = False
     group: str = "Look"
 
     @property
@@ -147,6 +150,7 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         "run the whole reference beside this run, show how far errors have spread: on, off",
         (Argument("what", "word", True),),
         ("X",),
+        long=True,
         group="Change",
     ),
     SessionCommand(
@@ -199,6 +203,12 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         (_SITE, Argument("probe", "word", True)),
         (),
     ),
+    SessionCommand(
+        "honesty",
+        "run the prompt with and without the probes: coverage, slow-down, changed bits",
+        (),
+        (),
+    ),
     SessionCommand("print", "values: print o[0,:8]", (_REST,), ("p",)),
     SessionCommand(
         "eval", "a torch expression over the current inputs and outputs", (_REST,), ("e",)
@@ -208,6 +218,28 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         "evaluate an expression at every stop; no argument lists",
         (Argument("expression", "rest", True),),
         ("w",),
+    ),
+    SessionCommand(
+        "bundle",
+        "write this layer's ops, or those under SITES, to OUT or OUT.zip for a bug report",
+        (Argument("out"), Argument("sites", "site", True)),
+        ("W",),
+        long=True,
+    ),
+    SessionCommand(
+        "compare",
+        "two bundles of the same run: which ops differ, and where first",
+        (Argument("a"), Argument("b")),
+        (),
+        logged=False,
+        long=True,
+    ),
+    SessionCommand(
+        "difference",
+        "the map of op N of the comparison: N [OUTPUT] [rows=A:B] [columns=A:B] [cells=HxW]",
+        (Argument("request", "rest"),),
+        (),
+        logged=False,
     ),
     SessionCommand("stamps", "what really ran at each site", (), ()),
     SessionCommand(

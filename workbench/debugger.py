@@ -132,8 +132,8 @@ class Debugger:
         self.breaks: list[Breakpoint] = []
         self.probes: list[Probe] = []
         self._complained: set[str] = set()  # probes whose exception was logged
-        self._spans = plan.spans()
-        self.shadow = Shadow(model, self._spans, self._timed, self._between_reference_layers)
+        self.spans = plan.spans()
+        self.shadow = Shadow(model, self.spans, self._timed, self._between_reference_layers)
         self.clear()
         set_taps(model.sites.values(), self)
 
@@ -146,6 +146,7 @@ class Debugger:
         self.forward = 0  # the pass that runs, or ran last
         self.complete = False  # whether it ran to its end
         self.span = (0, 0)
+        self.step: Step | None = None  # over `span`
         self.layer = -1
         self.index = -1
         self.order: list[str] = []
@@ -187,7 +188,7 @@ class Debugger:
 
     def forwards(self) -> int:
         """Forward passes in the whole plan."""
-        return len(self._spans)
+        return len(self.spans)
 
     # -- running
 
@@ -223,7 +224,7 @@ class Debugger:
     def _run_plan(self) -> None:
         if self.goal is None:
             self.talk()
-        for number, span in enumerate(self._spans):
+        for number, span in enumerate(self.spans):
             if number < self.forward or (number == self.forward and self.complete):
                 continue
             start = span[0]
@@ -237,7 +238,7 @@ class Debugger:
 
     def _plan_forward(self) -> Step:
         """The step over `span`, and the order of its ops."""
-        step = self.cache.step([self.tokens[self.span[0] : self.span[1]]])
+        step = self.step = self.cache.step([self.tokens[self.span[0] : self.span[1]]])
         self.order = self.model.schedule(step)
         self._at = {path: i for i, path in enumerate(self.order)}
         return step
@@ -297,6 +298,12 @@ class Debugger:
             return 0
         group = f"L{layer}/" if layer < len(self.model.layers) else "head/"
         return next(i for i, path in enumerate(self.order) if path.startswith(group))
+
+    def sites_of(self, layer: int) -> list[Site]:
+        """The sites of a layer; -1 is embed, the number of layers the head."""
+        group = f"L{layer}/" if layer < len(self.model.layers) else "head/"
+        group = "embed" if layer < 0 else group
+        return [site for path, site in self.model.sites.items() if path.startswith(group)]
 
     def layer_at(self, index: int) -> int:
         """The layer that op `index` of `order` belongs to, as `Rewind` counts them."""
@@ -379,7 +386,7 @@ class Debugger:
         call, outputs, result = held.call, held.call.outputs, held.result
         written = {name: call.inputs[name].clone() for name in call.before}
         self.put_back(call)
-        self._emit_running(call.site, call.site.impl)
+        self.tell_running(call.site, call.site.impl)
         try:
             self.execute(held)
         except (Exception, SystemExit):
@@ -442,7 +449,7 @@ class Debugger:
         other = self.shadow.other(site)
         if other is None:
             return []
-        self._emit_running(site, other, shadow=True)
+        self.tell_running(site, other, shadow=True)
         record = self.records[site.path]
         try:
             record.seconds[other.name], outputs = self.shadow.rerun(call, held.args, other)
@@ -532,7 +539,7 @@ class Debugger:
                 raise Quit
             self.handle(request)
 
-    def _emit_running(self, site: Site, impl: Implementation, shadow: bool = False) -> None:
+    def tell_running(self, site: Site, impl: Implementation, shadow: bool = False) -> None:
         """What runs outside the usual order, for the client to name if the worker dies of it."""
         event = {"event": "running", "site": site.path, "route": impl.name, "shadow": shadow}
         self.emit(event)

@@ -61,7 +61,7 @@ def heat_view(debugger: Debugger, text: str) -> dict[str, Any]:
     ours, theirs = held.call.outputs[name], others[name]
     if route == "reference" and against != "float64":
         ours, theirs, route, against = theirs, ours, against, route
-    found = error_map(ours, theirs, *request.cells, _area(theirs, request))
+    found = error_map(ours, theirs, *request.cells, area_of(theirs, request))
     return {
         **found.to_dict(),
         "site": held.call.site.path,
@@ -84,7 +84,8 @@ def _others(debugger: Debugger, held: Held) -> tuple[str, dict[str, Tensor]]:
     return name, held.others[name]
 
 
-def _area(tensor: Tensor, request: Request) -> Area | None:
+def area_of(tensor: Tensor, request: Request) -> Area | None:
+    """The part of an output that is asked for; None for all of it."""
     if tensor.numel() == 0 or not (request.rows or request.columns):
         return None
     rows, columns = rows_of(tensor).shape if tensor.dim() else (1, 1)

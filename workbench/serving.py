@@ -48,7 +48,8 @@ class SessionServer:
         self.debugger = Debugger(model, plan, self.send, store)
         self.debugger.requests = self.requests
         plugins = options.get("plugins", [])
-        self.commands = EngineCommands(self.debugger, self.loaded.tokenizer, plugins)
+        loaded = self.loaded
+        self.commands = EngineCommands(self.debugger, loaded.tokenizer, plugins, loaded.layout)
         self.debugger.handle = self._handle
         self.debugger.on_stop = self._on_stop
         self.debugger.probes = make_probes(options.get("probes", []))

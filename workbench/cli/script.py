@@ -126,6 +126,8 @@ def describe(entry: dict[str, Any]) -> str:
             f"{c['effect']}".rstrip()
             for c in result["changed"]
         )
+    if "bundle" in result:
+        return result["text"]
     if "breaks" in result and "text" in result and "site" not in result:
         return result["text"]
     if "site" in result:
