@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,3 +92,21 @@ def write(target: Path, calls: Sequence[bundle.BundleCall], **manifest: object) 
             assert writer.add_call(call)
         writer.publish({**MANIFEST, **manifest})
     return target
+
+
+# Registers `bug`: attention whose second head is 1 % too large. As a plugin file.
+PLUGIN = """
+from dsv4_bench.engine.registry import implementation, reference
+
+@implementation(op="attention", name="bug")
+def attention(*args, **params):
+    o, lse = reference("attention")(*args, **params)
+    o = o.clone()
+    o[:, 1] *= 1.01
+    return o, lse
+"""
+
+
+def without_environment(patch: Any) -> None:
+    """No environment report in bundles: it asks a dozen programs for their version."""
+    patch.setattr("dsv4_bench.workbench.bundling.examine_machine", lambda: {"sections": {}})

@@ -119,6 +119,8 @@ def minimise(
 def shrink(call: BundleCall, function: Function) -> Shrunk:
     """The smallest call found on which `function` stays wrong in the same way."""
     state = _State(call, function)
+    state.attempt(_with_used_experts(state.best.captured))
+    whole = _input_bytes(state.best.captured)
     sizes = {}
     for name, cut in (("experts", _cut_experts), ("rows", _cut_rows), ("heads", _cut_heads)):
         before = _size(name, state.best.captured)
@@ -130,8 +132,7 @@ def shrink(call: BundleCall, function: Function) -> Shrunk:
     used = _compact_pools(state)
     if used:
         sizes["pool rows"] = used
-    sizes_in_bytes = (_input_bytes(call.captured), _input_bytes(state.best.captured))
-    return Shrunk(state.best, sizes, sizes_in_bytes, state.runs)
+    return Shrunk(state.best, sizes, (whole, _input_bytes(state.best.captured)), state.runs)
 
 
 class _State:
@@ -250,6 +251,14 @@ def _with(captured: Captured, changed: Arguments) -> Captured:
     args = tuple(inputs[name] for name in spec.parameters[: len(captured.args)])
     smaller = Site(site.path, spec, params, site.layer)
     return Captured(smaller, args, {name: inputs[name] for name in captured.before})
+
+
+def _with_used_experts(captured: Captured) -> Captured:
+    """The call with a bank of only those experts that it uses, as a bundle has it."""
+    if captured.site.op != "experts":
+        return captured
+    bank, used = captured.inputs["bank"], sorted(set(captured.inputs["experts"].flatten().tolist()))
+    return _with(captured, {"bank": ExpertSubset(len(bank), {e: bank[e] for e in used})})
 
 
 def _compact_pools(state: _State) -> tuple[int, int] | None:
