@@ -1,130 +1,161 @@
-"""Times the CUDA kernels of attention, hyper-connections, indexer and compressor, cold.
-
-    python tests/bench_cuda_attention.py OUT.json [NAME ...]
-
-One launch's time is that of a CUDA graph of many, divided: random data, buffers that rotate through
-more than the L2 holds, median of the regions. Bytes and FLOPs are those of the op's contract. The
-floor is 1.75 us + bytes / 4.62 TB/s, or FLOPs / 690 TFLOP/s where that is more; target: what an H200
-is to reach.
-"""
+"""Cases for bench_cuda.py: attention, hyper-connections, indexer, top-k and compressor at V4 shapes."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
+from bench_cuda import Call, Case
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.engine.step import Step
 
-COLD = 300 << 20  # bytes that the buffers of one case hold at least
-REGIONS = 9
-REGION_US = 3000
-
-
-@dataclass(frozen=True)
-class Case:
-    """`make(i)` gives positional and keyword arguments of call number i, on fresh random data."""
-
-    op: str
-    shape: str
-    target: float  # us
-    make: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
-    sets: int = 0  # how many different calls; 0: as many as COLD needs
+F32 = torch.float32
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
-def hyper_cases(d: int, targets: dict[int, tuple[float, float]]) -> Iterator[Case]:
-    f32 = torch.float32
-    for n, (pre, post) in targets.items():
+def case(
+    op: str,
+    shape: str,
+    arguments: Callable[[], Arguments],
+    least: float | None = None,
+    aim: float | None = None,
+    copies: int | None = None,
+    **published: float,
+) -> Case:
+    """Bytes and FLOPs are those of the op's contract, for one call's arguments."""
+    function = IMPLEMENTATIONS[op]["sm90"].function
 
-        def make_pre(_: int, n: int = n) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            fn = randn(24, 4 * d, dtype=f32) * (4 * d) ** -0.5
-            constants = {"scale": torch.rand(3, device="cuda"), "base": randn(24, dtype=f32)}
-            eps = {"iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
-            return (randn(n, 4, d),), {"fn": fn, **constants, **eps}
+    def make(_: int) -> Call:
+        args, params = arguments()
+        return lambda: function(*args, **params)
 
-        def make_post(_: int, n: int = n) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return (
-                randn(n, d),
-                randn(n, 4, d),
-                randn(n, 4, dtype=f32),
-                randn(n, 4, 4, dtype=f32),
-            ), {}
+    args, params = arguments()
+    cost = OPS[op].cost(args, params, function(*args, **params))
+    return Case(op, shape, cost.bytes, cost.flops, make, {}, published, least, aim, copies)
 
-        yield Case("hc_pre", f"n={n} d={d}", pre, make_pre)
-        yield Case("hc_post", f"n={n} d={d}", post, make_post)
+
+# ------------------------------------------------------------------------------ hyper-connections
+
+
+def hyper(n: int, d: int) -> tuple[Callable[[], Arguments], Callable[[], Arguments]]:
+    def pre() -> Arguments:
+        fn = randn(24, 4 * d, dtype=F32) * (4 * d) ** -0.5
+        constants = {"scale": torch.rand(3, device="cuda"), "base": randn(24, dtype=F32)}
+        return (randn(n, 4, d),), {
+            **{"fn": fn, "iters": 20, "eps": 1e-6, "norm_eps": 1e-6},
+            **constants,
+        }
+
+    def post() -> Arguments:
+        return (randn(n, d), randn(n, 4, d), randn(n, 4, dtype=F32), randn(n, 4, 4, dtype=F32)), {}
+
+    return pre, post
+
+
+def hyper_cases() -> Iterator[Case]:
+    rows = [  # tokens; pre: least, aim, best peer; post: the same
+        (1, (9, 4, 14.1), (2, 1.43, 1.43)),
+        (64, (12, 5, 19.3), (3.5, 2.68, 2.68)),
+        (1024, (35, 20, 35.1), (24, 20.1, 20.1)),
+        (8192, (170, 110, 160.7), (165, 145.7, 145.7)),
+    ]
+    for n, (least, aim, peer), (post_least, post_aim, post_peer) in rows:
+        pre, post = hyper(n, 4096)
+        yield case("hc_pre", f"{n}x4x4096", pre, least, aim, DeepGEMM_FlashInfer=peer)
+        yield case("hc_post", f"{n}x4x4096", post, post_least, post_aim, FlashInfer=post_peer)
+    for n in (1, 1024):
+        pre, post = hyper(n, 7168)
+        yield case("hc_pre", f"{n}x4x7168", pre)
+        yield case("hc_post", f"{n}x4x7168", post)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+@cache
+def pools() -> tuple[Tensor, Tensor]:
+    """Far more rows than the L2 holds; every call takes others."""
+    return randn(150_000, 512), randn(400_000, 512)
+
+
+def attention(
+    n: int, heads: int, widths: tuple[int, int], rows: int = 0
+) -> Callable[[], Arguments]:
+    """Random rows of the whole pools, or of their first `rows`."""
+
+    def arguments() -> Arguments:
+        pool = [whole[:rows] if rows else whole for whole in pools()]
+        index = [
+            torch.randint(0, len(keys), (n, width), device="cuda", dtype=torch.int32)
+            for keys, width in zip(pool, widths, strict=True)
+        ]
+        constants = {"sink": randn(heads, dtype=F32), "scale": 512**-0.5}
+        return (randn(n, heads, 512), pool[0], index[0], pool[1], index[1]), constants
+
+    return arguments
 
 
 def attention_cases() -> Iterator[Case]:
-    pools: list[Tensor] = []
-
-    def make(n: int, heads: int, widths: tuple[int, int], rows: int) -> Any:
-        def arguments(_: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if not pools:
-                pools.extend(randn(rows, 512) for rows in (150_000, 400_000))
-            pool = [whole[: rows or len(whole)] for whole in pools]
-            index = [
-                torch.randint(0, len(keys), (n, width), device="cuda", dtype=torch.int32)
-                for keys, width in zip(pool, widths, strict=True)
-            ]
-            sink = randn(heads, dtype=torch.float32)
-            q = randn(n, heads, 512)
-            return (q, pool[0], index[0], pool[1], index[1]), {"sink": sink, "scale": 512**-0.5}
-
-        return arguments
-
-    for n, target in ((1, 16), (8, 18), (64, 52), (256, 110)):
-        yield Case("attention", f"n={n} h=64 128+512", target, make(n, 64, (128, 512), 0), 48)
-    for n in (1, 64):
-        yield Case("attention", f"n={n} h=64 128+64", 0, make(n, 64, (128, 64), 0), 48)
-        yield Case("attention", f"n={n} h=128 128+1024", 0, make(n, 128, (128, 1024), 0), 48)
-    yield Case(
-        "attention", "n=4096 h=64 128+512 of 5120", 1100, make(4096, 64, (128, 512), 5120), 3
-    )
+    rows = [(1, 16, 9, 13.3), (8, 18, 11, 15.1), (64, 52, 25, 43.4), (256, 110, 60, 86.1)]
+    for n, least, aim, peer in rows:
+        shape, make = f"{n}x64 128+512", attention(n, 64, (128, 512))
+        yield case("attention", shape, make, least, aim, 48, FlashMLA=peer)
+    for n, heads, widths, peer in (
+        (1, 64, (128, 64), 11.65),
+        (64, 64, (128, 64), 16.42),
+        (1, 128, (128, 1024), 14.76),
+        (64, 128, (128, 1024), 53.0),
+        (1, 64, (128, 8192), 29.1),
+    ):
+        make = attention(n, heads, widths)
+        shape = f"{n}x{heads} {widths[0]}+{widths[1]}"
+        yield case("attention", shape, make, None, None, 48, FlashMLA=peer)
+    make = attention(4096, 64, (128, 512), rows=5120)
+    yield case("attention", "4096x64 128+512 of 5120", make, 1100, 600, 3, FlashMLA=622)
 
 
-def indexer_cases() -> Iterator[Case]:
-    def step_of(batch: int, entries: int) -> Step:
-        tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
-        step = Step(tokens, (4 * entries - 1,) * batch, (1,) * batch, 128)
-        _ = step.sequence, step.positions  # made once a step
-        return step
+# ------------------------------------------------------------------------------ indexer, compressor
 
-    for batch, entries, target in ((1, 16384, 0), (1, 262144, 0), (8, 16384, 0), (64, 16384, 0)):
 
-        def make(_: int, batch: int = batch, entries: int = entries) -> Any:
-            step = step_of(batch, entries)
+def index_cases() -> Iterator[Case]:
+    for batch, entries, peer in (
+        (1, 16384, 3.9),
+        (1, 262144, 12.9),
+        (8, 16384, 8.0),
+        (64, 16384, 39.3),
+    ):
+
+        def score(batch: int = batch, entries: int = entries) -> Arguments:
+            tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
+            step = Step(tokens, (4 * entries - 1,) * batch, (1,) * batch, 128)
             keys, q, weights = randn(batch, entries, 128), randn(batch, 64, 128), randn(batch, 64)
             return (q, keys, weights, step), {"scale": 0.01, "ratio": 4}
 
-        yield Case("index_score", f"n={batch} T={entries}", target, make)
-    for n, total, equal in (
-        (1, 16384, 0),
-        (1, 16384, 1),
-        (1, 262144, 0),
-        (1, 262144, 1),
-        (64, 16384, 0),
+        yield case("index_score", f"{batch} of {entries}", score, DeepGEMM_fp8=peer)
+    for n, total, equal, peer in (
+        (1, 16384, False, 4.9),
+        (1, 16384, True, 16.1),
+        (1, 262144, False, 8.3),
+        (1, 262144, True, 9.6),
+        (64, 16384, False, 5.4),
     ):
 
-        def make_topk(_: int, n: int = n, total: int = total, equal: int = equal) -> Any:
-            score = randn(n, total, dtype=torch.float32)
+        def topk(n: int = n, total: int = total, equal: bool = equal) -> Arguments:
+            scores = randn(n, total, dtype=F32)
             visible = torch.full((n,), total, device="cuda")
-            return (score * 0 if equal else score, visible), {"k": 512}
+            return (scores * 0 if equal else scores, visible), {"k": 512}
 
-        name = f"n={n} T={total} {'equal' if equal else 'random'}"
-        yield Case("index_topk", name, 0, make_topk, 8)
+        shape = f"{n} of {total} {'equal' if equal else 'random'}"
+        yield case("index_topk", shape, topk, None, None, 8, SGLang=peer)
 
 
 def compressor_cases() -> Iterator[Case]:
@@ -136,92 +167,19 @@ def compressor_cases() -> Iterator[Case]:
         (4, 0, 4096),
     ):
 
-        def make(_: int, ratio: int = ratio, start: int = start, n: int = n) -> Any:
+        def pool(ratio: int = ratio, start: int = start, n: int = n) -> Arguments:
             width, slots = (1024, 8) if ratio == 4 else (512, 128)
-            f32 = torch.float32
-            states = randn(1, slots, width, dtype=f32), randn(1, slots, width, dtype=f32)
-            tokens = torch.zeros(n, dtype=torch.int64, device="cuda")
-            step = Step(tokens, (start,), (n,), 128)
-            inputs = randn(n, width, dtype=f32), randn(n, width, dtype=f32)
-            return (*inputs, *states, step), {"ape": randn(ratio, width, dtype=f32)}
+            states = randn(1, slots, width, dtype=F32), randn(1, slots, width, dtype=F32)
+            step = Step(torch.zeros(n, dtype=torch.int64, device="cuda"), (start,), (n,), 128)
+            inputs = randn(n, width, dtype=F32), randn(n, width, dtype=F32)
+            return (*inputs, *states, step), {"ape": randn(ratio, width, dtype=F32)}
 
-        yield Case("compressor", f"ratio={ratio} start={start} n={n}", 0, make, 48)
+        yield case("compressor", f"ratio {ratio}, {n} from {start}", pool, copies=48)
 
 
-def all_cases() -> Iterator[Case]:
-    yield from attention_cases()
-    yield from indexer_cases()
-    yield from compressor_cases()
-    yield from hyper_cases(4096, {1: (9, 2), 64: (12, 3.5), 1024: (35, 24), 8192: (170, 165)})
-    yield from hyper_cases(7168, {1: (0, 0), 1024: (0, 0)})
-
-
-def median_us(calls: list[Callable[[], Any]]) -> float:
-    """Time of one call in a graph of many, the median over regions."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-
-    def graph_of(count: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(count):
-                calls[i % len(calls)]()
-        return graph
-
-    def elapsed(graph: torch.cuda.CUDAGraph) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return 1000 * begin.elapsed_time(end)
-
-    count = max(4, len(calls))
-    probe = graph_of(count)
-    elapsed(probe)
-    each = elapsed(probe) / count
-    count = len(calls) * max(1, round(REGION_US / each / len(calls)))
-    graph = graph_of(min(max(count, 4), 3000))
-    count = min(max(count, 4), 3000)
-    elapsed(graph)
-    return statistics.median(elapsed(graph) / count for _ in range(REGIONS))
-
-
-def measure(case: Case) -> dict[str, Any]:
-    function, spec = IMPLEMENTATIONS[case.op]["sm90"].function, OPS[case.op]
-    args, params = case.make(0)
-    cost = spec.cost(args, params, function(*args, **params))
-    sets = case.sets or min(256, max(4, -(-COLD // cost.bytes)))
-    made = [(args, params), *(case.make(i) for i in range(1, sets))]
-    us = median_us([lambda a=a, p=p: function(*a, **p) for a, p in made])
-    floor = max(1.75 + cost.bytes / 4.62e6, cost.flops / 690e6)
-    numbers = {"us": us, "bytes": cost.bytes, "flops": cost.flops, "floor_us": floor}
-    return {"op": case.op, "shape": case.shape, "sets": sets, "target_us": case.target, **numbers}
-
-
-def main() -> None:
-    out, names = Path(sys.argv[1]), sys.argv[2:]
+def cases() -> Iterator[Case]:
     torch.manual_seed(1)
-    rows = []
-    print(
-        f"{'op':12} {'shape':32} {'us':>9} {'floor':>8} {'share':>6} {'target':>7}  TB/s  TFLOP/s"
-    )
-    for case in all_cases():
-        if names and case.op not in names:
-            continue
-        row = measure(case)
-        rows.append(row)
-        us, floor = row["us"], row["floor_us"]
-        print(
-            f"{case.op:12} {case.shape:32} {us:9.2f} {floor:8.2f} {floor / us:6.2f} {case.target:7}  "
-            f"{row['bytes'] / us / 1e6:5.2f} {row['flops'] / us / 1e6:7.1f}",
-            flush=True,
-        )
-        report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": rows}
-        out.write_text(json.dumps(report, indent=1) + "\n")
-        torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+    yield from hyper_cases()
+    yield from attention_cases()
+    yield from index_cases()
+    yield from compressor_cases()

@@ -17,7 +17,14 @@ struct HyperParameters {
     float eps, norm_eps;
 };
 
-__device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+__device__ inline float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
+
+// 1 / x to the last place for ordinary x, without the branches that keep others from overlapping.
+__device__ inline float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return fmaf(r, fmaf(-x, r, 1.0f), r);
+}
 
 // One pass of rows (kColumns false) or columns over comb[4][4]: each is divided by its sum + eps.
 template <bool kColumns> __device__ inline void normalise(float (&comb)[kCombs], float eps) {
@@ -26,7 +33,7 @@ template <bool kColumns> __device__ inline void normalise(float (&comb)[kCombs],
     for (int line = 0; line < kStreams; line++) {
         float* c = comb + line * kLine;
         float sum = (c[0] + c[kStep]) + (c[2 * kStep] + c[3 * kStep]) + eps;
-        float factor = __frcp_rn(sum);
+        float factor = reciprocal(sum);
 #pragma unroll
         for (int i = 0; i < kStreams; i++) c[i * kStep] *= factor;
     }
@@ -41,8 +48,9 @@ __device__ inline void sinkhorn(float (&comb)[kCombs], int iters, float eps) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < kStreams; i++) sum += c[i] = expf(c[i] - most);
+        float factor = reciprocal(sum);
 #pragma unroll
-        for (int i = 0; i < kStreams; i++) c[i] = c[i] / sum + eps;
+        for (int i = 0; i < kStreams; i++) c[i] = fmaf(c[i], factor, eps);
     }
     normalise<true>(comb, eps);
     for (int i = 1; i < iters; i++) {

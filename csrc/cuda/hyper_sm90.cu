@@ -104,7 +104,7 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
 
     struct Shared {
         alignas(128) char x[Stages][Tile * kPitch];
-        alignas(16) float partial[Warps][Tile][kSums];
+        alignas(16) float partial[Warps][Tile * kSums + 8];  // 8 spread the banks
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
@@ -116,8 +116,13 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
     const uint32_t rank = cluster_rank();
     uint32_t weight[Terms][Blocks][Groups][4];
+    float scale = 0, base = 0;  // of mix `lane`
 
-    __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
+    __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {
+        if (lane >= kRows) return;
+        scale = in.p.scale[kRows == kStreams || lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2];
+        base = in.p.base[lane];
+    }
 
     __device__ int tiles() const {  // of this cluster, at least 1
         int all = (in.n + Tile - 1) / Tile, clusters = gridDim.x / kCluster;
@@ -171,16 +176,21 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
 
     // Starts to read tile i of this cluster; counts as one group of copies even if there is none.
     __device__ void start_read(int i) {
-        constexpr int kUnits = kStreams * kSlice / 8;  // of 16 bytes, a token
         if (i < tiles())
-#pragma unroll 1  // registers are short
-            for (int k = threadIdx.x; k < Tile * kUnits; k += kThreads) {
-                int row = k / kUnits, unit = k % kUnits, stream = unit / (kSlice / 8);
+#pragma unroll 1
+            for (int row = warp; row < Tile; row += Warps) {
                 int token = token_at(i, row);
                 bool exists = token < in.n;
-                const bf16* from = in.x + ((int64_t)(exists ? token : 0) * kStreams + stream) * kWidth +
-                                   rank * kSlice + unit % (kSlice / 8) * 8;
-                copy16(shared_address(s.x[i % Stages]) + row * kPitch + unit * 16, from, exists);
+                const bf16* from = in.x + (int64_t)(exists ? token : 0) * kStreams * kWidth +
+                                   rank * kSlice + lane * 8;
+                uint32_t to = shared_address(s.x[i % Stages]) + row * kPitch + lane * 16;
+#pragma unroll
+                for (int stream = 0; stream < kStreams; stream++)
+#pragma unroll
+                    for (int unit = 0; unit < kSlice / 8; unit += 32)
+                        if (unit + lane < kSlice / 8)
+                            copy16(to + 2 * stream * kSlice + 16 * unit,
+                                   from + stream * kWidth + 8 * unit, exists);
             }
         copy_commit();
     }
@@ -216,7 +226,7 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         for (int half = 0; half < Tile / 8; half++) {
             square[half] += __shfl_xor_sync(~0u, square[half], 1);
             square[half] += __shfl_xor_sync(~0u, square[half], 2);
-            float* row = s.partial[warp][r + 8 * half];
+            float* row = s.partial[warp] + (r + 8 * half) * kSums;
 #pragma unroll
             for (int block = 0; block < Blocks; block++)
                 *(float2*)(row + 8 * block + 2 * t) = {acc[block][2 * half],
@@ -225,20 +235,28 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         }
     }
 
-    // The CTA's sums of tile i, those of token `row` to CTA `row`.
+    // The CTA's sums of tile i, those of token `row` to CTA `row`. Four threads add up four of them.
     __device__ void send_sums(int i) {
         constexpr int kParts = kSums / 4;
-        for (int k = threadIdx.x; k < Tile * kParts; k += kThreads) {
-            int row = k / kParts, part = k % kParts, slot = i % kSlots;
-            float4 sum = {};
+        const int slot = i % kSlots, quarter = threadIdx.x % 4;
+        for (int k = threadIdx.x / 4; k < Tile * kParts; k += kThreads / 4) {
+            int row = k / kParts, part = k % kParts;
+            float sum[4] = {};
 #pragma unroll
-            for (int w = 0; w < Warps; w++) {
-                float4 v = *(const float4*)&s.partial[w][row][4 * part];
-                sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+            for (int w = 0; w < Warps; w += 4) {
+                float4 v = *(const float4*)&s.partial[w + quarter][row * kSums + 4 * part];
+                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                sum[j] += __shfl_xor_sync(~0u, sum[j], 1);
+                sum[j] += __shfl_xor_sync(~0u, sum[j], 2);
             }
             uint32_t to = shared_address(&s.sums[slot][rank][4 * part]);
             uint32_t barrier = shared_address(&s.summed[slot]);
-            remote_store(remote_address(to, row), sum, remote_address(barrier, row));
+            if (quarter == 0)
+                remote_store(remote_address(to, row), float4{sum[0], sum[1], sum[2], sum[3]},
+                             remote_address(barrier, row));
         }
     }
 
@@ -256,9 +274,8 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         __syncwarp();
         if (lane == 0) barrier_expect(&s.summed[slot], sizeof(s.sums[0]));
         float square = __shfl_sync(~0u, sum, kMix);
-        float rho = 1 / sqrtf(square / (float)(kStreams * kWidth) + in.p.norm_eps);
-        int part = kHead || lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2;
-        float logit = lane < kRows ? sum * rho * in.p.scale[part] + in.p.base[lane] : 0;
+        float rho = rsqrtf(square / (float)(kStreams * kWidth) + in.p.norm_eps);
+        float logit = sum * rho * scale + base;
         float gate = sigmoid(logit), pre = gate + in.p.eps;
         float4 all = {__shfl_sync(~0u, pre, 0), __shfl_sync(~0u, pre, 1), __shfl_sync(~0u, pre, 2),
                       __shfl_sync(~0u, pre, 3)};
@@ -266,8 +283,8 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
             remote_store(remote_address(shared_address(&s.pre[slot][rank]), lane), all,
                          remote_address(shared_address(&s.gated[slot]), lane));
         if (kHead || lane >= kRows || token >= in.n) return;
-        if (part == 1) in.post[(int64_t)token * kStreams + lane - kStreams] = 2 * gate;
-        if (part == 2) s.logits[i % kCombTiles][lane - 2 * kStreams] = logit;
+        if (lane >= kStreams && lane < 2 * kStreams) in.post[(int64_t)token * kStreams + lane - kStreams] = 2 * gate;
+        if (lane >= 2 * kStreams) s.logits[i % kCombTiles][lane - 2 * kStreams] = logit;
     }
 
     // The same warp: comb of this CTA's tokens of the last tiles, up to i, one a lane.

@@ -1,0 +1,76 @@
+"""Runs each kernel of attention, hyper-connections, indexer and compressor once, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/sanitize_cuda_attention.py
+
+Small inputs with ragged ends, -1 indices and unequal sequences. Results are not judged here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cuda_judge import kernel
+from torch import Tensor
+
+from dsv4_bench.engine.step import Step
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype).cuda()
+
+
+def hyper() -> None:
+    f32 = torch.float32
+    for n, d, dtype in ((37, 4096, torch.bfloat16), (9, 7168, torch.bfloat16), (3, 100, f32)):
+        x, y = randn(n, 4, d, dtype=dtype), randn(n, d, dtype=dtype)
+        constants: dict[str, Any] = {"eps": 1e-6, "norm_eps": 1e-6}
+        pre = {"fn": randn(24, 4 * d, dtype=f32), "scale": randn(3, dtype=f32)}
+        got = kernel("hc_pre", x, base=randn(24, dtype=f32), iters=20, **pre, **constants)
+        head = {"fn": randn(4, 4 * d, dtype=f32), "scale": randn(1, dtype=f32)}
+        kernel("hc_head", x, base=randn(4, dtype=f32), **head, **constants)
+        kernel("hc_post", y, x, got["post"], got["comb"])
+
+
+def attention() -> None:
+    for n, heads, window, selected, dtype in (
+        (1, 64, 128, 200, torch.bfloat16),
+        (140, 20, 65, 129, torch.bfloat16),
+        (2, 3, 5, 7, torch.float32),
+    ):
+        pools = [randn(300, 512, dtype=dtype) for _ in range(2)]
+        index = [torch.randint(-1, 300, (n, k), dtype=torch.int32) for k in (window, selected)]
+        sink = randn(heads, dtype=torch.float32)
+        indices = [x.cuda() for x in index]
+        args = randn(n, heads, 512, dtype=dtype), pools[0], indices[0], pools[1], indices[1]
+        kernel("attention", *args, sink=sink, scale=0.04)
+
+
+def indexer() -> None:
+    starts, lengths = (2000, 3, 701), (1, 40, 5)
+    step = Step(torch.zeros(46, dtype=torch.int64, device="cuda"), starts, lengths, 128)
+    capacity = step.entries(4) + 3
+    for dtype, heads in ((torch.bfloat16, 64), (torch.float32, 3)):
+        q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
+        args = q, keys, randn(46, heads, dtype=dtype), step
+        score = kernel("index_score", *args, scale=0.1, ratio=4)["score"]
+        kernel("index_topk", score, step.visible(4), k=100)
+    score = randn(1, 40001, dtype=torch.float32)
+    kernel("index_topk", score, torch.tensor([40001]).cuda(), k=512)
+    for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
+        kv, gate = (randn(46, width, dtype=torch.float32) for _ in range(2))
+        states = [randn(3, slots, width, dtype=torch.float32) for _ in range(2)]
+        kernel("compressor", kv, gate, *states, step, ape=randn(ratio, width, dtype=torch.float32))
+
+
+def main() -> None:
+    torch.manual_seed(1)
+    hyper()
+    attention()
+    indexer()
+    torch.cuda.synchronize()
+    print("ran")
+
+
+if __name__ == "__main__":
+    main()
