@@ -381,7 +381,7 @@ def test_wrong_ops_take_the_room_of_right_ones(
     missing = [item["site"] for item in opened.manifest["left_out"]]
     assert sorted([*kept[:-1], *missing]) == sorted(call.site for call in right)
     stored = sum(entry.bytes for name, entry in opened.files.items() if name != "manifest.json")
-    assert stored <= 62_000  # headers of weight files come on top
+    assert stored <= 60_000
 
 
 # ------------------------------------------------------------------------------ strangers

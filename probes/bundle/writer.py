@@ -33,6 +33,7 @@ from dsv4_bench.probes.bundle.values import encode, is_bank, tensors_of
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
 
+_PER_CONSTANT = 600  # bytes around a stored tensor at most: alignment, header, JSON, digest
 _ZIP_LEVEL = 1  # weights hardly shrink; zeros of unused cache rows do at any level
 
 
@@ -154,8 +155,9 @@ class Writer:
 
     @staticmethod
     def _bytes_of(params: Mapping[str, Any], used: set[int]) -> int:
+        """Bytes that these constants take, in the tensor file and in calls.json."""
         return sum(
-            tensor.nbytes
+            tensor.nbytes + _PER_CONSTANT
             for name, value in params.items()
             for _, tensor in tensors_of(name, value, sorted(used))
         )
