@@ -181,7 +181,7 @@ TEXTS = (("blast/0", 60), ("blast/1", 80))
 
 
 def test_texts_are_read_as_the_engine_reads_them(tmp_path: Path) -> None:
-    """A batch in chunks and decode steps against each text in one piece."""
+    """In chunks and decode steps against each text in one piece."""
     documents = [tasks.document(seed, length) for seed, length in TEXTS]
     model = blast_radius.Transformer(blast_radius.Checkpoint(blast_radius.SHIPPED))
     model.set_route(parse_route(["kernel"]))

@@ -1,8 +1,8 @@
 """What a fault does to what the demo model says: loss, recall by distance, first wrong token
 
-A few texts of the demo's language, never seen in training, are read by teacher forcing, as one
-batch: a prefill, a chunk, then decode steps, so that every mode of a kernel counts. The fault is on
-in every layer, the other sites run on kernels.
+Texts of the demo's language, never seen in training, are read by teacher forcing: a prefill, a
+chunk, then decode steps, so that every mode of a kernel counts. The fault is on in every layer, the
+other sites run on kernels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dsv4_bench.engine.demo import SHIPPED
 from dsv4_bench.engine.demo_model import tasks
 from dsv4_bench.engine.demo_model.evaluate import band, count
 from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
 from dsv4_bench.probes.faults.base import Fault, computed_by, forget
@@ -49,31 +50,16 @@ class Reading:
 
 @torch.inference_mode()
 def read(model: Transformer, texts: list[tasks.Document]) -> Reading:
-    """Feed all `texts` as one batch, teacher-forced."""
-    cache = model.new_cache(len(texts))
-    inputs = [text.ids[:-1] for text in texts]
-    parts: list[list[Tensor]] = [[] for _ in texts]
-    at = [0] * len(texts)
-    ends = [len(ids) - DECODED for ids in inputs]
-    for stops in (
-        [end // 2 for end in ends],
-        ends,
-        *([e + i + 1 for e in ends] for i in range(DECODED)),
-    ):
-        step = cache.step([ids[a:b] for ids, a, b in zip(inputs, at, stops, strict=True)])
-        logits = model.forward(step, cache)
-        for part, rows in zip(parts, step.rows(), strict=True):
-            part.append(logits[rows])
-        at = list(stops)
-    joined = [torch.cat(part) for part in parts]
+    """Feed each text by itself, teacher-forced: a prefill, a chunk as long, DECODED single tokens."""
+    logits = []
+    for text in texts:
+        ids = text.ids[:-1]
+        half = (len(ids) - DECODED) // 2
+        logits.append(teacher_forced_logits(model, ids, (half, len(ids) - DECODED - half, 1)))
     targets = [torch.tensor(text.ids[1:]) for text in texts]
-    finite = [torch.isfinite(logits).all(-1) for logits in joined]
-    predicted = [
-        torch.where(ok, logits.argmax(-1), -1) for logits, ok in zip(joined, finite, strict=True)
-    ]
-    return Reading(
-        float(F.cross_entropy(torch.cat(joined), torch.cat(targets))), targets, predicted
-    )
+    predicted = [torch.where(torch.isfinite(x).all(-1), x.argmax(-1), -1) for x in logits]
+    loss = float(F.cross_entropy(torch.cat(logits), torch.cat(targets)))
+    return Reading(loss, targets, predicted)
 
 
 def metrics(reading: Reading, healthy: Reading, texts: list[tasks.Document]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from dsv4_bench.engine.registry import (
     RouteEntry,
     choose,
     matches,
-    parse_route,
     reference,
 )
 from dsv4_bench.probes.bundle import BadBundle, Bundle, BundleCall, CallEntry, OutputCheck, judge
 from dsv4_bench.probes.bundle.machine import differences
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
+from dsv4_bench.workbench.loading import read_route
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -111,7 +111,7 @@ class Replayer:
         import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
 
         self.bundle = bundle
-        self.route = parse_route(route)
+        self.route = read_route(route)
         self.context = Context("cpu", _DTYPES[bundle.dtype])
 
     def run(self, entries: Iterable[CallEntry]) -> ReplayReport:

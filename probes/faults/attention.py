@@ -13,12 +13,12 @@ from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.probes.faults.base import fault, noise_of_call, right, rounded
 
 attention = right("attention")
-Index = Tensor | None
+Pool = Tensor | None  # None in sliding layers
 Result = tuple[Tensor, Tensor]
 
 
 def gathered(
-    window: Tensor, window_index: Tensor, entries: Tensor | None, entry_index: Index
+    window: Tensor, window_index: Tensor, entries: Pool, entry_index: Pool
 ) -> tuple[Tensor, Tensor]:
     """Keys [n, w + k, hd] in float32, zeros for index -1, and which of them are valid."""
     keys, valid = gather_rows(window, window_index), window_index >= 0
@@ -148,8 +148,8 @@ def padded_length_as_length(
     q: Tensor,
     window: Tensor,
     window_index: Tensor,
-    entries: Tensor | None,
-    entry_index: Index,
+    entries: Pool,
+    entry_index: Pool,
     *,
     sink: Tensor,
     scale: float,
@@ -169,10 +169,12 @@ def padded_length_as_length(
     source="vllm issue 57156, PR 57158: invalid indices read slot 0",
 )
 def missing_entries_read_slot_0(
-    q: Tensor, window: Tensor, window_index: Tensor, entries: Tensor, entry_index: Tensor, **p: Any
+    q: Tensor, window: Tensor, window_index: Tensor, entries: Pool, entry_index: Pool, **p: Any
 ) -> Result:
     """An entry index of -1 is clamped to row 0 and attended to."""
-    return attention(q, window, window_index, entries, entry_index.clamp(min=0), **p)
+    if entry_index is not None:
+        entry_index = entry_index.clamp(min=0)
+    return attention(q, window, window_index, entries, entry_index, **p)
 
 
 @fault(
@@ -183,13 +185,13 @@ def missing_entries_read_slot_0(
     source="online softmax: -inf minus -inf in a fully masked block",
 )
 def masked_block_nan(
-    q: Tensor, window: Tensor, window_index: Tensor, entries: Tensor, entry_index: Tensor, **p: Any
+    q: Tensor, window: Tensor, window_index: Tensor, entries: Pool, entry_index: Pool, **p: Any
 ) -> Result:
     """Rows that see no entry at all get NaN from the fully masked block."""
     o, lse = attention(q, window, window_index, entries, entry_index, **p)
-    none = (entry_index < 0).all(1)
-    o = o.clone()
-    o[none] = torch.nan
+    if entry_index is not None:
+        o = o.clone()
+        o[(entry_index < 0).all(1)] = torch.nan
     return o, lse
 
 
@@ -216,15 +218,15 @@ def own_token_not_seen(
     source="loop over tiles of 64 keys rounded down",
 )
 def last_key_tile_missing(
-    q: Tensor, window: Tensor, window_index: Tensor, entries: Tensor, entry_index: Tensor, **p: Any
+    q: Tensor, window: Tensor, window_index: Tensor, entries: Pool, entry_index: Pool, **p: Any
 ) -> Result:
     """Keys beyond the last full tile of 64 are not attended to."""
-    total = window_index.shape[1] + entry_index.shape[1]
-    kept = entry_index.clone()
-    tail = total % 64
-    if 0 < tail <= kept.shape[1]:
-        kept[:, kept.shape[1] - tail :] = -1
-    return attention(q, window, window_index, entries, kept, **p)
+    if entry_index is not None:
+        width = entry_index.shape[1]
+        tail = min((window_index.shape[1] + width) % 64, width)
+        entry_index = entry_index.clone()
+        entry_index[:, width - tail :] = -1
+    return attention(q, window, window_index, entries, entry_index, **p)
 
 
 @fault(
@@ -235,10 +237,10 @@ def last_key_tile_missing(
     source="prefill and decode on different paths, mlx-lm PR 1189",
 )
 def decode_ignores_entries(
-    q: Tensor, window: Tensor, window_index: Tensor, entries: Tensor, entry_index: Tensor, **p: Any
+    q: Tensor, window: Tensor, window_index: Tensor, entries: Pool, entry_index: Pool, **p: Any
 ) -> Result:
     """A decode step attends to the window alone."""
-    if len(q) == 1:
+    if len(q) == 1 and entry_index is not None:
         entry_index = torch.full_like(entry_index, -1)
     return attention(q, window, window_index, entries, entry_index, **p)
 
@@ -291,8 +293,8 @@ def weights_in_fp8(
     q: Tensor,
     window: Tensor,
     window_index: Tensor,
-    entries: Tensor | None,
-    entry_index: Index,
+    entries: Pool,
+    entry_index: Pool,
     *,
     sink: Tensor,
     scale: float,
@@ -313,15 +315,15 @@ def splits_combined_unweighted(
     q: Tensor,
     window: Tensor,
     window_index: Tensor,
-    entries: Tensor,
-    entry_index: Tensor,
+    entries: Pool,
+    entry_index: Pool,
     *,
     sink: Tensor,
     scale: float,
 ) -> Result:
     """Window and entries are normalised apart and averaged by their number of keys."""
     o, lse = attention(q, window, window_index, None, None, sink=sink, scale=scale)
-    if not entry_index.shape[1]:
+    if entries is None or entry_index is None or not entry_index.shape[1]:
         return o, lse
     other, _ = attention(q, entries, entry_index, None, None, sink=sink, scale=scale)
     first, second = (window_index >= 0).sum(1), (entry_index >= 0).sum(1)
