@@ -576,3 +576,40 @@ def test_damaged_bundles_are_survived(tmp_path: Path) -> None:
     base = Base(tmp_path)
     fuzz(base, 40)
     assert sum(base.outcomes.values()) >= 35 and base.outcomes["refused"]
+
+
+# ------------------------------------------------------------------------------ verdicts
+
+
+def test_a_tie_may_fall_either_way_and_nothing_else(calls: list[bundle.BundleCall]) -> None:
+    """The router's sets: a swap within the noise of the scores is fine, a real one is not."""
+    call = next(c for c in calls if c.captured.site.op == "gate" and c.site == "L1/ffn/gate")
+    captured, truth = call.captured, call.captured.oracle()
+    bounds = {name: (check.limit, check.limit_row) for name, check in call.checks.items()}
+    scores = truth["scores"] + captured.site.params["bias"].double()
+    order = scores.argsort(-1, descending=True)
+    k = captured.outputs["experts"].shape[1]
+    outputs = {name: value.clone() for name, value in captured.outputs.items()}
+    with torch.inference_mode():
+        outputs["experts"] = outputs["experts"].clone()
+        outputs["experts"][0, -1] = order[0, k]  # the best of those that lost
+    judged = bundle.judge(captured, outputs, call.reference, truth, bounds)
+    assert judged["experts"].verdict == "over"
+    assert judged["experts"].own_error == pytest.approx(1 / len(order))
+    gap = float(scores[0, order[0, k - 1]] - scores[0, order[0, k]])
+    wide = {**bounds, "scores": (1.0, 1.1 * gap / float(truth["scores"][0].norm()))}
+    judged = bundle.judge(captured, outputs, call.reference, truth, wide)
+    assert judged["experts"].verdict == judged["routing"].verdict == "ok"
+    swapped = {**captured.outputs, "experts": captured.outputs["experts"].flip(-1)}
+    swapped["routing"] = captured.outputs["routing"].flip(-1)
+    judged = bundle.judge(captured, swapped, call.reference, truth, bounds)
+    assert judged["experts"].verdict == judged["routing"].verdict == "ok"
+
+
+def test_missing_and_misshapen_outputs_are_wrong(calls: list[bundle.BundleCall]) -> None:
+    call = next(c for c in calls if c.captured.site.op == "attention")
+    truth = call.captured.oracle()
+    bounds = {name: (check.limit, check.limit_row) for name, check in call.checks.items()}
+    for outputs in ({}, {"o": call.captured.outputs["o"][:1], "lse": call.captured.outputs["lse"]}):
+        judged = bundle.judge(call.captured, outputs, call.reference, truth, bounds)
+        assert judged["o"].verdict == "over" and judged["o"].own_error == float("inf")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
+from dsv4_bench.probes.decisions import spread
+from dsv4_bench.probes.judging import decision_scores, in_one_order
 from dsv4_bench.probes.limits import Limits, judged, move_inputs
 from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
 from dsv4_bench.probes.signatures import Difference, classify
@@ -140,16 +142,26 @@ def judge(
     truth: Mapping[str, Tensor],
     bounds: Mapping[str, tuple[float, float]],
 ) -> dict[str, OutputCheck]:
-    """A check of every output in `truth`; `bounds` holds (limit, limit of the worst row)."""
+    """A check of every output in `truth`; `bounds` holds (limit, limit of the worst row).
+
+    Decisions are compared as sets, and a tie within the noise of its scores may fall either way.
+    """
+    spec = captured.site.spec
+    fitting = {n: v for n, v in outputs.items() if n in truth and v.shape == truth[n].shape}
+    ours, right = in_one_order(spec, fitting), in_one_order(spec, dict(truth))
+    ties = _ties(captured, ours, right, bounds)
     checks = {}
-    for name, exact in truth.items():
-        value = outputs.get(name)
-        equal = value is not None and bits_equal(value, reference[name])
-        if value is None or value.shape != exact.shape:
+    for name, exact in right.items():
+        equal = name in outputs and bits_equal(outputs[name], reference[name])
+        if name not in ours:
             infinite = float("inf")
             checks[name] = OutputCheck(infinite, infinite, 0.0, 0.0, False, "over")
-        elif name in captured.site.spec.discrete:
-            share = _other_sets(value, exact)
+            continue
+        value = ours[name]
+        if ties is not None and exact.shape == right[spec.discrete[0]].shape:
+            value = torch.where(ties[:, None], exact.to(value.dtype), value)
+        if name in spec.discrete:
+            share = float((value != exact).any(-1).double().mean()) if exact.numel() else 0.0
             verdict = "over" if share else "ok"
             checks[name] = OutputCheck(share, share, 0.0, 0.0, equal, verdict)
         elif not judged(captured, name, exact):
@@ -166,9 +178,31 @@ def judge(
     return checks
 
 
-def _other_sets(value: Tensor, exact: Tensor) -> float:
-    """Share of the rows [..., k] that hold another set than the truth."""
-    if exact.numel() == 0:
-        return 0.0
-    a, b = value.sort(-1).values, exact.sort(-1).values
-    return float((a != b).any(-1).double().mean())
+class _Given(Limits):
+    """Limits that are known for one call."""
+
+    def __init__(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        super().__init__(torch.float32)
+        self.bounds = bounds
+
+    def of(self, op: str, output: str) -> tuple[float, float]:
+        return self.bounds.get(output, (0.0, 0.0))
+
+
+def _ties(
+    captured: Captured,
+    ours: Mapping[str, Tensor],
+    right: dict[str, Tensor],
+    bounds: Mapping[str, tuple[float, float]],
+) -> Tensor | None:
+    """Rows [n] whose sets differ by no more than the noise of their scores; None without sets."""
+    names = [name for name in captured.site.spec.discrete if name in ours and right[name].numel()]
+    if not names:
+        return None
+    mine, theirs = ours[names[0]], right[names[0]]
+    scores, noise = decision_scores(captured, right, _Given(bounds))
+    differ = (mine != theirs).any(-1)
+    in_range = scores is None or bool((mine < scores.shape[1]).all())
+    if scores is None or not in_range or not bool(differ.any()):
+        return torch.zeros_like(differ)
+    return differ & (spread(mine, theirs, scores) <= noise)
