@@ -73,10 +73,16 @@ class Limits:
                 error, row = tensor_and_row_error(noisy[name], exact)
                 limit.noise, limit.noise_row = max(limit.noise, error), max(limit.noise_row, row)
 
-    def of(self, op: str, output: str) -> tuple[float, float]:
-        """(limit of the whole tensor, limit of the worst row); the floor for an unseen output."""
+    def of(self, op: str, output: str, rows: int | None = None) -> tuple[float, float]:
+        """(limit of the whole tensor, limit of the worst row); the floor for an unseen output.
+
+        With `rows`, the tensor's number of rows: few of them average less, and one is its worst.
+        """
         limit = self.table.get((op, output)) or Limit(op, output, "")
-        return limit.total(self.floor), limit.row(self.floor)
+        total, row = limit.total(self.floor), limit.row(self.floor)
+        if rows:
+            total += max(row - total, 0.0) / rows**0.5
+        return total, row
 
     def evidence(self, op: str, output: str) -> dict[str, Any] | None:
         """What the limit of one output was made from; None for one that was never calibrated."""

@@ -158,8 +158,11 @@ def _factors(d: Difference) -> Signature | None:
         text = f"{float(values.min()):.5g}"
         if float(values.max() - values.min()) > 1e-3 * float(values.abs().max()):
             text += f" to {float(values.max()):.5g}"
-        where = words_for_rows(wrong, d.groups) if label == "row" else None
-        where = where or _span(wrong.nonzero().flatten(), len(wrong), label)
+        rows = wrong.view(len(d.truth), -1).any(1) if label.startswith("row") else None
+        if rows is None:
+            where = _span(wrong.nonzero().flatten(), len(wrong), label)
+        else:
+            where = words_for_rows(rows, d.groups)
         kind = "columns" if label == "column" and not bool(wrong.all()) else "constant_factor"
         return Signature(kind, f"{d.name} = {text} x reference for {where}")
     return None
@@ -176,7 +179,7 @@ def _groupings(truth: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]
         yield "row", lambda t: t.flatten(1)
     if truth.dim() == 3:
         yield "head", lambda t: t.transpose(0, 1).flatten(1)
-        yield "row of a head", lambda t: t.flatten(0, 1)
+        yield "row and head", lambda t: t.flatten(0, 1)
     width = truth.shape[-1]
     for parts, label in ((2, "half"), (width // 128, "block of 128 columns")):
         if parts > 1 and width % parts == 0:
@@ -337,8 +340,7 @@ def _span(indices: Tensor, total: int, label: str) -> str:
     values = indices.tolist()
     if not values:
         return f"no {label}"
-    plural = label.replace("row", "rows", 1) if label.startswith("row") else label + "s"
-    plural = label if label.endswith("columns") else plural
+    plural = label if label.endswith("columns") else label + "s"
     if len(values) == total:
         return f"all {total} {plural}"
     if len(values) == 1:

@@ -15,10 +15,13 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation, parse_route, reference
+from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.synthetic import write_checkpoint
-from dsv4_bench.probes.metrics import ulp_histogram
-from dsv4_bench.probes.signatures import Difference, classify
+from dsv4_bench.probes.signatures import Signature
+from dsv4_bench.workbench.baseline import Baseline, Scenario, default_chunks, pair_of
 from dsv4_bench.workbench.checking import Checker, CheckReport
+from dsv4_bench.workbench.findings import Finding
+from dsv4_bench.workbench.settling import Judged, settle
 
 CONFIG = replace(
     TINY,
@@ -51,7 +54,7 @@ def plant() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
 
     yield register
     for op in planted:
-        del IMPLEMENTATIONS[op]["bug"]
+        IMPLEMENTATIONS[op].pop("bug", None)
 
 
 def check(
@@ -60,6 +63,23 @@ def check(
     model = Transformer(checkpoint, dtype)
     chunks = (len(TOKENS) - 2, 1, 1)
     return Checker(model, parse_route(route)).run(TOKENS, chunks, lambda *progress: None)
+
+
+@pytest.fixture(scope="module")
+def baseline(checkpoint: Checkpoint) -> Baseline:
+    return Baseline(Transformer(checkpoint), TOKENS, (110, 26, 1, 1, 1, 1))
+
+
+Plant = Callable[[str, Callable[..., Any]], None]
+
+
+def first_of(baseline: Baseline, site: str, **options: Any) -> Finding:
+    """The first finding with the planted bug at `site` alone."""
+    route = parse_route([f"{site}=bug"])
+    report = Checker(baseline.model, route, **options).against(baseline)
+    assert report.status == "found" and report.first is not None
+    assert {finding.site for finding in report.findings} == {site}
+    return report.first
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,7 +147,7 @@ def _worse_sets(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
     ],
 )
 def test_a_planted_bug_is_named(
-    checkpoint: Checkpoint,
+    baseline: Baseline,
     plant: Callable[[str, Callable[..., Any]], None],
     op: str,
     bug: Callable[..., Any],
@@ -135,56 +155,19 @@ def test_a_planted_bug_is_named(
     kind: str | None,
 ) -> None:
     plant(op, bug)
-    report = check(checkpoint, ["kernel", f"{site}=bug"])
-    assert report.status == "found"
-    assert {finding.site for finding in report.findings} == {site}
-    first = report.to_dict()["first"]
-    assert (first["site"], first["op"]) == (site, op)
+    first = first_of(baseline, site)
+    assert (first.site, first.op) == (site, op)
     if kind is not None:
-        assert first["kind"] == kind
-    assert report.sites["head/logits"].verdict != "over"  # wrong inputs are not its fault
+        assert first.kind == kind
 
 
-# -- signatures on constructed differences
-
-TRUTH = torch.randn(24, 4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def _classified(ours: Tensor, truth: Tensor = TRUTH, **fields: Any) -> str:
-    return classify(Difference("y", ours, truth, 1e-6, **fields)).kind
-
-
-def test_signatures_by_construction() -> None:
-    head = TRUTH.clone()
-    head[:, 2] *= 0.5
-    assert _classified(head) == "constant_factor"
-    assert _classified(TRUTH.transpose(0, 1).reshape(TRUTH.shape)) == "transposed"
-    assert _classified(TRUTH.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)) == "nibbles"
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    assert _classified(TRUTH[order]) == "permuted"
-    assert _classified(TRUTH.roll(1, -1)) == "shifted"
-    assert _classified(torch.where(TRUTH.abs() < 0.1, 0.0, TRUTH)) == "flushed"
-    assert _classified(TRUTH.clamp(-1, 1)) == "saturated"
-    rows = TRUTH.clone()
-    rows[5] = torch.randn(4, 32, dtype=torch.float64)
-    assert _classified(rows) == "rows"
-    late = TRUTH.clone()
-    late[20:] = torch.randn(4, 4, 32, dtype=torch.float64)
-    assert _classified(late, positions=torch.arange(24)) == "positions"
-    assert _classified(torch.randn(24, 4, 32, dtype=torch.float64)) == "unexplained"
-
-
-def test_ulp_histogram_by_hand() -> None:
-    one = torch.tensor([1.0, 1.0, -1.0, 0.0])
-    up = torch.tensor([1.0, 1.0 + 2**-23, -1.0 - 2**-22, -0.0])
-    assert ulp_histogram(up, one.double()) == {
-        "0": 2,
-        "1": 1,
-        "2": 1,
-        "3-4": 0,
-        "5-16": 0,
-        "more": 0,
-    }
+def test_wrong_inputs_are_not_an_ops_fault(baseline: Baseline, plant: Plant) -> None:
+    plant("linear", _columns)
+    route = parse_route(["kernel", "L0/attn/wo_b=bug"])
+    report = Checker(baseline.model, route).against(baseline)
+    assert {finding.site for finding in report.findings} == {"L0/attn/wo_b"}
+    assert report.sites["head/logits"].verdict == "ok"
+    assert report.sites["head/logits"].carried_error > 0.1
 
 
 def test_the_attention_reference_takes_no_tokens() -> None:
@@ -193,3 +176,295 @@ def test_the_attention_reference_takes_no_tokens() -> None:
     q, pool = torch.zeros(0, 2, 8), torch.zeros(4, 8)
     o, lse = reference("attention")(q, pool, none, None, None, sink=torch.zeros(2), scale=1.0)
     assert o.shape == (0, 2, 8) and lse.shape == (0, 2)
+
+
+# -- what was computed instead
+
+
+def _short(q: Tensor, window: Tensor, index: Tensor, *rest: Any, **params: Any) -> Any:
+    """Padded columns are zero rows that take part in the softmax."""
+    padded = torch.cat((window, window.new_zeros(1, window.shape[1])))
+    index = torch.where(index >= 0, index, len(window))
+    return reference("attention")(q, padded, index, *rest, **params)
+
+
+def _comb(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    return reference("hc_post")(y, x, post, comb.transpose(1, 2))
+
+
+def _sink(*args: Any, sink: Tensor, scale: float) -> Any:
+    return reference("attention")(*args, sink=sink * scale, scale=scale)
+
+
+def _late(x: Tensor, positions: Tensor, **params: Any) -> Tensor:
+    return reference("rope")(x, positions + 1, **params)
+
+
+def _unclamped(x: Tensor, *, expert: Any, limit: float) -> Tensor:
+    return reference("shared_expert")(x, expert=expert, limit=1e9)
+
+
+def _no_relu(q: Tensor, keys: Tensor, weights: Tensor, step: Step, **params: Any) -> Tensor:
+    both = [reference("index_score")(sign * q, keys, weights, step, **params) for sign in (1, -1)]
+    return torch.where(both[0] == -torch.inf, both[0], both[0] - both[1])
+
+
+def _forgets(kv: Tensor, score: Tensor, *state: Any, **params: Any) -> Tensor:
+    kept = [t.clone() if isinstance(t, Tensor) else t for t in state]
+    return reference("compressor")(kv, score, *kept, **params)
+
+
+@pytest.mark.parametrize(
+    ("op", "bug", "site", "kind", "words"),
+    [
+        ("attention", _short, "L0/attn/core", "padding", "padding is counted as keys"),
+        ("hc_post", _comb, "L1/ffn/hc_post", "transposed", "comb is read transposed"),
+        ("attention", _sink, "L2/attn/core", "constant_factor", "multiplied by the softmax scale"),
+        ("rope", _late, "L0/attn/q_rope", "shifted", "positions is +1"),
+        ("shared_expert", _unclamped, "L1/ffn/shared", "saturated", "the clamp is missing"),
+        ("index_score", _no_relu, "L1/attn/index/score", "flushed", "relu is missing"),
+        ("compressor", _forgets, "L1/attn/compressor/pool", "stale", "keeps its previous contents"),
+    ],
+)
+def test_what_was_computed_instead_is_said(
+    baseline: Baseline,
+    plant: Plant,
+    op: str,
+    bug: Callable[..., Any],
+    site: str,
+    kind: str,
+    words: str,
+) -> None:
+    plant(op, bug)
+    found = first_of(baseline, site)
+    assert (found.kind, found.forward, found.own) == (kind, 0, True)
+    assert words in found.sentence and found.sentence.startswith(f"{site}: ")
+
+
+def test_the_first_finding_has_numbers(baseline: Baseline, plant: Plant) -> None:
+    plant("hc_post", _factor)
+    route = parse_route(["L1/ffn/hc_post=bug"])
+    report = Checker(baseline.model, route).against(baseline)
+    first = report.to_dict()["first"]
+    assert first["metrics"]["relative_l2"] == pytest.approx(0.01, rel=1e-3)
+    assert first["metrics"]["cosine"] == pytest.approx(1.0)
+    assert sum(first["metrics"]["ulp"].values()) == 110 * 4 * 64
+    assert first["limit_evidence"]["honest"] < first["limit"] < 1e-5
+    assert first["sentence"] == "L1/ffn/hc_post: x = 1.01 x reference"
+
+
+# -- what is no output at all
+
+
+def test_an_exception_is_a_finding_and_the_check_goes_on(baseline: Baseline, plant: Plant) -> None:
+    def breaks(x: Tensor, **params: Any) -> Tensor:
+        if len(x) == 1:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x64 and 32x64)")
+        return reference("linear")(x, **params)
+
+    plant("linear", breaks)
+    found = first_of(baseline, "L1/attn/wq_a")
+    assert (found.kind, found.forward, found.output) == ("transposed", 2, "")
+    assert "raises RuntimeError" in found.sentence and "transposed" in found.sentence
+
+
+def _with_k_for_n(x: Tensor, *, weight: Any, out_dtype: Any) -> Tensor:
+    return x.new_zeros(len(x), weight.shape[1])
+
+
+def _nothing(x: Tensor, **params: Any) -> None:
+    return None
+
+
+def _half(x: Tensor, **params: Any) -> Tensor:
+    return reference("linear")(x, **params).half()
+
+
+def _fewer_rows(x: Tensor, **params: Any) -> Tensor:
+    return reference("linear")(x, **params)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("bug", "kind", "words"),
+    [
+        (_with_k_for_n, "transposed", "y is [110, 64], should be [110, 1024]"),
+        (_nothing, "unexplained", "y is missing"),
+        (_half, "unexplained", "y is float16, should be float32"),
+        (_fewer_rows, "rows", "y is [109, 1024], should be [110, 1024]"),
+    ],
+)
+def test_a_broken_contract_is_a_finding(
+    baseline: Baseline, plant: Plant, bug: Callable[..., Any], kind: str, words: str
+) -> None:
+    plant("linear", bug)
+    found = first_of(baseline, "L2/attn/wq_b")
+    assert found.kind == kind and words in found.sentence
+
+
+# -- memory
+
+
+def test_an_earlier_output_is_stale(baseline: Baseline, plant: Plant) -> None:
+    kept: list[Tensor] = []
+
+    def late(x: Tensor, **params: Any) -> Tensor:
+        """Returns what it computed the call before."""
+        y = reference("rms_norm")(x, **params)
+        kept.append(y)
+        return kept[-2] if len(kept) > 1 and kept[-2].shape == y.shape else y
+
+    plant("rms_norm", late)
+    found = first_of(baseline, "head/norm")
+    assert found.kind == "stale" and "y of head/norm in pass" in found.sentence
+
+
+def test_chance_is_nondeterministic(baseline: Baseline, plant: Plant) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def racing(x: Tensor, **params: Any) -> Tensor:
+        y = reference("linear")(x, **params)
+        return y + 1e-7 * torch.randn(y.shape, generator=generator)
+
+    plant("linear", racing)
+    assert first_of(baseline, "L0/attn/wkv").kind == "nondeterministic"
+    report = Checker(baseline.model, parse_route(["L0/attn/wkv=bug"]), repeats=1, poison=False)
+    assert report.against(baseline).status == "partial"  # one run shows nothing
+
+
+def test_two_ops_that_only_fail_together(baseline: Baseline, plant: Plant) -> None:
+    """One returns rows with a gap between them, the other takes them to be contiguous."""
+
+    def with_gaps(x: Tensor, **params: Any) -> Tensor:
+        y = reference("linear")(x, **params)
+        wide = torch.zeros(len(y), y.shape[1] + 16)
+        wide[:, : y.shape[1]] = y
+        return wide[:, : y.shape[1]]
+
+    def ignores_strides(x: Tensor, **params: Any) -> Tensor:
+        flat = torch.as_strided(x, x.shape, (x.shape[1], 1), x.storage_offset())
+        return reference("rms_norm")(flat, **params)
+
+    plant("linear", with_gaps)
+    plant("rms_norm", ignores_strides)
+    for alone in ("L1/attn/wq_a=bug", "L1/attn/q_norm=bug"):
+        assert Checker(baseline.model, parse_route([alone])).against(baseline).findings == []
+    both = parse_route(["L1/attn/wq_a=bug", "L1/attn/q_norm=bug"])
+    found = Checker(baseline.model, both).against(baseline).first
+    assert found is not None and found.site == "L1/attn/q_norm" and not found.own
+    assert "check --minimise" in found.sentence
+
+
+def test_an_output_overwritten_before_it_is_read(baseline: Baseline, plant: Plant) -> None:
+    shared = torch.empty(1 << 16)
+
+    def in_workspace(x: Tensor, **params: Any) -> Tensor:
+        y = reference("rms_norm")(x, **params)
+        return shared[: y.numel()].view(y.shape).copy_(y)
+
+    def through_workspace(x: Tensor, **params: Any) -> Tensor:
+        y = reference("linear")(x, **params)
+        return shared[: y.numel()].view(y.shape).copy_(y).clone()
+
+    plant("rms_norm", in_workspace)
+    plant("linear", through_workspace)
+    route = parse_route(["L1/attn/q_norm=bug", "L1/attn/wkv=bug"])
+    found = Checker(baseline.model, route).against(baseline).first
+    assert found is not None and (found.site, found.kind) == ("L1/attn/q_norm", "stale")
+    assert "overwritten before L1/attn/index/wq_b reads it" in found.sentence
+
+
+# -- decisions
+
+
+def test_a_flip_within_rounding_is_no_finding(baseline: Baseline, plant: Plant) -> None:
+    """Equal scores at the cut may go either way; a better score may not be left out."""
+
+    def later_first(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
+        """Ties go to the higher index."""
+        index = score.flip(1).sort(dim=1, descending=True, stable=True).indices
+        index = (score.shape[1] - 1 - index)[:, : min(k, score.shape[1])]
+        return torch.where(index < visible[:, None], index, -1).int()
+
+    plant("index_topk", later_first)
+    site = "L1/attn/index/topk"
+    report = Checker(baseline.model, parse_route([f"{site}=bug"])).against(baseline)
+    assert report.findings == []
+
+    def one_worse(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
+        """The entry after the last kept one in its place."""
+        index = reference("index_topk")(score, visible, k=k + 1)
+        return torch.cat((index[:, : k - 1], index[:, k:]), 1) if index.shape[1] > k else index
+
+    plant("index_topk", one_worse)
+    found = first_of(baseline, site)
+    assert found.kind == "decision_flip" and "94% of it right" in found.sentence
+
+
+def test_experts_in_another_order_are_the_same_experts(baseline: Baseline, plant: Plant) -> None:
+    def reversed_pairs(*args: Any, **params: Any) -> Any:
+        routing, experts, scores = reference("gate")(*args, **params)
+        return routing.flip(1), experts.flip(1), scores
+
+    plant("gate", reversed_pairs)
+    report = Checker(baseline.model, parse_route(["L2/ffn/gate=bug"])).against(baseline)
+    assert report.findings == []
+
+    def unpaired(*args: Any, **params: Any) -> Any:
+        routing, experts, scores = reference("gate")(*args, **params)
+        return routing, experts.flip(1), scores
+
+    plant("gate", unpaired)
+    assert first_of(baseline, "L2/ffn/gate").kind == "permuted"
+
+
+# -- passes and batches
+
+
+def test_a_batch_of_two_shows_what_one_sequence_hides(baseline: Baseline, plant: Plant) -> None:
+    def first_only(q: Tensor, keys: Tensor, weights: Tensor, step: Step, **params: Any) -> Tensor:
+        return reference("index_score")(q, keys[:1].expand_as(keys), weights, step, **params)
+
+    plant("index_score", first_only)
+    found = first_of(baseline, "L1/attn/index/score")
+    assert found.forward >= 6  # the passes of the second scenario
+    assert found.kind == "rows" and "every sequence reads the first one's" in found.sentence
+
+
+def test_scenarios() -> None:
+    pair = pair_of(list(range(100, 120)))
+    assert pair is not None and pair_of([1, 2, 3]) is None
+    assert [[len(piece) for piece in step] for step in pair.steps()] == [[9, 4], [1, 1], [1, 1]]
+    assert pair.steps()[1] == [[109], [115]]
+    one = Scenario((tuple(range(7)),), (4, 1))
+    assert one.steps() == [[[0, 1, 2, 3]], [[4]], [[5]], [[6]]]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 9, 17, 129, 130, 131, 300, 1000])
+def test_default_pieces_meet_every_mode(tokens: int) -> None:
+    steps = Scenario((tuple(range(tokens)),), default_chunks(tokens)).steps()
+    lengths = [len(step[0]) for step in steps]
+    assert sum(lengths) == tokens and (tokens < 9 or lengths.count(1) >= 4)
+    if tokens >= 130:
+        first = lengths[0]
+        assert (first + 2) % 128 == 0 and lengths[1:4] == [1, 1, 1]  # a window closes in decode
+
+
+def test_later_passes_settle_rows_or_positions() -> None:
+    signature = Signature("positions", "y is wrong in rows 64-99 of 100", 64)
+    found = Finding("L0/x", "linear", 0, 0, "y", 1.0, 0.1, signature)
+    prefill = Judged(0, 100, 0, True)
+    assert settle(found, [prefill, Judged(1, 1, 100, True)]).kind == "positions"
+    assert settle(found, [prefill, Judged(1, 1, 100, False)]).kind == "rows"
+    assert settle(found, [prefill]).kind == "positions"
+    odd = Finding("L0/x", "linear", 0, 1, "y", 1.0, 0.1, Signature("unexplained", "y differs"))
+    decode = [Judged(0, 100, 0, False), Judged(1, 1, 100, True)]
+    assert settle(odd, decode).kind == "rows"
+    assert settle(odd, [Judged(0, 100, 0, True), decode[1]]).kind == "unexplained"
+
+
+def test_the_route_is_back_afterwards(baseline: Baseline, plant: Plant) -> None:
+    plant("hc_post", _factor)
+    first_of(baseline, "L1/ffn/hc_post")
+    model = baseline.model
+    assert model.sites["L1/ffn/hc_post"].impl.name == "bug"
+    assert all(site.tap is None for site in model.sites.values())

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
 from dsv4_bench.engine.registry import Site, reference, spec_of
 from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.probes.judging import Verdict, attempt, judge_memory
+from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.poison import GUARD, PoisonedMemory, guard, poisoned_run
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -47,7 +49,7 @@ def memory_verdict(call: Captured, function: Callable[..., Any], repeats: int = 
     outputs, problem = attempt(call, function)
     assert problem is None
     verdict = Verdict(outputs)
-    judge_memory(call, function, verdict, repeats, poison=True)
+    judge_memory(call, function, verdict, Limits(torch.float32), repeats, poison=True)
     found = [broken.signature for broken in verdict.broken]
     return [f"{signature.kind}: {signature.detail}" for signature in found if signature]
 

@@ -261,7 +261,7 @@ class Checker:
         if verdict.broken:
             self._learn_noise(call)
             verdict = judge_values(call, outputs, call.truth, self.limits)
-        judge_memory(call, function, verdict, self.repeats, self.poison)
+        judge_memory(call, function, verdict, self.limits, self.repeats, self.poison)
         check = self.report.sites[call.site.path]
         if verdict.error >= check.own_error:
             check.own_error, check.limit = verdict.error, verdict.limit
