@@ -75,6 +75,7 @@ class FakeSession:
         self.commands: list[str] = []
         self.closed = False
         self.slow = False
+        self.slow_reply = False  # long commands are answered by `finish_reply`
         self.position = -1
         self.forward = 0
         self.breaks: list[Event] = []
@@ -118,6 +119,11 @@ class FakeSession:
         (number, line, result), self._held = self._held, None
         self._settle(number, line, result)
 
+    def finish_reply(self) -> None:
+        """Answer the long command that waits."""
+        line, result, number = self._late
+        self._reply(line, result, number=number)
+
     def log(self, stream: str, text: str) -> None:
         self.on_event({"event": "log", "stream": stream, "text": text})
 
@@ -136,7 +142,9 @@ class FakeSession:
         except DSV4Error as error:
             self._reply(line, error=error)
             return self._number
-        if parsed.command.runs:
+        if parsed.command.long and self.slow_reply:
+            self._late = (line, result, self._number)
+        elif parsed.command.runs:
             self._run(line, result)
         else:
             self._reply(line, result)
@@ -362,6 +370,40 @@ class FakeSession:
             "site": self._site(), "output": output, "outputs": ["o", "lse"],
             "route": "cpu", "against": "reference",
         }  # fmt: skip
+
+    def _do_bundle(self, out: str, sites: str = "*") -> Event:
+        return {
+            "bundle": out,
+            "bytes": 1_300_000,
+            "calls": 41,
+            "text": f"wrote {out}: 41 ops, 1.3 MB",
+        }
+
+    def _do_compare(self, a: str, b: str) -> Event:
+        """Every tenth op differs; from L2/attn/core on what differs is carried or within."""
+        ops = []
+        for index, path in enumerate(self.paths[:200]):
+            blame = "here" if path == "L2/attn/core" else "equal"
+            if index % 10 == 0:
+                blame = "carried" if index > self.paths.index("L2/attn/core") else "within"
+            size = {"here": 0.5, "carried": 0.1, "within": 1e-7, "equal": 0.0}[blame]
+            ops.append({
+                "site": path, "op": "x", "forward": 0, "a": "reference", "b": "cpu", "blame": blame,
+                "input_error": size if blame == "carried" else 0.0, "output_error": size,
+                "limit": 3e-7, "output": "o", "sentence": f"{path} #0: o differs by {size}",
+            })  # fmt: skip
+        first = next(op for op in ops if op["blame"] == "here")
+        return {
+            "status": "different", "sentence": first["sentence"], "first": first, "bitwise": False,
+            "around": ["torch: 2.12 / 2.13"], "ops": ops, "a": a, "b": b,
+        }  # fmt: skip
+
+    def _do_difference(self, request: str) -> Event:
+        number, _, rest = request.partition(" ")
+        position, self.position = self.position, int(number)
+        heat = {**self._do_heatmap(rest), "route": "B cpu", "against": "A reference"}
+        self.position = position
+        return heat
 
     def _do_sites(self) -> Event:
         stops = {entry["text"] for entry in self.breaks}

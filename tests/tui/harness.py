@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fake_session import FakeSession
@@ -104,6 +104,7 @@ def drive(
     script: Callable[[Driver], Awaitable[None]],
     size: tuple[int, int] = (120, 40),
     prepare: Callable[[FakeSession], None] | None = None,
+    lines: Sequence[str] = (),
     **session: Any,
 ) -> FakeSession:
     """Run the app at `size` with a new FakeSession, and `script` on it; the session afterwards."""
@@ -116,7 +117,7 @@ def drive(
         return made[0]
 
     async def run() -> None:
-        app = WorkbenchApp(factory, clock=lambda: 0.0)
+        app = WorkbenchApp(factory, clock=lambda: 0.0, lines=lines)
         async with app.run_test(size=size) as pilot:
             driver = Driver(app, pilot, None)  # type: ignore[arg-type]
             await driver.until(lambda: bool(made), "no session was started")

@@ -31,7 +31,14 @@ LINES = {
     "B": "breaks",
     "R": "restart",
 }
-PROMPTS = {"g": "goto ", "p": "print ", "e": "eval ", "w": "watch ", "ctrl+s": "save "}
+PROMPTS = {
+    "W": "bundle ",
+    "g": "goto ",
+    "p": "print ",
+    "e": "eval ",
+    "w": "watch ",
+    "ctrl+s": "save ",
+}
 
 
 def test_every_command_key_is_tested():

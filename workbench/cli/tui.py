@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 from dsv4_bench.engine.errors import CannotAnswer
@@ -11,6 +12,9 @@ from dsv4_bench.workbench.cli import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_session_arguments(parser)
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="open two bundles side by side"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,4 +23,4 @@ def run(args: argparse.Namespace) -> int:
         raise CannotAnswer("tui needs a terminal", "`dsv4-bench script FILE` runs without one")
     from dsv4_bench.workbench.tui.app import run_tui
 
-    return run_tui(options)
+    return run_tui(options, lines=[shlex.join(["compare", *args.compare])] if args.compare else [])

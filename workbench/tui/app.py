@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from textual import on
@@ -69,8 +69,11 @@ class WorkbenchApp(App[None]):
         session_factory: SessionFactory,
         checkpoint: str = "",
         clock: Callable[[], float] = time.monotonic,
+        lines: Sequence[str] = (),
     ) -> None:
+        """`lines` are sent once the checkpoint is open."""
         super().__init__()
+        self._lines = list(lines)
         self.store = Store()
         self.queries = Queries()
         self.session: SessionLike | None = None
@@ -122,6 +125,8 @@ class WorkbenchApp(App[None]):
                 self.queries.replied(event)
         self.queries.changed(change, self.store)
         self._show(change)
+        if self._lines and self.store.hello and self.store.idle:
+            self.send(self._lines.pop(0))
         self._ask()
 
     def _show(self, change: Change) -> None:
@@ -158,7 +163,7 @@ class WorkbenchApp(App[None]):
         if command.name == "restart":
             self._since = self._clock()
             self._show(self.store.restarting())
-        if command.runs and number is not None:
+        if (command.runs or command.long) and number is not None:
             self.store.run_sent, self._since = number, self._clock()
         self._show(Change.LOG | Change.STATE)
 
@@ -197,7 +202,10 @@ def _draw_on_the_terminal() -> None:
 
 
 def run_tui(
-    options: SessionOptions, session_factory: SessionFactory | None = None, **run: Any
+    options: SessionOptions,
+    session_factory: SessionFactory | None = None,
+    lines: Sequence[str] = (),
+    **run: Any,
 ) -> int:
     """Run the terminal UI until the user quits. `run` goes to Textual's App.run."""
 
@@ -208,7 +216,7 @@ def run_tui(
 
     _draw_on_the_terminal()
     checkpoint = str(getattr(options, "checkpoint", None) or "")
-    app = WorkbenchApp(session_factory or from_options, checkpoint)
+    app = WorkbenchApp(session_factory or from_options, checkpoint, lines=lines)
     try:
         app.run(**run)
     finally:

@@ -117,12 +117,16 @@ def shade_of(value: float, top: float) -> int:
 
 
 def _columns_axis(heat: Heat, cells: int, stretch: int) -> Line:
-    """Column numbers below the first cell and below every 12 columns of text or more."""
+    """Where the first cell's column, and those of others 12 columns of text apart or more, begin.
+
+    Of more than two axes the coordinate is written, such as 3,128 for head 3, channel 128.
+    """
     left, (_, wide) = heat["area"]["left"], heat["block"]
     text = " " * (MARGIN - 1)
     every = max(1, -(-12 // stretch))
     for cell in range(0, cells, every):
-        text = text.ljust(MARGIN - 1 + cell * stretch) + f"└{left + cell * wide}"
+        place = coordinate(heat["shape"], 0, left + cell * wide)[1:] or [0]
+        text = text.ljust(MARGIN - 1 + cell * stretch) + "└" + ",".join(map(str, place))
     return [(text, DIM)]
 
 

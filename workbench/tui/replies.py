@@ -35,6 +35,16 @@ def _heatmap(store: Store, line: str, result: Event, quiet: bool) -> Change:
     return Change.HEAT
 
 
+def _compare(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.comparison = result
+    return Change.COMPARISON | store.note("result", f"{result['status']}: {result['sentence']}")
+
+
+def _bundle(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    hint = f"`dsv4-bench replay {result['bundle']}` runs it again"
+    return store.note("result", result["text"]) | store.note("result", hint)
+
+
 def _faults(store: Store, line: str, result: Event, quiet: bool) -> Change:
     """Faults become implementations to complete; asked for by name, they are listed."""
     rows = result.get("faults", ())
@@ -134,6 +144,9 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("print", "eval"), _print),
     "op": _op,
     "heatmap": _heatmap,
+    "difference": _heatmap,
+    "compare": _compare,
+    "bundle": _bundle,
     "faults": _faults,
     "sites": _sites,
     "readings": _readings,

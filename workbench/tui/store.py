@@ -29,6 +29,7 @@ class Change(Flag):
     WATCHES = auto()
     VALUES = auto()
     HEAT = auto()
+    COMPARISON = auto()
     LOG = auto()
     ERROR = auto()
     DEATH = auto()
@@ -46,6 +47,7 @@ class Store:
     entered: str | None = None
     op: Event = field(default_factory=dict)
     heat: Event = field(default_factory=dict)
+    comparison: Event = field(default_factory=dict)
     implementations: dict[str, list[str]] = field(default_factory=dict)  # by op
     effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)
@@ -245,13 +247,14 @@ class Store:
     def _on_reply(self, event: Event) -> Change:
         from dsv4_bench.workbench.tui.replies import take_reply
 
+        change = Change.NONE
         if event.get("id") == self.run_sent:
-            self.run_sent = None
+            self.run_sent, change = None, Change.STATE
         quiet = event.get("id") in self.silent
         self.silent.discard(event.get("id", -1))
         line = event.get("line", "")
         if event.get("ok"):
-            return take_reply(self, line, event.get("result") or {}, quiet)
+            return change | take_reply(self, line, event.get("result") or {}, quiet)
         if quiet:
             return Change.NONE
         return self.fail(event.get("error") or {}) | Change.STATE

@@ -19,7 +19,7 @@ ZOOM = 4
 
 
 class HeatScreen(ModalScreen[None]):
-    """Shows one heat map at a time; `ask(line)` asks the session for another one."""
+    """Shows one heat map at a time; `ask(line)` asks the session for another one, by `command`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,h", "dismiss", "Close"),
@@ -37,9 +37,12 @@ class HeatScreen(ModalScreen[None]):
         Binding("tab", "output", "Next output", priority=True),
     ]
 
-    def __init__(self, heat: view.Heat, ask: Callable[[str], None]) -> None:
+    def __init__(
+        self, heat: view.Heat, ask: Callable[[str], None], command: str = "heatmap"
+    ) -> None:
         super().__init__()
         self.heat = heat
+        self._command = command
         self.cursor = view.worst_cell(heat)
         self._ask = ask
         self._asked = (0, 0)
@@ -87,7 +90,7 @@ class HeatScreen(ModalScreen[None]):
     def _request(self, output: str, area: str) -> None:
         self._asked = self._cells()
         high, wide = self._asked
-        self._ask(f"heatmap {output} {area} cells={high}x{wide}")
+        self._ask(" ".join(f"{self._command} {output} {area} cells={high}x{wide}".split()))
 
     # -- actions
 

@@ -25,6 +25,7 @@ from dsv4_bench.workbench.tui.layout import (
 )
 from dsv4_bench.workbench.tui.op_view import op_lines
 from dsv4_bench.workbench.tui.results import error_text
+from dsv4_bench.workbench.tui.screens.compare import CompareScreen
 from dsv4_bench.workbench.tui.screens.heat import HeatScreen
 from dsv4_bench.workbench.tui.store import Change, Store
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
@@ -140,6 +141,8 @@ class MainView(Screen[None]):
             self._show_values()
         if Change.HEAT in change:
             self._show_heat()
+        if Change.COMPARISON in change:
+            self.app.push_screen(CompareScreen(self.store.comparison, self.ask))
         if Change.BREAKS in change:
             self.breaks.show(store.breaks)
         if Change.STATE in change:
@@ -180,6 +183,8 @@ class MainView(Screen[None]):
     def _show_heat(self) -> None:
         if isinstance(self.app.screen, HeatScreen):
             self.app.screen.show(self.store.heat)
+        elif isinstance(self.app.screen, CompareScreen):
+            self.app.screen.show_map(self.store.heat)
         elif self.app.screen is self:
             self.app.push_screen(HeatScreen(self.store.heat, self.ask))
 
