@@ -26,7 +26,7 @@ from dsv4_bench.engine.cuda_library import (
 )
 from dsv4_bench.engine.step import Step
 
-INDEXER = Library("indexer", {"index_score": (P, P, I, P, I, P, P, N, N, N, N, N, F, N, P)})
+INDEXER = Library("indexer", {"index_score": (P, P, I, P, I, P, P, N, N, N, N, N, N, F, N, N, P)})
 TOPK = Library("topk", {"index_topk": (P, P, N, N, N, N, P)})
 COMPRESSOR = Library("compressor", {"compressor": (P, P, P, P, P, P, N, N, N, I, N, P)})
 _ENTRIES = 256  # that a block of index_score takes
@@ -48,7 +48,7 @@ def index_score(
         wrong(op, f"keys are {keys.dtype}, queries {q.dtype}")
     keys = typed(op, keys, q.dtype)
     score = q.new_empty((n, total), dtype=torch.float32)
-    sequence, visible = step.sequence, step.visible(ratio)
+    available = processors(q.device)
     INDEXER.call(
         op,
         q,
@@ -57,15 +57,17 @@ def index_score(
         kind,
         weights.data_ptr(),
         weights_kind,
-        sequence.data_ptr(),
-        visible.data_ptr(),
+        step.sequence.data_ptr(),
+        step.positions.data_ptr(),
+        ratio,
         n,
         heads,
         dim,
         keys.shape[1],
         total,
         scale,
-        _tokens_per_block(step, total, processors(q.device)),
+        _tokens_per_block(step, total, available),
+        max(1, 2 * available // max(n, 1)),
         score.data_ptr(),
     )
     return score

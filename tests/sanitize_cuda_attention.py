@@ -54,7 +54,8 @@ def indexer() -> None:
         q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
         args = q, keys, randn(46, heads, dtype=dtype), step
         score = kernel("index_score", *args, scale=0.1, ratio=4)["score"]
-        kernel("index_topk", score, step.visible(4), k=100)
+        visible = step.visible(4).cpu().cuda()  # initcheck sees copies, not torch's own kernels
+        kernel("index_topk", score, visible, k=100)
     score = randn(1, 40001, dtype=torch.float32)
     kernel("index_topk", score, torch.tensor([40001]).cuda(), k=512)
     for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):

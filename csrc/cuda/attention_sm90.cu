@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(32 * kWarps)
 //
 // A CTA takes one token, 64 of its heads and a share of its keys, 64 at a time. One warpgroup gathers
 // keys into a two-stage ring in the layout that wgmma reads, both as K (contracted over the width)
-// and as V (contracted over keys). Two warpgroups each compute all logits, so that they need nothing
-// of one another, and each keeps one half of the output's width in registers. With more than one
-// share the unnormalised sums go to memory, and a second kernel combines them.
+// and as V (contracted over keys). Two warpgroups each compute the weights of 32 of the keys, exchange
+// them through shared memory, and each keeps one half of the output's width in registers. With more
+// than one share the unnormalised sums go to memory, and a second kernel combines them.
 
 constexpr int kDim = 512, kHeads = 64, kBlock = 64;  // head width; heads and keys of a tile
 constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
@@ -113,7 +113,9 @@ constexpr int kHalf = kDim / 2, kOutPitch = 2 * kHalf + 16;  // bytes; 16 spread
 struct Shared {
     alignas(1024) char q[kTileBytes];  // later the output, on its way to memory
     alignas(1024) char keys[kStages][kTileBytes];
-    uint64_t exists[kStages];  // a bit a key
+    alignas(1024) char weights[kHeads * kBlock * 2];  // 64 rows of 128 bytes, swizzled
+    float rows[2][kHeads];                            // of each warpgroup: largest logit, sum
+    uint64_t exists[kStages];                         // a bit a key
     uint64_t full[kStages], empty[kStages];
 };
 
@@ -176,10 +178,6 @@ __device__ inline Row row_of(const Problem& p, int64_t token, int block, int row
 // are zeros, so that 0 * row is 0.
 __device__ void gather(const Problem& p, const Work& work, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    auto arrive = [&](int i) {
-        fence_async_proxy();
-        barrier_arrive(&s.full[i % kStages]);
-    };
     const bf16* q = p.q + (work.token * p.heads + work.head) * kDim;
     for (int i = thread; i < kHeads * kDim / 8; i += kProducers) {
         bool exists = i / 64 < work.heads;
@@ -198,7 +196,10 @@ __device__ void gather(const Problem& p, const Work& work, Shared& s) {
             high = row_of(p, work.token, block + 1, lane + 32);
         }
         if (i >= kStages) barrier_wait(&s.empty[stage], (i / kStages - 1) % 2);
-        if (thread == 0) s.exists[stage] = exists;
+        if (thread == 0) {
+            s.exists[stage] = exists;
+            barrier_arrive(&s.full[stage]);
+        }
         uint32_t base = shared_address(s.keys[stage]);
         if (exists) {
 #pragma unroll 4
@@ -209,14 +210,10 @@ __device__ void gather(const Problem& p, const Work& work, Shared& s) {
                 copy16(base + unit_offset(row, lane + 32), from + 256, index >= 0);
             }
         }
-        copy_commit();
-        if (i > 0) {
-            copy_wait<1>();
-            arrive(i - 1);
-        }
+        copy_arrive(&s.full[stage]);
     }
+    copy_commit();
     copy_wait<0>();
-    arrive(work.last - work.first - 1);
 }
 
 // ---- computing
@@ -227,99 +224,116 @@ __device__ inline float exp2_approximate(float x) {
     return x;
 }
 
-// Logits of 64 heads and 64 keys -> weights, in place; what exists says which keys do.
-struct Rows {
-    Softmax low, high;  // rows r and r + 8 of this thread, sums over its own columns only
-
-    // Returns the factors that the sums so far are to be scaled by.
-    __device__ float2 weigh(float (&logit)[32], float scale, uint64_t exists) {
-        const int t = threadIdx.x % 4;
-        if (~exists)
-#pragma unroll
-            for (int i = 0; i < 32; i++)
-                if (~exists >> (i / 4 * 8 + 2 * t + i % 2) & 1) logit[i] = -INFINITY;
-        float most[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int i = 0; i < 32; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], logit[i]);
-        Softmax* rows[2] = {&low, &high};
-        float shrink[2];
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            most[row] = fmaxf(most[row], __shfl_xor_sync(~0u, most[row], 1));
-            most[row] = fmaxf(most[row], __shfl_xor_sync(~0u, most[row], 2));
-            most[row] = fmaxf(most[row] * scale, rows[row]->most);
-            shrink[row] = weight_of(rows[row]->most, most[row]);
-            *rows[row] = {most[row], rows[row]->sum * shrink[row]};
-            if (most[row] == -INFINITY) most[row] = 0;
-        }
-#pragma unroll
-        for (int i = 0; i < 32; i++) {
-            logit[i] = exp2_approximate(fmaf(logit[i], scale, -most[i / 2 % 2]));
-            rows[i / 2 % 2]->sum += logit[i];
-        }
-        return {shrink[0], shrink[1]};
-    }
-
-    // Afterwards the sums are those of whole rows.
-    __device__ void finish() {
-        for (int offset = 1; offset < 4; offset *= 2) {
-            low.sum += __shfl_xor_sync(~0u, low.sum, offset);
-            high.sum += __shfl_xor_sync(~0u, high.sum, offset);
-        }
-    }
-};
-
-// logit = q k^T for the 64 heads and the 64 keys of a stage.
-__device__ inline void multiply_keys(float (&logit)[32], const Shared& s, int stage) {
+// logit = q k^T for the 64 heads and this warpgroup's 32 keys of a stage.
+__device__ inline void multiply_keys(float (&logit)[16], const Shared& s, int stage, int half) {
     uint64_t a = matrix_descriptor(shared_address(s.q), 16, 1024);
-    uint64_t b = matrix_descriptor(shared_address(s.keys[stage]), 16, 1024);
+    uint64_t b = matrix_descriptor(shared_address(s.keys[stage]) + half * 32 * 128, 16, 1024);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDim / 16; k++) {
         uint64_t step = (k / 4 * kChunk + k % 4 * 32) >> 4;
-        wgmma_64x64(logit, a + step, b + step, k > 0);
+        wgmma_64x32(logit, a + step, b + step, k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
 }
 
 // sum += p v for the 64 keys of a stage and one half of the width.
-__device__ inline void multiply_values(float (&sum)[128], const float (&p)[32], const Shared& s,
-                                       int stage, int half) {
+__device__ inline void multiply_values(float (&sum)[128], const Shared& s, int stage, int half) {
     uint32_t from = shared_address(s.keys[stage]) + half * (kHalf / 64) * kChunk;
+    uint64_t a = matrix_descriptor(shared_address(s.weights), 16, 1024);
     uint64_t b = matrix_descriptor(from, kChunk, 1024);
-    uint32_t a[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) a[i] = pack_bf16(p[2 * i], p[2 * i + 1]);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBlock / 16; k++)
-        wgmma_64x256(sum, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
-                     b + (k * 16 * 128 >> 4));
+        wgmma_64x256(sum, a + (k * 32 >> 4), b + (k * 16 * 128 >> 4));
     wgmma_commit();
     wgmma_wait<0>();
 }
 
+// What this thread knows of its rows of heads, `row` and row + 8; sums over its own columns.
+struct Rows {
+    const int half = threadIdx.x / 128, t = threadIdx.x % 4;
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    Softmax of[2] = {{-INFINITY, 0}, {-INFINITY, 0}};
+
+    // Both warpgroups: value[0] and value[1] of the two rows -> the other warpgroup's.
+    __device__ float2 exchange(Shared& s, float low, float high) const {
+        if (t == 0) {
+            s.rows[half][row] = low;
+            s.rows[half][row + 8] = high;
+        }
+        named_barrier(1, kConsumers);
+        return {s.rows[1 - half][row], s.rows[1 - half][row + 8]};
+    }
+
+    // Logits of this warpgroup's 32 keys -> weights in shared memory, bfloat16; `exists` says which
+    // keys do. Returns the factors that the sums so far are to be scaled by.
+    __device__ float2 weigh(Shared& s, float (&logit)[16], float scale, uint32_t exists) {
+        if (~exists)
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                if (~exists >> (i / 4 * 8 + 2 * t + i % 2) & 1) logit[i] = -INFINITY;
+        float most[2] = {-INFINITY, -INFINITY}, shrink[2];
+#pragma unroll
+        for (int i = 0; i < 16; i++) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], logit[i]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            most[i] = fmaxf(most[i], __shfl_xor_sync(~0u, most[i], 1));
+            most[i] = fmaxf(most[i], __shfl_xor_sync(~0u, most[i], 2));
+        }
+        float2 others = exchange(s, most[0], most[1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            most[i] = fmaxf(fmaxf(most[i], i ? others.y : others.x) * scale, of[i].most);
+            shrink[i] = weight_of(of[i].most, most[i]);
+            of[i] = {most[i], of[i].sum * shrink[i]};
+            if (most[i] == -INFINITY) most[i] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            logit[i] = exp2_approximate(fmaf(logit[i], scale, -most[i / 2 % 2]));
+            of[i / 2 % 2].sum += logit[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i += 2) {
+            int at = row + i / 2 % 2 * 8, unit = 4 * half + i / 4;
+            *(uint32_t*)(s.weights + at * 128 + ((unit ^ at % 8) << 4) + 4 * t) =
+                pack_bf16(logit[i], logit[i + 1]);
+        }
+        return {shrink[0], shrink[1]};
+    }
+
+    // Afterwards the sums are those of whole rows.
+    __device__ void finish(Shared& s) {
+        for (int i = 0; i < 2; i++) {
+            of[i].sum += __shfl_xor_sync(~0u, of[i].sum, 1);
+            of[i].sum += __shfl_xor_sync(~0u, of[i].sum, 2);
+        }
+        named_barrier(1, kConsumers);  // the last exchange is over
+        float2 others = exchange(s, of[0].sum, of[1].sum);
+        of[0].sum += others.x;
+        of[1].sum += others.y;
+    }
+};
+
 // One share: normalised output through shared memory, and lse.
 __device__ void write_output(const Problem& p, const Work& work, Shared& s, float (&sum)[128],
-                             Rows& rows, int half) {
-    const int thread = threadIdx.x % 128, t = thread % 4;
-    const int row = thread / 32 * 16 + thread % 32 / 4;  // and row + 8
-    char* staging = s.q + half * kHeads * kOutPitch;
-    named_barrier(1, kConsumers);  // both have read q and keys
+                             const Rows& rows) {
+    const int thread = threadIdx.x % 128, half = rows.half;
+    char* staging = s.q + half * kHeads * kOutPitch;  // both warpgroups have read q and keys
 #pragma unroll
-    for (int which = 0; which < 2; which++) {
-        Softmax own = which ? rows.high : rows.low;
-        int head = row + 8 * which;
+    for (int i = 0; i < 2; i++) {
+        int head = rows.row + 8 * i;
         bool exists = head < work.heads;
-        Softmax total = with_sink(own, exists ? p.sink[work.head + head] : 0);
-        float factor = weight_of(own.most, total.most) / total.sum;
-        if (exists && half == 0 && t == 0)
+        Softmax total = with_sink(rows.of[i], exists ? p.sink[work.head + head] : 0);
+        float factor = weight_of(rows.of[i].most, total.most) / total.sum;
+        if (exists && half == 0 && rows.t == 0)
             p.lse[work.token * p.heads + work.head + head] = lse_of(total);
 #pragma unroll
         for (int j = 0; j < 32; j++)
-            *(uint32_t*)(staging + head * kOutPitch + 16 * j + 4 * t) = pack_bf16(
-                sum[4 * j + 2 * which] * factor, sum[4 * j + 2 * which + 1] * factor);
+            *(uint32_t*)(staging + head * kOutPitch + 16 * j + 4 * rows.t) =
+                pack_bf16(sum[4 * j + 2 * i] * factor, sum[4 * j + 2 * i + 1] * factor);
     }
     fence_async_proxy();
     named_barrier(2 + half, 128);
@@ -331,47 +345,47 @@ __device__ void write_output(const Problem& p, const Work& work, Shared& s, floa
 }
 
 // Several shares: what the combining kernel needs.
-__device__ void write_part(const Problem& p, const Work& work, float (&sum)[128], Rows& rows,
-                           int half) {
-    const int thread = threadIdx.x % 128, t = thread % 4;
-    const int row = thread / 32 * 16 + thread % 32 / 4;
+__device__ void write_part(const Problem& p, const Work& work, float (&sum)[128], const Rows& rows) {
 #pragma unroll
-    for (int which = 0; which < 2; which++) {
-        int head = row + 8 * which;
+    for (int i = 0; i < 2; i++) {
+        int head = rows.row + 8 * i;
         if (head >= work.heads) continue;
         int64_t at = (work.token * p.heads + work.head + head) * p.shares + work.share;
-        if (half == 0 && t == 0) p.part_sums[at] = which ? rows.high : rows.low;
-        float* to = p.part + at * kDim + half * kHalf + 2 * t;
+        if (rows.half == 0 && rows.t == 0) p.part_sums[at] = rows.of[i];
+        float* to = p.part + at * kDim + rows.half * kHalf + 2 * rows.t;
 #pragma unroll
         for (int j = 0; j < 32; j++)
-            *(float2*)(to + 8 * j) = {sum[4 * j + 2 * which], sum[4 * j + 2 * which + 1]};
+            *(float2*)(to + 8 * j) = {sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]};
     }
 }
 
+// Two warpgroups, always at the same block of keys.
 __device__ void compute(const Problem& p, const Work& work, Shared& s) {
-    const int half = threadIdx.x / 128;
     float sum[128];
 #pragma unroll
     for (int i = 0; i < 128; i++) sum[i] = 0;
-    Rows rows = {{-INFINITY, 0}, {-INFINITY, 0}};
+    Rows rows;
     for (int i = 0; i < work.last - work.first; i++) {
         int stage = i % kStages;
         barrier_wait(&s.full[stage], i / kStages % 2);
+        fence_async_proxy();
         uint64_t exists = s.exists[stage];
         if (exists) {
-            float logit[32];
-            multiply_keys(logit, s, stage);
-            float2 shrink = rows.weigh(logit, p.scale * kLog2e, exists);
+            float logit[16];
+            multiply_keys(logit, s, stage, rows.half);
+            float2 shrink = rows.weigh(s, logit, p.scale * kLog2e, exists >> 32 * rows.half);
+            fence_async_proxy();
+            named_barrier(1, kConsumers);  // all weights are there
             if (__any_sync(~0u, shrink.x != 1 || shrink.y != 1))
 #pragma unroll
                 for (int k = 0; k < 128; k++) sum[k] *= k / 2 % 2 ? shrink.y : shrink.x;
-            multiply_values(sum, logit, s, stage, half);
+            multiply_values(sum, s, stage, rows.half);
         }
         barrier_arrive(&s.empty[stage]);
     }
-    rows.finish();
-    if (p.shares == 1) write_output(p, work, s, sum, rows, half);
-    else write_part(p, work, sum, rows, half);
+    rows.finish(s);
+    if (p.shares == 1) write_output(p, work, s, sum, rows);
+    else write_part(p, work, sum, rows);
 }
 
 __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(Problem p) {
@@ -382,7 +396,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     let_next_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
-            barrier_init(&s.full[i], kProducers);
+            barrier_init(&s.full[i], kProducers + 1);  // their copies, and the bits of what exists
             barrier_init(&s.empty[i], kConsumers);
         }
         fence_barrier_init();
@@ -390,10 +404,10 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<40>();
+        fewer_registers<56>();
         gather(p, work, s);
     } else {
-        more_registers<232>();
+        more_registers<224>();
         compute(p, work, s);
     }
 }

@@ -31,6 +31,12 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
     return v;
 }
 
+// 16 bytes in one store, which nvcc does not always make of an assignment.
+__device__ __forceinline__ void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 // ------------------------------------------------------------------------------ mbarrier
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -88,6 +94,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ void copy16(uint32_t shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                  "r"(valid ? 16 : 0)
+                 : "memory");
+}
+// An arrival at the barrier once all copies of this thread so far have landed.
+__device__ __forceinline__ void copy_arrive(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                     shared_address(barrier))
                  : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -180,7 +192,7 @@ __device__ __forceinline__ void remote_write(uint32_t remote, uint64_t value) {
 // c = row r, then r + 8, at columns 2t and 2t + 1.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                     uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -211,24 +223,22 @@ __device__ __forceinline__ void wgmma_wait() {
         "+f"(c[i + 6]), "+f"(c[i + 7])
 #define DSV4_F32X32(c, i) DSV4_F8(c, i), DSV4_F8(c, i + 8), DSV4_F8(c, i + 16), DSV4_F8(c, i + 24)
 
-// c [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory with contiguous contracted columns.
-__device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+// c [64, 32] (+)= a [64, 16] b [32, 16]^T, both in shared memory with contiguous contracted columns.
+__device__ __forceinline__ void wgmma_64x32(float (&c)[16], uint64_t a, uint64_t b, bool add) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "%32, %33, p, 1, 1, 0, 0;\n"
+        "setp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, p, 1, 1, 0, 0;\n"
         "}\n"
-        : DSV4_F32X32(c, 0)
+        : DSV4_F8(c, 0), DSV4_F8(c, 8)
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// c [64, 256] += a [64, 16] b [16, 256]: a in registers, b in shared memory with contiguous columns.
-__device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint64_t b) {
+// c [64, 256] += a [64, 16] b [16, 256], both in shared memory; the columns of b are contiguous.
+__device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -239,9 +249,9 @@ __device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint32_t a0, uint3
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
         "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "
-        "%125, %126, %127}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
+        "%125, %126, %127}, %128, %129, 1, 1, 1, 0, 1;\n"
         : DSV4_F32X32(c, 0), DSV4_F32X32(c, 32), DSV4_F32X32(c, 64), DSV4_F32X32(c, 96)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+        : "l"(a), "l"(b));
 }
 
 template <int kRegisters>

@@ -7,6 +7,19 @@
 namespace dsv4 {
 namespace {
 
+// One store of all values.
+__device__ inline void store_floats(bf16* to, const float (&v)[8]) {
+    store16(to, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+            pack_bf16(v[6], v[7]));
+}
+__device__ inline void store_floats(float* to, const float (&v)[4]) {
+    store16(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+            __float_as_uint(v[3]));
+}
+template <class T> __device__ inline void store_floats(T* to, const float (&v)[1]) {
+    *to = from_float<T>(v[0]);
+}
+
 // ---------------------------------------------------------------- collapse, any width and dtype
 
 constexpr int kThreads = 256;
@@ -108,7 +121,7 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        uint64_t summed[kSlots], gated[kSlots];
+        uint64_t loaded[Stages], summed[kSlots], gated[kSlots];
     };
 
     const Streams& in;
@@ -137,6 +150,7 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
 
     __device__ void init_barriers() {
         if (threadIdx.x != 0) return;
+        for (int i = 0; i < Stages; i++) barrier_init(&s.loaded[i], 1);
         for (int i = 0; i < kSlots; i++) {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
@@ -174,31 +188,27 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
             }
     }
 
-    // Starts to read tile i of this cluster; counts as one group of copies even if there is none.
+    // Starts to read tile i of this cluster, if there is one: a warp reads a token, a lane a stream.
     __device__ void start_read(int i) {
-        if (i < tiles())
-#pragma unroll 1
-            for (int row = warp; row < Tile; row += Warps) {
-                int token = token_at(i, row);
-                bool exists = token < in.n;
-                const bf16* from = in.x + (int64_t)(exists ? token : 0) * kStreams * kWidth +
-                                   rank * kSlice + lane * 8;
-                uint32_t to = shared_address(s.x[i % Stages]) + row * kPitch + lane * 16;
-#pragma unroll
-                for (int stream = 0; stream < kStreams; stream++)
-#pragma unroll
-                    for (int unit = 0; unit < kSlice / 8; unit += 32)
-                        if (unit + lane < kSlice / 8)
-                            copy16(to + 2 * stream * kSlice + 16 * unit,
-                                   from + stream * kWidth + 8 * unit, exists);
+        constexpr uint32_t kBytes = 2 * kSlice;
+        if (i >= tiles()) return;
+        const int stage = i % Stages, left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
+        if (threadIdx.x == 0) barrier_expect(&s.loaded[stage], tokens * kStreams * kBytes);
+        if (lane < kStreams)
+#pragma unroll 1  // registers are short
+            for (int row = warp; row < tokens; row += Warps) {
+                int64_t from = (int64_t)token_at(i, row) * kStreams + lane;
+                bulk_load(s.x[stage] + row * kPitch + lane * kBytes,
+                          in.x + from * kWidth + rank * kSlice, kBytes, &s.loaded[stage]);
             }
-        copy_commit();
+        __syncwarp();
     }
 
     // This warp's columns of tile i times fn, into s.partial.
     __device__ void multiply(int i) {
         float acc[Blocks][4] = {};
         float square[2] = {};
+        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
 #pragma unroll
         for (int g = 0; g < Groups; g++) {
             const char* from = s.x[i % Stages] + r * kPitch +
@@ -260,13 +270,13 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         }
     }
 
-    // One warp: the gates of this CTA's token of tile i; pre goes to all CTAs.
+    // The first warp: the gates of this CTA's token of tile i; pre goes to all CTAs.
     __device__ void gate(int i) {
         constexpr bool kHead = Blocks == 1;
         if (rank >= Tile) return;
         const int slot = i % kSlots;
         const int token = token_at(i, rank);
-        barrier_wait_cluster(&s.summed[slot], i / kSlots % 2);
+        barrier_wait(&s.summed[slot], i / kSlots % 2);
         float sum = 0;
         if (lane < kSums)
 #pragma unroll
@@ -304,11 +314,12 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
         __syncwarp();
     }
 
-    // u of tile i, this CTA's columns.
+    // u of tile i, this CTA's columns, by all warps but the first.
     __device__ void collapse(int i) {
         const int slot = i % kSlots;
-        barrier_wait_cluster(&s.gated[slot], i / kSlots % 2);
-        for (int k = threadIdx.x; k < Tile * kSlice / 8; k += kThreads) {
+        barrier_wait(&s.gated[slot], i / kSlots % 2);
+#pragma unroll 1
+        for (int k = threadIdx.x - 32; k < Tile * kSlice / 8; k += kThreads - 32) {
             int row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
             int token = token_at(i, row);
             if (token >= in.n) continue;
@@ -326,11 +337,9 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
                     value[2 * w + 1] += pre[stream] * high_bf16(words[w]);
                 }
             }
-            *(uint4*)(in.u + (int64_t)token * kWidth + rank * kSlice + column) = {
-                pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
-                pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7])};
+            store_floats(in.u + (int64_t)token * kWidth + rank * kSlice + column, value);
         }
-        if (threadIdx.x == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
+        if (threadIdx.x == 32) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
     }
 };
 
@@ -348,18 +357,17 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const Streams 
     cluster_wait();
     for (int i = 0; i < count + 2; i++) {
         if (i < count) {
-            copy_wait<C::kAhead - 1>();
-            __syncthreads();  // tile i is there, the sums of i - 1 are sent, i - 3 is collapsed
+            __syncthreads();  // the sums of tile i - 1 are sent, i - 3 is collapsed
             c.start_read(i + C::kAhead);
             c.multiply(i);
             __syncthreads();
             c.send_sums(i);
         }
-        if (i >= 1 && i <= count && c.warp == 0) {
+        if (c.warp > 0 && i >= 2) c.collapse(i - 2);
+        if (c.warp == 0 && i >= 1 && i <= count) {
             c.gate(i - 1);
             if (C::kRows == kMixes && (i == count || i % kCombTiles == 0)) c.combine(i - 1);
         }
-        if (i >= 2) c.collapse(i - 2);
     }
 }
 
@@ -430,16 +438,15 @@ __global__ void __launch_bounds__(kExpandThreads)
     out += token * kStreams * d + column;
 #pragma unroll
     for (int k = 0; k < kStreams; k++) {
-        V result;
+        float value[N];
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            float value = a[k] * to_float(in.at[i]);
+            value[i] = a[k] * to_float(in.at[i]);
 #pragma unroll
             for (int j = 0; j < kStreams; j++)
-                value += c[j * kStreams + k] * to_float(streams[j].at[i]);
-            result.at[i] = from_float<T>(value);
+                value[i] += c[j * kStreams + k] * to_float(streams[j].at[i]);
         }
-        *(V*)(out + k * d) = result;
+        store_floats(out + k * d, value);
     }
 }
 

@@ -11,13 +11,15 @@ struct Problem {
     const void* keys;          // [sequences, capacity, dim]
     const void* weights;       // [n, heads]
     const int64_t* sequence;   // [n]
-    const int64_t* visible;    // [n]
+    const int64_t* positions;  // [n]
     int64_t n, capacity, total;
-    int heads, dim;
+    int heads, dim, ratio;
     float scale;
     bool float_weights;
     float* score;  // [n, total]
 
+    // How many entries a token may see.
+    __device__ int visible(int64_t token) const { return (int)(positions[token] + 1) / ratio; }
     __device__ float weight(int64_t i) const {
         float w = float_weights ? ((const float*)weights)[i] : to_float(((const bf16*)weights)[i]);
         return w * scale;
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps) score_any_kernel(Problem p) {
     int64_t entry = (int64_t)blockIdx.x * kAnyWarps + threadIdx.x / 32, token = blockIdx.y;
     if (entry >= p.total) return;
     float score = -INFINITY;
-    if (entry < p.visible[token]) {
+    if (entry < p.visible(token)) {
         const T* key = (const T*)p.keys + (p.sequence[token] * p.capacity + entry) * p.dim;
         const T* q = (const T*)p.q + token * p.heads * p.dim;
         score = 0;
@@ -58,11 +60,14 @@ __global__ void __launch_bounds__(32 * kAnyWarps) score_any_kernel(Problem p) {
 
 // ---------------------------------------------------------------- bfloat16, 128 wide: tensor cores
 //
-// A warp keeps 32 entries in registers as the left operand and runs through the tokens of its block,
-// whose queries pass through shared memory; heads are the columns of the product. Columns are
-// permuted alike in both operands, so that all loads are 16 bytes.
+// A warp keeps 32 entries in registers as the left operand; the heads of a token's query, in shared
+// memory, are the columns of the product. Columns are permuted alike in both operands, so that all
+// loads are 16 bytes. For one token a warp runs through entries, the next ones on their way; for many
+// tokens of a sequence it runs through tokens.
 
-constexpr int kDim = 128, kMostHeads = 64, kWarps = 8, kEntries = 32 * kWarps;
+constexpr int kDim = 128, kMostHeads = 64;
+constexpr int kWarps = 8, kEntries = 32 * kWarps;                 // for many tokens
+constexpr int kTokenWarps = 4, kTokenEntries = 32 * kTokenWarps;  // for one
 constexpr int kPitch = 2 * kDim + 64;  // bytes a head of the query; 64 spread the banks
 
 struct Query {
@@ -73,7 +78,7 @@ struct Query {
 // Starts the copy of a token's query; its weights are there after the next barrier.
 __device__ void load_query(const Problem& p, int64_t token, Query& to) {
     const bf16* from = (const bf16*)p.q + token * p.heads * kDim;
-    for (int i = threadIdx.x; i < p.heads * (kDim / 8); i += 32 * kWarps)
+    for (int i = threadIdx.x; i < p.heads * (kDim / 8); i += blockDim.x)
         copy16(shared_address(to.q) + i / 16 * kPitch + i % 16 * 16, from + i * 8, true);
     if (threadIdx.x < p.heads) to.weight[threadIdx.x] = p.weight(token * p.heads + threadIdx.x);
 }
@@ -121,20 +126,62 @@ __device__ inline void score_heads(const Query& query, const Entries& entries, i
             score[tile][half] += w.x * relu(dot[tile][2 * half]) + w.y * relu(dot[tile][2 * half + 1]);
 }
 
+// The scores of a warp's entries for one token.
+__device__ inline void score_entries(const Problem& p, const Query& query, const Entries& entries,
+                                     int64_t token, int64_t first, int64_t visible) {
+    const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float score[2][2] = {};
+    if (first < visible) {
+#pragma unroll 2
+        for (int head = 0; head < p.heads; head += 8) score_heads(query, entries, head, score);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float& s = score[i / 2][i % 2];
+        s += __shfl_xor_sync(~0u, s, 1);
+        s += __shfl_xor_sync(~0u, s, 2);
+    }
+    // Lane 4 r + t writes entry 8 t + r.
+    float mine = t < 2 ? (t == 0 ? score[0][0] : score[0][1]) : t == 2 ? score[1][0] : score[1][1];
+    int64_t entry = first + 8 * t + r;
+    if (entry < p.total) p.score[token * p.total + entry] = entry < visible ? mine : -INFINITY;
+}
+
+// All entries for token y; warps take them in turns.
+__global__ void __launch_bounds__(32 * kTokenWarps, 2) score_token_kernel(Problem p) {
+    __shared__ Query query;
+    let_next_start();
+    wait_for_previous();
+    const int64_t token = blockIdx.y, step = (int64_t)gridDim.x * kTokenEntries;
+    const int64_t visible = p.visible(token), sequence = p.sequence[token];
+    int64_t first = (int64_t)blockIdx.x * kTokenEntries + threadIdx.x / 32 * 32;
+    Entries now, next;
+    load_query(p, token, query);
+    copy_commit();
+    if (first < visible) next.load(p, sequence, first);
+    copy_wait<0>();
+    __syncthreads();
+    for (; first < p.total; first += step) {
+        now = next;
+        if (first + step < visible) next.load(p, sequence, first + step);
+        score_entries(p, query, now, token, first, visible);
+    }
+}
+
 // Entries [256 x, ...) for tokens [y * tokens, ...).
 __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_t tokens) {
     __shared__ Query query[2];
     let_next_start();
     wait_for_previous();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t begin = blockIdx.y * tokens, block = (int64_t)blockIdx.x * kEntries;
-    const int64_t end = begin + tokens < p.n ? begin + tokens : p.n, first = block + 32 * warp;
+    const int64_t begin = blockIdx.y * tokens;
+    const int64_t end = begin + tokens < p.n ? begin + tokens : p.n;
+    const int64_t first = (int64_t)blockIdx.x * kEntries + threadIdx.x / 32 * 32;
     Entries entries;
     int64_t loaded = -1;
     load_query(p, begin, query[0]);
     copy_commit();
     for (int64_t token = begin; token < end; token++) {
-        int64_t visible = p.visible[token], sequence = p.sequence[token];
+        const int64_t visible = p.visible(token), sequence = p.sequence[token];
         if (sequence != loaded && first < visible) {
             entries.load(p, sequence, first);
             loaded = sequence;
@@ -143,24 +190,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
         copy_commit();
         copy_wait<1>();
         __syncthreads();
-        const Query& now = query[(token - begin) % 2];
-        float score[2][2] = {};
-        if (first < visible) {
-#pragma unroll 2
-            for (int head = 0; head < p.heads; head += 8) score_heads(now, entries, head, score);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float& s = score[i / 2][i % 2];
-            s += __shfl_xor_sync(~0u, s, 1);
-            s += __shfl_xor_sync(~0u, s, 2);
-        }
-        // Lane 4 r + t writes entry 8 t + r.
-        int t = lane % 4;
-        float mine = t < 2 ? (t == 0 ? score[0][0] : score[0][1]) : t == 2 ? score[1][0] : score[1][1];
-        int64_t entry = first + 8 * t + lane / 4;
-        if (entry < p.total)
-            p.score[token * p.total + entry] = entry < visible ? mine : -INFINITY;
+        score_entries(p, query[(token - begin) % 2], entries, token, first, visible);
         __syncthreads();  // the query has been read
     }
 }
@@ -170,18 +200,24 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
 
 using namespace dsv4;
 
-// score [n, total] float32 = scale * sum over heads of weights * relu(q . key), -inf from visible[n]
-// on. q [n, heads, dim], keys [sequences, capacity, dim] of `dtype`, weights [n, heads] of
-// `weights_dtype`; token i belongs to sequence[i]. A block takes `tokens` tokens one after another.
+// score [n, total] float32 = scale * sum over heads of weights * relu(q . key), -inf where an entry
+// j >= (positions[n] + 1) / ratio. q [n, heads, dim], keys [sequences, capacity, dim] of `dtype`,
+// weights [n, heads] of `weights_dtype`; token i belongs to sequence[i]. A block takes `tokens` tokens
+// one after another, or one token with `blocks` blocks.
 DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, const void* weights,
                                  int weights_dtype, const int64_t* sequence,
-                                 const int64_t* visible, int64_t n, int64_t heads, int64_t dim,
-                                 int64_t capacity, int64_t total, float scale, int64_t tokens,
-                                 float* score, void* stream) {
-    Problem p = {q, keys, weights, sequence, visible, n, capacity, total, (int)heads, (int)dim, scale,
-                 weights_dtype == DSV4_F32, score};
+                                 const int64_t* positions, int64_t ratio, int64_t n, int64_t heads,
+                                 int64_t dim, int64_t capacity, int64_t total, float scale,
+                                 int64_t tokens, int64_t blocks, float* score, void* stream) {
+    Problem p = {q, keys, weights, sequence, positions, n, capacity, total, (int)heads, (int)dim,
+                 (int)ratio, scale, weights_dtype == DSV4_F32, score};
     if (total == 0) return cudaSuccess;
     if (dtype == DSV4_BF16 && dim == kDim && heads % 8 == 0 && heads <= kMostHeads) {
+        if (tokens == 1) {
+            int64_t most = ceil_div(total, kTokenEntries);
+            dim3 grid(blocks < most ? blocks : most, n);
+            return launch(score_token_kernel, grid, 32 * kTokenWarps, 0, stream, p);
+        }
         dim3 grid(ceil_div(total, kEntries), ceil_div(n, tokens));
         return launch(score_kernel, grid, 32 * kWarps, 0, stream, p, tokens);
     }

@@ -13,8 +13,8 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kMost = 1024;                  // k
 constexpr int kMostCluster = 16, kBins = 2048;
-constexpr int kBatch = 8;                    // loads in flight
-constexpr int64_t kSlice = 16384;            // scores a CTA should have
+constexpr int kBatch = 16;                   // keys a thread holds
+constexpr int64_t kSlice = kBatch * kThreads;  // scores a CTA should have: then they are read once
 constexpr unsigned kAll = ~0u;
 
 struct Shared {
@@ -38,48 +38,48 @@ __device__ inline uint32_t key_of(float score) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The scores of one warp, in order: f(index, key, whether it exists), all lanes together.
+// The scores of one warp, in order. A batch of keys is kept; a slice of one batch is read only once.
 struct Slice {
     const float* score;
-    int64_t begin, end;
+    int begin, end;
+    uint32_t key[kBatch];  // of the batch last read; 0 past the end
 
-    template <class F> __device__ void visit(F f) const {
+    __device__ void read(int base) {
         const int lane = threadIdx.x % 32;
-        for (int64_t base = begin; base < end; base += 32 * kBatch) {
-            uint32_t key[kBatch];
 #pragma unroll
-            for (int j = 0; j < kBatch; j++) {
-                int64_t i = base + 32 * j + lane;
-                key[j] = i < end ? key_of(score[i]) : 0;
-            }
-#pragma unroll
-            for (int j = 0; j < kBatch; j++) f(base + 32 * j + lane, key[j], key[j] != 0);
+        for (int j = 0; j < kBatch; j++) {
+            int i = base + 32 * j + lane;
+            key[j] = i < end ? key_of(score[i]) : 0;
+        }
+    }
+    // f(index of the first key of this lane) for every batch, all lanes together.
+    template <class F> __device__ void visit(F f) {
+        const bool once = end - begin <= 32 * kBatch;
+        for (int base = begin; base < end; base += 32 * kBatch) {
+            if (!once) read(base);
+            f(base + (int)threadIdx.x % 32);
         }
     }
 };
 
-// Counts in bins; a run of the same bin in a whole warp is added at once, so equal scores cost no more.
-struct Counter {
-    uint32_t* bins;
-    uint32_t run_bin = 0, run = 0;
-
-    __device__ void flush() {
-        if (run && threadIdx.x % 32 == 0) atomicAdd(bins + run_bin, run);
-        run = 0;
+// Counts a batch of keys with `prefix` above their `digit` at `shift`. A warp whose keys are all the
+// same adds them at once, so that equal scores cost no more.
+__device__ inline void count_batch(uint32_t* bins, const uint32_t (&key)[kBatch], int shift,
+                                   int bits, uint32_t prefix) {
+    const uint32_t mask = (1u << bits) - 1;
+    uint32_t first = __shfl_sync(kAll, key[0], 0), differs = 0;
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) differs |= key[j] ^ first;
+    if (!__any_sync(kAll, differs)) {
+        if (threadIdx.x % 32 == 0 && first >> shift >> bits == prefix)
+            atomicAdd(bins + (first >> shift & mask), 32 * kBatch);
+        return;
     }
-    __device__ void add(uint32_t bin, bool counted) {
-        unsigned lanes = __ballot_sync(kAll, counted);
-        if (lanes == 0) return;
-        uint32_t first = __shfl_sync(kAll, bin, __ffs(lanes) - 1);
-        if (__any_sync(kAll, counted && bin != first)) {
-            if (counted) atomicAdd(bins + bin, 1);
-            return;
-        }
-        if (first != run_bin) flush();
-        run_bin = first;
-        run += __popc(lanes);
-    }
-};
+#pragma unroll
+    for (int j = 0; j < kBatch; j++)
+        if (key[j] && key[j] >> shift >> bits == prefix)
+            atomicAdd(bins + (key[j] >> shift & mask), 1);
+}
 
 __device__ inline uint32_t warp_inclusive_sum(uint32_t x) {
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -89,35 +89,42 @@ __device__ inline uint32_t warp_inclusive_sum(uint32_t x) {
     return x;
 }
 
+__device__ inline void sync(uint32_t ctas) {
+    if (ctas == 1) __syncthreads();
+    else cluster_sync();
+}
+
 // The cluster's counts in every CTA: each CTA adds up its share of the bins and hands it out.
-__device__ void add_up(Shared& s, uint32_t rank, uint32_t ctas) {
-    cluster_sync();
+__device__ const uint32_t* add_up(Shared& s, uint32_t rank, uint32_t ctas) {
+    sync(ctas);
+    if (ctas == 1) return s.count.own;
     uint32_t share = kBins / ctas;
     for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
         uint32_t bin = rank * share + i, total = 0;
         uint32_t own = shared_address(&s.count.own[bin]), all = shared_address(&s.count.all[bin]);
-#pragma unroll 4
+#pragma unroll 8
         for (uint32_t from = 0; from < ctas; from++) total += remote_load(remote_address(own, from));
-#pragma unroll 4
+#pragma unroll 8
         for (uint32_t to = 0; to < ctas; to++) remote_write(remote_address(all, to), total);
     }
     cluster_sync();
+    return s.count.all;
 }
 
 // s.bin: the bin of the need-th best; s.above: how many are in better bins.
-__device__ void find_bin(Shared& s, uint32_t need) {
+__device__ void find_bin(Shared& s, const uint32_t* counts, uint32_t need) {
     constexpr int kEach = kBins / kThreads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int top = kBins - 1 - kEach * threadIdx.x;  // this thread has bins top, top - 1, ...
     uint32_t mine = 0;
-    for (int i = 0; i < kEach; i++) mine += s.count.all[top - i];
+    for (int i = 0; i < kEach; i++) mine += counts[top - i];
     uint32_t sum = warp_inclusive_sum(mine);
     if (lane == 31) s.scan[warp] = sum;
     __syncthreads();
     uint32_t before = lane < warp ? s.scan[lane] : 0;
     uint32_t above = __reduce_add_sync(kAll, before) + sum - mine;
     for (int i = 0; i < kEach; i++) {
-        uint32_t here = s.count.all[top - i];
+        uint32_t here = counts[top - i];
         if (above < need && need <= above + here) {
             s.bin = top - i;
             s.above = above;
@@ -128,21 +135,15 @@ __device__ void find_bin(Shared& s, uint32_t need) {
 }
 
 // The need-th best key of the row; `need` becomes how many of its equals are wanted.
-__device__ uint32_t find_threshold(Shared& s, const Slice& slice, uint32_t rank, uint32_t ctas,
+__device__ uint32_t find_threshold(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas,
                                    uint32_t& need) {
     uint32_t prefix = 0;
     for (int pass = 0; pass < 3; pass++) {
         const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
         for (int i = threadIdx.x; i < kBins; i += kThreads) s.count.own[i] = 0;
         __syncthreads();
-        Counter counter = {s.count.own};
-        slice.visit([&](int64_t, uint32_t key, bool exists) {
-            bool counted = exists && (pass == 0 || key >> shift >> bits == prefix);
-            counter.add(key >> shift & ((1u << bits) - 1), counted);
-        });
-        counter.flush();
-        add_up(s, rank, ctas);
-        find_bin(s, need);
+        slice.visit([&](int) { count_batch(s.count.own, slice.key, shift, bits, prefix); });
+        find_bin(s, add_up(s, rank, ctas), need);
         prefix = prefix << bits | s.bin;
         need -= s.above;
     }
@@ -150,13 +151,16 @@ __device__ uint32_t find_threshold(Shared& s, const Slice& slice, uint32_t rank,
 }
 
 // Writes what is above the threshold and its first `need` equals to rank 0, equals from `first_equal`.
-__device__ void pick(Shared& s, const Slice& slice, uint32_t rank, uint32_t ctas, uint32_t threshold,
+__device__ void pick(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas, uint32_t threshold,
                      uint32_t need, uint32_t first_equal) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t above = 0, equal = 0;
-    slice.visit([&](int64_t, uint32_t key, bool exists) {
-        above += exists && key > threshold;
-        equal += exists && key == threshold;
+    slice.visit([&](int) {
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+            above += slice.key[j] > threshold;
+            equal += slice.key[j] == threshold && slice.key[j];
+        }
     });
     above = __reduce_add_sync(kAll, above);
     equal = __reduce_add_sync(kAll, equal);
@@ -168,35 +172,40 @@ __device__ void pick(Shared& s, const Slice& slice, uint32_t rank, uint32_t ctas
     above = s.warp_above[lane];
     equal = s.warp_equal[lane];
     uint32_t cta_above = __reduce_add_sync(kAll, above), cta_equal = __reduce_add_sync(kAll, equal);
-    if (threadIdx.x < ctas) {
-        remote_write(remote_address(shared_address(&s.cta_above[rank]), threadIdx.x), cta_above);
-        remote_write(remote_address(shared_address(&s.cta_equal[rank]), threadIdx.x), cta_equal);
+    if (ctas > 1) {
+        if (threadIdx.x < ctas) {
+            remote_write(remote_address(shared_address(&s.cta_above[rank]), threadIdx.x), cta_above);
+            remote_write(remote_address(shared_address(&s.cta_equal[rank]), threadIdx.x), cta_equal);
+        }
+        cluster_sync();
     }
-    cluster_sync();
     above = (lane < warp ? above : 0) + (lane < rank ? s.cta_above[lane % kMostCluster] : 0);
     equal = (lane < warp ? equal : 0) + (lane < rank ? s.cta_equal[lane % kMostCluster] : 0);
     above = __reduce_add_sync(kAll, above);
     equal = __reduce_add_sync(kAll, equal);
     const uint32_t picked = remote_address(shared_address(s.picked), 0);
     const unsigned before = (1u << lane) - 1;
-    slice.visit([&](int64_t i, uint32_t key, bool exists) {
-        bool is_above = exists && key > threshold, is_equal = exists && key == threshold;
-        unsigned above_lanes = __ballot_sync(kAll, is_above);
-        unsigned equal_lanes = __ballot_sync(kAll, is_equal);
-        uint32_t at = above + __popc(above_lanes & before);
-        if (is_equal) {
+    slice.visit([&](int i) {
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+            const uint32_t key = slice.key[j];
+            bool is_above = key > threshold, is_equal = key == threshold && key;
+            unsigned lanes = __ballot_sync(kAll, is_above || is_equal);
+            if (lanes == 0) continue;
+            unsigned above_lanes = __ballot_sync(kAll, is_above), equal_lanes = lanes & ~above_lanes;
             uint32_t number = equal + __popc(equal_lanes & before);
-            at = number < need ? first_equal + number : kMost;
+            uint32_t at = is_above ? above + __popc(above_lanes & before) : first_equal + number;
+            if (is_above || (is_equal && number < need))
+                remote_write(picked + 8 * at, (uint64_t)key << 32 | ~(uint32_t)(i + 32 * j));
+            above += __popc(above_lanes);
+            equal += __popc(equal_lanes);
         }
-        if ((is_above || is_equal) && at < kMost)
-            remote_write(picked + 8 * at, (uint64_t)key << 32 | ~(uint32_t)i);
-        above += __popc(above_lanes);
-        equal += __popc(equal_lanes);
     });
-    cluster_sync();
+    sync(ctas);
 }
 
-// Bitonic sort, largest first: thread i has and gets element i of `size`, a power of two up to 1024.
+// Bitonic sort, largest first: thread i has and gets element i of `size`, a power of two from 32 to
+// 1024. Only the first `size` threads.
 __device__ uint64_t sort(Shared& s, uint64_t mine, int size) {
     const int i = threadIdx.x;
     int buffer = 0;
@@ -207,7 +216,7 @@ __device__ uint64_t sort(Shared& s, uint64_t mine, int size) {
                 other = __shfl_xor_sync(kAll, mine, stride);
             } else {
                 s.exchange[buffer][i] = mine;
-                __syncthreads();
+                named_barrier(1, size);
                 other = s.exchange[buffer][i ^ stride];
                 buffer ^= 1;
             }
@@ -225,13 +234,15 @@ __global__ void __launch_bounds__(kThreads)
     const int warp = threadIdx.x / 32;
     let_next_start();
     wait_for_previous();
-    int64_t count = visible[row] < total ? visible[row] : total;
-    int64_t per_cta = (count + ctas - 1) / ctas, per_warp = (per_cta + kThreads - 1) / kThreads * 32;
-    int64_t end_of_cta = per_cta * (rank + 1) < count ? per_cta * (rank + 1) : count;
-    Slice slice = {score + row * total, per_cta * rank + per_warp * warp, 0};
-    slice.end = slice.begin + per_warp < end_of_cta ? slice.begin + per_warp : end_of_cta;
+    const int count = visible[row] < total ? (int)visible[row] : (int)total;
+    const int per_cta = (count + ctas - 1) / ctas, per_warp = (per_cta + kThreads - 1) / kThreads * 32;
+    const int end_of_cta = min(per_cta * (int)(rank + 1), count);
+    Slice slice = {score + row * total, per_cta * (int)rank + per_warp * warp, 0};
+    slice.end = min(slice.begin + per_warp, end_of_cta);
+    slice.read(slice.begin);
 
-    uint32_t wanted = count < k ? (uint32_t)count : k, need = 0, threshold = 0;
+    const uint32_t wanted = min(count, k);
+    uint32_t need = 0, threshold = 0;
     if (count > k) {
         need = wanted;
         threshold = find_threshold(s, slice, rank, ctas, need);
@@ -240,10 +251,11 @@ __global__ void __launch_bounds__(kThreads)
     if (rank != 0) return;
     int size = 32;
     while (size < wanted) size *= 2;
+    for (int i = threadIdx.x + (int)wanted; i < k; i += kThreads) index[row * k + i] = -1;
+    if (threadIdx.x >= size) return;
     uint64_t mine = threadIdx.x < wanted ? s.picked[threadIdx.x] : 0;
-    __syncthreads();
     mine = sort(s, mine, size);
-    if (threadIdx.x < k) index[row * k + threadIdx.x] = threadIdx.x < wanted ? (int)~(uint32_t)mine : -1;
+    if (threadIdx.x < wanted) index[row * k + threadIdx.x] = (int)~(uint32_t)mine;
 }
 
 // CTAs a row: enough for slices of kSlice, as long as the device has room for all rows at once.
@@ -262,7 +274,7 @@ using namespace dsv4;
 // first, ties to the lower index, then -1.
 DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int64_t n, int64_t total,
                                 int64_t k, int64_t processors, int* index, void* stream) {
-    if (k > kMost || total > INT32_MAX) return kUnsupported;
+    if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
     static const int allowed =
         cudaFuncSetAttribute(topk_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
