@@ -214,7 +214,7 @@ class Diagnosis:
 
 def _combined(seen: Signature, explained: Explanation) -> Signature:
     """What is seen, and what it means; the meaning decides the kind."""
-    return Signature(explained.hypothesis.kind, f"{seen.detail}: {explained.words}")
+    return Signature(explained.kind, f"{seen.detail}: {explained.words}")
 
 
 def groups_of(call: Captured, positions: Tensor | None) -> dict[str, Tensor]:

@@ -92,6 +92,8 @@ def _reordered(name: str, value: Tensor) -> Iterator[Hypothesis]:
         if 2 < length <= 512 or axis == value.dim() - 1:
             order = value.flip(axis)
             yield Hypothesis("permuted", f"{name}'s {label}s are read in reverse", {name: order})
+    if value.dim() == 3 and value.shape[1] % 2 == 0 and value.shape[1] > 2:
+        yield from _heads(name, value)
     width = value.shape[-1]
     if width % 2 == 0 and width > 2:
         a, b = value.chunk(2, -1)
@@ -106,6 +108,18 @@ def _reordered(name: str, value: Tensor) -> Iterator[Hypothesis]:
     if value.dim() >= 2:
         first = value[:1].expand_as(value)
         yield Hypothesis("rows", f"every row reads row 0 of {name}", {name: first}, edge=1)
+
+
+def _heads(name: str, value: Tensor) -> Iterator[Hypothesis]:
+    """The middle axis in another order: heads, streams."""
+    numbers = torch.arange(value.shape[1], device=value.device)
+    for words, order in (
+        ("neighbouring heads exchanged", numbers ^ 1),
+        ("its halves of the heads exchanged", numbers.roll(len(numbers) // 2)),
+        ("its halves of the heads interleaved", numbers.view(2, -1).T.flatten()),
+        ("even heads before odd ones", numbers.view(-1, 2).T.flatten()),
+    ):
+        yield Hypothesis("permuted", f"{name} is read with {words}", {name: value[:, order]})
 
 
 def _rescaled(name: str, value: Tensor, inputs: dict[str, Any]) -> Iterator[Hypothesis]:

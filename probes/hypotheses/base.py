@@ -39,6 +39,8 @@ from dsv4_bench.probes.signatures import words_for_rows
 Values = dict[str, Tensor]
 Predict = Callable[[], Values]
 _LEFT_OVER = 0.02  # share of the error that an explanation may leave
+_ORDERS = ("shifted", "permuted")
+_FEW = 0.02  # share of the rows that is hardly any
 _SCREENED = 32  # rows on which hypotheses are tried first
 
 
@@ -65,10 +67,18 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A hypothesis that explains the wrong values: all of them, or (`where`) those of some rows."""
+    """A hypothesis that explains the wrong values: all of them, or (`where`) those of some rows.
+
+    `few`: of hardly any rows. Then the place says more than what was put there.
+    """
 
     hypothesis: Hypothesis
     where: str = ""
+    few: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "rows" if self.few and self.hypothesis.kind in _ORDERS else self.hypothesis.kind
 
     @property
     def words(self) -> str:
@@ -170,7 +180,7 @@ def try_one(
     names = [n for n, t in call.truth.items() if n in spec.discrete or judged(call, n, t)]
     sets = [in_one_order(spec, values) for values in (ours, call.truth, predicted)]
     for axis in (0, -1, 1):
-        where, whole = "", True
+        where, whole, few = "", True, False
         explained = False
         for name in names:
             a, truth, guess = (values.get(name) for values in sets)
@@ -186,10 +196,11 @@ def try_one(
             explained |= bool(wrong.any())
             whole &= fits
             if not fits and not where:
+                few = axis == 0 and 0 < int(wrong.sum()) <= _FEW * len(wrong)
                 where = _words(wrong, axis, groups) if bool(wrong.any()) else f"but not in {name}"
         else:
             if explained:
-                return Explanation(hypothesis, "" if whole else where)
+                return Explanation(hypothesis, "" if whole else where, few)
             return None
     return None
 
