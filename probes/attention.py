@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most, near
@@ -73,11 +72,16 @@ class SoftmaxProbe(Probe):
 def attention_weights(call: Call, rows: Tensor) -> Tensor:
     """Weights [s, h, keys] of the keys of query rows [s], by the op's lse; 0 where there is no key."""
     a = call.inputs
-    index = a["window_index"][rows]
-    keys = gather_rows(a["window"], index)
+    q = a["q"][rows].float() * a["scale"]
+    logits = [_logits(q, a["window"], a["window_index"][rows])]
     if a.get("entry_index") is not None:
-        keys = torch.cat((keys, gather_rows(a["entries"], a["entry_index"][rows])), dim=1)
-        index = torch.cat((index, a["entry_index"][rows]), dim=1)
-    logits = a["q"][rows].float() @ keys.transpose(1, 2) * a["scale"]
-    weights = torch.exp(logits - call.outputs["lse"][rows].float()[..., None])
-    return torch.where((index >= 0)[:, None], weights, 0.0)
+        logits.append(_logits(q, a["entries"], a["entry_index"][rows]))
+    return torch.exp(torch.cat(logits, dim=-1) - call.outputs["lse"][rows].float()[..., None])
+
+
+def _logits(q: Tensor, pool: Tensor, index: Tensor) -> Tensor:
+    """q [s, h, hd], pool [r, hd], index [s, k] -> [s, h, k], -inf for index -1 whatever the pool holds."""
+    if not len(pool):
+        return q.new_full((*q.shape[:2], index.shape[1]), -torch.inf)
+    keys = pool[index.clamp(min=0)].float()  # [s, k, hd]
+    return (q @ keys.transpose(1, 2)).masked_fill(index[:, None] < 0, -torch.inf)

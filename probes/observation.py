@@ -24,30 +24,39 @@ class Observation:
     ) -> None:
         self.probes = probes
         self.complain = complain
+        self._asked: dict[Site, tuple[list[Probe], list[Probe]]] = {}
         self._calls: list[Call] = []
         self._readings: list[Reading] = []
 
     def look(self, call: Call) -> list[Reading]:
         """The readings that are known now: all of them on the CPU, none on an accelerator."""
-        asked = [probe for probe in self.probes if probe.wants(call.site)]
-        readings = [r for probe in asked for r in self._ask(probe, call, probe.observe)]
-        if call.pending or any(reading.pending for reading in readings):
+        readings = [r for p in self._asks(call.site)[0] for r in self._ask(p, call, p.observe)]
+        if call.pending:
             self._calls.append(call)
             self._readings += readings
             return []
-        return readings + self._explain(asked, call)
+        return readings + self._explain(call)
 
     def flush(self) -> list[Reading]:
         """What was still on the device, in one transfer; then the closer look at every call."""
+        if not self._calls:
+            return []
         readings = fetch(self._readings, self._calls)
         for call in self._calls:
-            asked = [probe for probe in self.probes if probe.wants(call.site)]
-            readings += self._explain(asked, call)
+            readings += self._explain(call)
         self._calls, self._readings = [], []
         return readings
 
-    def _explain(self, asked: Iterable[Probe], call: Call) -> list[Reading]:
-        found = [r for probe in asked for r in self._ask(probe, call, probe.explain)]
+    def _asks(self, site: Site) -> tuple[list[Probe], list[Probe]]:
+        """The probes that want the site, and those of them that may have more to say."""
+        if site not in self._asked:
+            wanted = [probe for probe in self.probes if probe.wants(site)]
+            more = [probe for probe in wanted if type(probe).explain is not Probe.explain]
+            self._asked[site] = wanted, more
+        return self._asked[site]
+
+    def _explain(self, call: Call) -> list[Reading]:
+        found = [r for p in self._asks(call.site)[1] for r in self._ask(p, call, p.explain)]
         return fetch(found) if found else found
 
     def _ask(

@@ -74,24 +74,23 @@ class Call:
     outputs: dict[str, Tensor]
     forward: int = 0
     before: dict[str, Tensor] = field(default_factory=dict)  # mutated arguments, as they were
+    pending: bool = False  # whether a reading or statistics are still on a device
     _stats: dict[str, Stats | None] = field(default_factory=dict, repr=False)
 
     def ran(self, outputs: dict[str, Tensor]) -> None:
         """Keep what the op has returned or written; called again after it was re-run."""
-        self.outputs = outputs
+        self.outputs, self.pending = outputs, False
         self._stats.clear()
 
     def stats(self, output: str) -> Stats | None:
         """Statistics of one output, computed once for all probes; None if it is not of floats."""
         if output not in self._stats:
             tensor = self.outputs[output]
-            self._stats[output] = tensor_stats(tensor) if tensor.is_cpu else device_stats(tensor)
+            if tensor.is_cpu:
+                self._stats[output] = tensor_stats(tensor)
+            else:
+                self._stats[output], self.pending = device_stats(tensor), True
         return self._stats[output]
-
-    @property
-    def pending(self) -> bool:
-        """Whether statistics are still on a device."""
-        return any(s is not None and isinstance(s.nan, Tensor) for s in self._stats.values())
 
     def reading(
         self,
@@ -106,8 +105,11 @@ class Call:
         sampled: str = "",
     ) -> Reading:
         """A reading at this call's site; a tensor as value is fetched, now on the CPU, later elsewhere."""
-        if isinstance(value, Tensor) and value.is_cpu:
-            value = value.tolist()
+        if isinstance(value, Tensor):
+            if value.is_cpu:
+                value = value.tolist()
+            else:
+                self.pending = True
         if not isinstance(verdict, str) and not isinstance(value, Tensor):
             verdict = verdict(value)
         if sampled:
@@ -136,6 +138,7 @@ def fetch(readings: Sequence[Reading], calls: Sequence[Call] = ()) -> list[Readi
     settled = [r._replace(value=next(values)) if r.pending else r for r in readings]
     for call, output, stats in waiting:
         call._stats[output] = Stats(*(next(values) if isinstance(v, Tensor) else v for v in stats))
+        call.pending = False
     return [
         r if isinstance(r.verdict, str) else r._replace(verdict=r.verdict(r.value)) for r in settled
     ]

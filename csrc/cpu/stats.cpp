@@ -9,7 +9,12 @@
 namespace dsv4 {
 namespace {
 
-typedef double f64v __attribute__((vector_size(8 * W)));
+// Half a vector of floats and the doubles of it: as wide as a register, unlike the doubles of all.
+typedef float f32h __attribute__((vector_size(2 * W)));
+typedef double f64h __attribute__((vector_size(4 * W)));
+struct Halves {
+    f32h low, high;
+};
 
 constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes from here on are not finite
 constexpr int64_t kBlock = 1024;            // elements looked at before anything is decided
@@ -54,7 +59,7 @@ struct Stats {
 // One block of whole vectors, as if all were finite; false, and nothing added, if one is not.
 template <class T> bool add_block(const T* x, int64_t count, Stats& stats) {
     u32v peak = {}, peaks = {}, zero = {};
-    f64v sum = {}, squares = {};
+    f64h sum = {}, squares = {};
     for (int64_t i = 0; i < count; i += W) {
         f32v value = load(x + i);
         u32v magnitude = bits_as<u32v>(value) & 0x7fffffff;
@@ -63,15 +68,19 @@ template <class T> bool add_block(const T* x, int64_t count, Stats& stats) {
         peak = higher ? magnitude : peak;
         peaks -= (u32v)(magnitude == peak);  // true is -1
         zero -= (u32v)(magnitude == 0);
-        f64v wide = __builtin_convertvector(value, f64v);
-        sum += wide;
-        squares += wide * wide;
+        Halves halves = bits_as<Halves>(value);
+        f64h low = __builtin_convertvector(halves.low, f64h);
+        f64h high = __builtin_convertvector(halves.high, f64h);
+        sum += low + high;
+        squares += low * low + high * high;
     }
     Stats block;
     for (int lane = 0; lane < W; lane++) {
         if (peak[lane] >= kInfinity) return false;
         block.add_peak(peak[lane], peaks[lane]);
         block.zero += zero[lane];
+    }
+    for (int lane = 0; lane < W / 2; lane++) {
         block.sum += sum[lane];
         block.squares += squares[lane];
     }
