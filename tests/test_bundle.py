@@ -10,6 +10,7 @@ import runpy
 import signal
 import stat
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -613,3 +614,25 @@ def test_missing_and_misshapen_outputs_are_wrong(calls: list[bundle.BundleCall])
     for outputs in ({}, {"o": call.captured.outputs["o"][:1], "lse": call.captured.outputs["lse"]}):
         judged = bundle.judge(call.captured, outputs, call.reference, truth, bounds)
         assert judged["o"].verdict == "over" and judged["o"].own_error == float("inf")
+
+
+@pytest.mark.parametrize("name", ["b.zip", "b"])
+def test_reading_takes_little_more_memory_than_the_files(tmp_path: Path, name: str) -> None:
+    x = torch.randn(1, 4_000_000)
+    site = Site("L0/attn/norm", spec_of("rms_norm"), {"weight": None, "eps": 1e-6}, 0)
+    observer = Capture()
+    with torch.inference_mode():
+        observer.around(site, (x,))
+    call = bundle.examine(observer.calls[0], 0, Limits(torch.float32))
+    path = write(tmp_path / name, [call])
+    tracemalloc.start()
+    try:
+        opened = bundle.open_bundle(path)
+        opened.verify()
+        back = opened.load(opened.calls[0])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert bits_equal(back.captured.inputs["x"], x)
+    declared = sum(entry.bytes for entry in opened.files.values())
+    assert declared > 32e6 and peak < declared + 8e6

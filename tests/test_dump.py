@@ -17,7 +17,7 @@ from bundles import MICRO, PLUGIN, TOKENS, without_environment
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, parse_route
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation, parse_route, reference
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes import bundle
 from dsv4_bench.probes.base import Probe, make_probes
@@ -324,3 +324,47 @@ def test_layers_by_hand() -> None:
     for text in ("6", "", "1-", "-1", "1,,2"):
         with pytest.raises(DSV4Error):
             parse_layers(text, 6)
+
+
+# ------------------------------------------------------------------------------ strided caches
+
+
+def test_a_kernel_that_is_wrong_on_the_engines_strided_cache_only(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ring and entries packed into one padded buffer, as serving engines do: dumped, then replayed."""
+    from dsv4_bench.engine import cache
+    from dsv4_bench.workbench import layerwise
+    from dsv4_bench.workbench.replaying import Replayer
+
+    class Packed(cache.LayerCache):
+        """A ring whose rows lie in a buffer twice as wide; the other half is NaN."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            buffer = torch.full((len(self.ring), 2 * self.ring.shape[1]), torch.nan)
+            self.ring = buffer[:, : self.ring.shape[1]].zero_()
+
+    def packed_rows(pool: torch.Tensor) -> torch.Tensor:
+        flat = torch.empty(0).set_(pool.untyped_storage(), pool.storage_offset(), (pool.numel(),))
+        return flat.view(pool.shape)
+
+    @implementation(op="attention", name="unstrided")
+    def attention(q, window, *rest, **params):  # type: ignore[no-untyped-def]
+        return reference("attention")(q, packed_rows(window), *rest, **params)
+
+    out, chosen = tmp_path / "b.zip", Selection(sites="L1/attn/core")
+    try:
+        dumper(checkpoint, "L1/attn/core=unstrided", selection=chosen).run(out, "", quiet)
+        assert bundle.open_bundle(out).manifest["first"] is None  # right on contiguous rings
+        monkeypatch.setattr(layerwise, "LayerCache", Packed)
+        dumper(checkpoint, "L1/attn/core=unstrided", selection=chosen).run(out, "", quiet)
+        monkeypatch.undo()
+        opened = bundle.open_bundle(out)
+        prefill, decode = Replayer(opened).run(opened.calls).ops
+    finally:
+        del IMPLEMENTATIONS["attention"]["unstrided"]
+    assert prefill.verdict == "ok"  # its window is gathered, so contiguous
+    assert decode.verdict == decode.stored_verdict == "over" and decode.same_bits
+    assert opened.manifest["first"]["forward"] == 1
+    assert Replayer(opened, ["kernel"]).run(opened.calls).status == "clean"

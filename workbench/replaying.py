@@ -26,7 +26,7 @@ from dsv4_bench.probes.bundle import BadBundle, Bundle, BundleCall, CallEntry, O
 from dsv4_bench.probes.bundle.machine import differences
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
-from dsv4_bench.workbench.loading import read_route
+from dsv4_bench.workbench.loading import pick_device, read_route
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,20 +105,30 @@ class ReplayReport:
 
 
 class Replayer:
-    """Replays the ops of a bundle; without a route on the implementations that were captured."""
+    """Replays the ops of a bundle; without a route on the implementations that were captured.
 
-    def __init__(self, bundle: Bundle, route: Sequence[str] = ()) -> None:
-        import dsv4_bench.engine.cpu  # noqa: F401  (registers the CPU kernels)
+    `device` is cpu or cuda; without one it is where the bundle was made, if this machine has that.
+    """
+
+    def __init__(
+        self, bundle: Bundle, route: Sequence[str] = (), device: str | None = None
+    ) -> None:
+        import dsv4_bench.engine.cpu  # (registers the CPU kernels)
+        import dsv4_bench.engine.cuda  # noqa: F401  (and those for sm_90a)
 
         self.bundle = bundle
+        self.device = _device(bundle, device)
         self.route = read_route(route)
-        self.context = Context("cpu", _DTYPES[bundle.dtype])
+        self.context = Context(self.device.type, _DTYPES[bundle.dtype])
 
     def run(self, entries: Iterable[CallEntry]) -> ReplayReport:
         """Replay `entries`, in order. Raises BadBundle if one is damaged."""
         report = ReplayReport(machine=differences(self.bundle.manifest["versions"]))
+        there = self.bundle.manifest.get("device", "cpu")
+        if there != self.device.type:
+            report.machine.append(f"device {self.device.type} here, {there} there")
         for entry in entries:
-            report.ops.append(self.replay(entry, self.bundle.load(entry)))
+            report.ops.append(self.replay(entry, self.bundle.load(entry, self.device)))
         return report
 
     def implementation(self, entry: CallEntry) -> tuple[Implementation | None, str]:
@@ -169,6 +179,14 @@ class Replayer:
             for name, value in captured.outputs.items()
         )
         return result
+
+
+def _device(bundle: Bundle, name: str | None) -> torch.device:
+    """The device to replay on. Raises CannotAnswer for one that this machine lacks."""
+    there = bundle.manifest.get("device")
+    if name is None and not (there == "cuda" and torch.cuda.is_available()):
+        return torch.device("cpu")
+    return pick_device(name)
 
 
 def run_reference(captured: Captured, where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

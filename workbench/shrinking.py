@@ -105,7 +105,7 @@ def minimise(
     for entry in wrong:
         chosen, _ = replayer.implementation(entry)
         assert chosen is not None
-        call = replayer.bundle.load(entry)
+        call = replayer.bundle.load(entry, replayer.device)
         shrunk.append(shrink(call, chosen.function))
         narrate(f"minimised {entry.label}: {shrunk[-1].sentence}")
     document: dict[str, Any] = {"ops": [item.to_dict() for item in shrunk], "bundle": None}
@@ -299,11 +299,14 @@ def _write(replayer: Replayer, shrunk: Iterable[Shrunk], target: Path) -> int:
 
     old = replayer.bundle.manifest
     with Writer(target) as writer:
-        for item in _one_a_site(shrunk):
+        kept = list(_one_a_site(shrunk))
+        for item in kept:
             writer.add_call(item.call)
         writer.add_file("replay.py", standalone_script().encode())
-        minimised = [item.to_dict() for item in shrunk]
-        return writer.publish({**old, "minimised": minimised})
+        counts = dict.fromkeys(("captured", "calls", "over"), len(kept))
+        coverage = {**old["coverage"], **counts}
+        minimised = [item.to_dict() for item in kept]
+        return writer.publish({**old, "coverage": coverage, "minimised": minimised})
 
 
 def _one_a_site(shrunk: Iterable[Shrunk]) -> Iterator[Shrunk]:

@@ -136,21 +136,22 @@ class Bundle:
             self.source.consume(name, entry, _skim)
 
     @torch.inference_mode()
-    def load(self, entry: CallEntry) -> BundleCall:
-        """The call with its tensors, ready to run; its site's weights stay loaded for the next.
+    def load(self, entry: CallEntry, device: torch.device | str = "cpu") -> BundleCall:
+        """The call with its tensors on `device`; its site's weights stay loaded for the next one.
 
-        Raises BadBundle for anything that does not fit together.
+        Whole storages go to a device, so strides, padding and aliasing are the same there. Raises BadBundle for anything that does not fit together.
         """
         where = f"call {entry.index} ({entry.site.path})"
         files: dict[str, dict[str, Tensor]] = {}
 
         def storages(name: str) -> dict[str, Tensor]:
             kept = self._weights if name.startswith("weights/") else files
-            if name not in kept:
+            key = f"{name} on {device}"
+            if key not in kept:
                 if kept is self._weights:
                     kept.clear()  # one site's weights at a time
-                kept[name] = self.storages(name)
-            return kept[name]
+                kept[key] = {n: raw.to(device) for n, raw in self.storages(name).items()}
+            return kept[key]
 
         size = sum(entry.bytes for entry in self.files.values())
         decoder = Decoder(storages, max(_LEAST_BUDGET, 2 * size))

@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="SITE_GLOB=IMPL or IMPL; repeatable, later wins (default: what was captured)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: where the bundle was made, if it is here",
+    )
     parser.add_argument("--forward", type=int, metavar="N", help="only this forward pass")
     parser.add_argument(
         "--minimise",
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         entries = [entry for entry in entries if entry.forward == args.forward]
         if not entries:
             raise DSV4Error(f"--forward {args.forward}: nothing of it was captured")
-    replayer = Replayer(bundle, args.route)
+    replayer = Replayer(bundle, args.route, args.device)
     report = replayer.run(entries)
     document: dict[str, Any] = report.to_dict()
     if args.minimise:
