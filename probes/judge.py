@@ -43,7 +43,8 @@ class Judge:
         self.calls = 0
         self._learnt: Counter[str] = Counter()
         self._diagnosis = Diagnosis(self.limits, config)
-        self._diagnosis.history = History(_HISTORY_BYTES)
+        self._history = History(_HISTORY_BYTES)
+        self._seen: set[tuple[str, int]] = set()  # calls whose outputs went into the history
 
     def judge(
         self,
@@ -59,6 +60,8 @@ class Judge:
         learnt = self._learnt[call.site.op] < _SAMPLES
         if learnt:
             self._learn(call)
+        again = (call.site.path, forward) in self._seen  # equal to its earlier self: not stale
+        self._diagnosis.history = History() if again else self._history
         found = self._worst(call, ours, call.outputs, "reference")
         broken = broken_contract(call, ours)
         judgement = Judgement(found) if found is not None else None
@@ -66,8 +69,10 @@ class Judge:
             if not learnt:
                 self._learn(call)
             judgement = self._decide(call, ours, broken, found, positions)
-        returned = {n: v for n, v in ours.items() if n not in call.site.spec.mutates}
-        self._diagnosis.history.add(call, returned, forward)
+        if not again:
+            returned = {n: v for n, v in ours.items() if n not in call.site.spec.mutates}
+            self._history.add(call, returned, forward)
+            self._seen.add((call.site.path, forward))
         return judgement
 
     def _learn(self, call: Captured) -> None:

@@ -119,7 +119,7 @@ def test_anomaly_runs_to_the_first_wrong_op(start):
         )
         state = driver.command("anomaly")
         assert (state["site"], state["state"]) == ("L1/attn/wq_b", "stopped")
-        assert state["why"].startswith("anomaly: own_error")
+        assert state["why"] == "anomaly: constant_factor, own error 0.01"
         assert driver.command("anomaly")["site"] == "L2/attn/wq_b"
         assert driver.command("op")["signature"]["kind"] == "constant_factor"
         rows = {row["path"]: row for row in driver.command("sites")["sites"]}

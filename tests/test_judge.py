@@ -84,6 +84,18 @@ def test_nan_and_shapes_never_pass():
     assert found.signature is not None and found.signature.detail == "y is missing"
 
 
+def test_an_op_that_runs_again_is_not_stale_but_another_calls_result_is():
+    judge, call = Judge(torch.float32), norm_call()
+    wrong = {"y": call.outputs["y"].flip(0).contiguous()}
+    for _ in range(2):
+        found = judge.judge(replace(call), wrong, forward=0)
+        assert found is not None and found.signature is not None
+        assert found.signature.kind != "stale"
+    found = judge.judge(norm_call(seed=1), wrong, forward=1)
+    assert found is not None and found.signature is not None
+    assert found.signature.kind == "stale" and "L3/attn/norm in pass 0" in found.signature.detail
+
+
 def topk_call(score: torch.Tensor, k: int) -> Captured:
     site = Site("L2/attn/index/topk", spec_of("index_topk"), {"k": k}, 2)
     call = Captured(site, (score, torch.full((len(score),), score.shape[1])), {})

@@ -428,7 +428,7 @@ class Debugger:
         if self.shadow.carried:
             readings += self._carried_readings(call)
         alarms = [r for r in readings if r.verdict == "alarm"]
-        record.alarm = "; ".join(dict.fromkeys(_alarm_text(r) for r in alarms[:2]))
+        record.alarm = "; ".join(dict.fromkeys(_alarm_text(r, record) for r in alarms[:2]))
         kinds = {_anomaly(reading) for reading in alarms}
         record.anomaly = next((kind for kind in ANOMALIES if kind in kinds), "")
         record.state = "done"
@@ -583,7 +583,9 @@ def _anomaly(reading: Reading) -> str:
     return "nonfinite" if reading.name in ("nan", "inf", "first_nonfinite") else "broken"
 
 
-def _alarm_text(reading: Reading) -> str:
+def _alarm_text(reading: Reading, record: Record) -> str:
+    if reading.name == "own_error" and record.signature and isinstance(reading.value, float):
+        return f"{record.signature.kind}, own error {reading.value:.3g}"
     if reading.name in ("nan", "inf"):
         return f"{reading.value} {'NaN' if reading.name == 'nan' else 'Inf'} in {reading.output}"
     if isinstance(reading.value, (int, float)):

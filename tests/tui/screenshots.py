@@ -11,11 +11,12 @@ from dsv4_bench.workbench.tui.app import WorkbenchApp
 
 SIZES = {"workbench": (140, 42)}
 STEPS = (
-    "until L3/ffn/hc_post",
     "shadow on",
+    "carried on",
     "break nan > 0",
-    "break L6/attn/core",
-    "until L4/attn/core",
+    "watch (post.sum(1) - 2).abs().max()",
+    "route L4/attn/hc_post=fault/comb_transposed",
+    "until L4/attn/hc_post",
 )
 PATIENCE = 60.0  # seconds for one command
 
@@ -28,7 +29,7 @@ async def take(folder: Path, name: str, size: tuple[int, int]) -> None:
         for line in STEPS:
             before = app.store.state.get("site")
             app.send(line)
-            moves = line.startswith("until")
+            moves = line.startswith(("until", "back"))
             await _until(lambda b=before, m=moves: _settled(app) and (not m or _moved(app, b)))
         for _ in range(10):
             await pilot.pause(0.3)
@@ -36,7 +37,7 @@ async def take(folder: Path, name: str, size: tuple[int, int]) -> None:
 
 
 def _settled(app: WorkbenchApp) -> bool:
-    return app.store.state.get("state") in ("ready", "stopped") and not app.queries.waiting
+    return app.store.idle and not app.queries.waiting
 
 
 def _moved(app: WorkbenchApp, before: str | None) -> bool:

@@ -111,6 +111,16 @@ def test_skipped_sites_are_not_pending():
     assert model.summary("L0/b", sites, "L0/a").mark == fmt.PENDING
 
 
+def test_errors_of_sites_that_have_not_run_in_this_pass_are_not_shown():
+    sites = {path: SiteInfo(path, times=5.0, carried_error=0.1) for path in ("L0/a", "L0/b")}
+    sites["L0/a"].done, sites["L0/a"].times = True, 2.0
+    model = SiteModel.build(sites)
+    assert model.summary("L0/a", sites, "L0/a").times == 2.0
+    assert model.summary("L0/b", sites, "L0/a").times is None
+    assert model.summary("L0/b", sites, "L0/a").carried_error is None
+    assert model.summary("L0", sites, "L0/a").times == 2.0
+
+
 def test_search_and_neighbours():
     paths = ["embed", "L1/attn/core", "L12/attn/core", "L12/attn/index/topk"]
     order = {path: i for i, path in enumerate(paths)}

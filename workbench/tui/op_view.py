@@ -134,14 +134,14 @@ def _error(view: View, width: int) -> list[Line]:
     lines = wrap("error", words, width, INDENT)
     signature = view.get("signature")
     if signature:
-        what = [(f"{signature['kind']}:", BAD), (signature["detail"], BOLD)]
+        what = [(f"{signature['kind']}: {signature['detail']}", BOLD)]
         lines += wrap("kind", _broken(what, width - INDENT), width, INDENT)
     if error.get("max_abs") is not None and not error.get("bits_equal"):
         where = f"max abs {fmt.number(error['max_abs'])}"
         if error.get("coordinate"):
             where += f" at {error.get('output', '')}{list(error['coordinate'])}"
         pair = f"ours {fmt.full(error.get('ours'))}  theirs {fmt.full(error.get('theirs'))}"
-        lines += wrap("", [(where, PLAIN), (pair, DIM)], width, INDENT)
+        lines += wrap("worst", [(where, PLAIN), (pair, DIM)], width, INDENT)
     return lines
 
 

@@ -25,7 +25,7 @@ class Summary:
     """What a row shows: of one site, or of a group taken together, the worst of it.
 
     `mark`: done, pending, or skipped, when a later site of the same pass has run. `anomaly` is a key
-    of ANOMALY_MARKS, or empty.
+    of ANOMALY_MARKS, or empty. Errors are those of this pass.
     """
 
     mark: str = PENDING
@@ -123,12 +123,14 @@ class SiteModel:
             site = sites[key]
             return Summary(
                 self._mark(site, position), key == current, site.stops, site.anomaly,
-                site.seconds, site.times, site.carried_error, site.route,
+                site.seconds, site.times if site.done else None,
+                site.carried_error if site.done else None, site.route,
             )  # fmt: skip
         infos = [sites[path] for path in below]
         times = [site.seconds for site in infos if site.seconds is not None]
-        worst = [site.times for site in infos if site.times is not None]
-        carried = [site.carried_error for site in infos if site.carried_error is not None]
+        ran = [site for site in infos if site.done]
+        worst = [site.times for site in ran if site.times is not None]
+        carried = [site.carried_error for site in ran if site.carried_error is not None]
         anomalies = {site.anomaly for site in infos}
         marks = {self._mark(site, position) for site in infos}
         return Summary(
