@@ -220,6 +220,14 @@ def test_a_check_with_replayed_decisions_carries_no_flips(model: Transformer, bu
     assert kept.report.status == "found"  # the gate itself is judged by its own picks
 
 
+def test_work_goes_by_tokens(model: Transformer) -> None:
+    """A pass of 23 tokens and one of 1, each with 12 for itself; then the extra batch of two."""
+    baseline = SplitBaseline(model, TOKENS, CHUNKS, {})
+    work, parts = baseline.work_before(), len(model.layers) + 2
+    assert len(work) == baseline.count + 1 and work == sorted(work)
+    assert (work[parts], work[2 * parts]) == (pytest.approx(35), pytest.approx(35 + 13))
+
+
 def test_near_ties_go_the_references_way(model: Transformer, bug: Any) -> None:
     """A bias off by up to 0.3 flips picks that are as close; settling those undoes every flip."""
     steps = layerwise.forward_calls(model, [TOKENS], [CHUNKS])

@@ -21,6 +21,8 @@ from dsv4_bench.workbench import layerwise
 from dsv4_bench.workbench.baseline import Baseline, Piece
 from dsv4_bench.workbench.calibration import tapped
 
+_PASS_TOKENS = 12  # tokens whose check takes as long as what a forward pass costs by itself
+
 
 class _Follower:
     """One more run of the route, in step with the reference's pieces."""
@@ -66,6 +68,16 @@ class SplitBaseline(Baseline):
         self._free = _Follower(model, -1.0)
         self._replayed = _Follower(model, float("inf"))
         self._calls = len(self.scenarios[0].steps())  # of the tokens given; not of the extra batch
+
+    def work_before(self) -> list[float]:
+        """How much of the check is done before each piece, and after the last: for a progress that
+        knows what is left. A forward pass costs as much as its tokens, and something by itself."""
+        parts, done = len(self.model.layers) + 2, [0.0]
+        for scenario in self.scenarios:
+            for pieces in scenario.steps():
+                cost = _PASS_TOKENS + sum(len(piece) for piece in pieces)
+                done += [done[-1] + cost * (part + 1) / parts for part in range(parts)]
+        return done
 
     def pieces(self) -> Iterator[Piece]:
         for piece in super().pieces():

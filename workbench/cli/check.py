@@ -178,7 +178,10 @@ def _check(
             site.verdict, site.note = "uncovered", NOT_ASKED
     chunks = common.parse_chunks(args.chunks) or default_chunks(len(prompt))
     baseline = SplitBaseline(model, prompt, chunks, checker.chosen)
-    report = checker.against(baseline, progress)
+    work = baseline.work_before()
+    report = checker.against(
+        baseline, lambda text, done, total: progress(text, work[done], work[total])
+    )
     if args.limits:
         baseline.limits.save(Path(args.limits))
     document = {**report.to_dict(), **baseline.to_dict()}
