@@ -13,11 +13,12 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kMost = 1024;                  // k
 constexpr int kMostCluster = 16, kBins = 2048;
-constexpr int kBatch = 16;                   // keys a thread holds
+constexpr int kBatch = 16;                   // keys of a thread in shared memory
 constexpr int64_t kSlice = kBatch * kThreads;  // scores a CTA should have: then they are read once
 constexpr unsigned kAll = ~0u;
 
 struct Shared {
+    uint32_t keys[kWarps][32 * kBatch];  // of each warp's scores
     uint64_t picked[kMost];  // rank 0: key and complement of the index
     union {
         struct {
@@ -42,44 +43,38 @@ __device__ inline uint32_t key_of(float score) {
 struct Slice {
     const float* score;
     int begin, end;
-    uint32_t key[kBatch];  // of the batch last read; 0 past the end
+    uint32_t* key;  // the batch last read; 0 past the end
+    bool uniform;   // all keys of the batch are the same
 
     __device__ void read(int base) {
         const int lane = threadIdx.x % 32;
+        uint32_t differs = 0, first = 0, mine[kBatch];
 #pragma unroll
         for (int j = 0; j < kBatch; j++) {
             int i = base + 32 * j + lane;
-            key[j] = i < end ? key_of(score[i]) : 0;
+            mine[j] = i < end ? key_of(score[i]) : 0;
         }
+        first = __shfl_sync(kAll, mine[0], 0);
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+            differs |= mine[j] ^ first;
+            key[32 * j + lane] = mine[j];  // read by this lane only
+        }
+        uniform = !__any_sync(kAll, differs);
     }
-    // f(index of the first key of this lane) for every batch, all lanes together.
-    template <class F> __device__ void visit(F f) {
+    // wanted() for every batch, and if so f(key, index) for its keys in order, all lanes together.
+    template <class W, class F> __device__ void visit(W wanted, F f) {
+        const int lane = threadIdx.x % 32;
         const bool once = end - begin <= 32 * kBatch;
+#pragma unroll 1
         for (int base = begin; base < end; base += 32 * kBatch) {
             if (!once) read(base);
-            f(base + (int)threadIdx.x % 32);
+            if (!wanted()) continue;
+#pragma unroll 2
+            for (int j = 0; j < kBatch; j++) f(key[32 * j + lane], base + 32 * j + lane);
         }
     }
 };
-
-// Counts a batch of keys with `prefix` above their `digit` at `shift`. A warp whose keys are all the
-// same adds them at once, so that equal scores cost no more.
-__device__ inline void count_batch(uint32_t* bins, const uint32_t (&key)[kBatch], int shift,
-                                   int bits, uint32_t prefix) {
-    const uint32_t mask = (1u << bits) - 1;
-    uint32_t first = __shfl_sync(kAll, key[0], 0), differs = 0;
-#pragma unroll
-    for (int j = 0; j < kBatch; j++) differs |= key[j] ^ first;
-    if (!__any_sync(kAll, differs)) {
-        if (threadIdx.x % 32 == 0 && first >> shift >> bits == prefix)
-            atomicAdd(bins + (first >> shift & mask), 32 * kBatch);
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; j++)
-        if (key[j] && key[j] >> shift >> bits == prefix)
-            atomicAdd(bins + (key[j] >> shift & mask), 1);
-}
 
 __device__ inline uint32_t warp_inclusive_sum(uint32_t x) {
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -138,11 +133,22 @@ __device__ void find_bin(Shared& s, const uint32_t* counts, uint32_t need) {
 __device__ uint32_t find_threshold(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas,
                                    uint32_t& need) {
     uint32_t prefix = 0;
+#pragma unroll 1
     for (int pass = 0; pass < 3; pass++) {
         const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
         for (int i = threadIdx.x; i < kBins; i += kThreads) s.count.own[i] = 0;
         __syncthreads();
-        slice.visit([&](int) { count_batch(s.count.own, slice.key, shift, bits, prefix); });
+        auto bin_of = [&](uint32_t key) { return s.count.own + (key >> shift & ((1u << bits) - 1)); };
+        auto counts = [&](uint32_t key) { return key && key >> shift >> bits == prefix; };
+        slice.visit(
+            [&] {  // a warp whose keys are all the same adds them at once: equal scores cost no more
+                if (slice.uniform && threadIdx.x % 32 == 0 && counts(slice.key[0]))
+                    atomicAdd(bin_of(slice.key[0]), 32 * kBatch);
+                return !slice.uniform;
+            },
+            [&](uint32_t key, int) {
+                if (counts(key)) atomicAdd(bin_of(key), 1);
+            });
         find_bin(s, add_up(s, rank, ctas), need);
         prefix = prefix << bits | s.bin;
         need -= s.above;
@@ -155,12 +161,10 @@ __device__ void pick(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas, uint
                      uint32_t need, uint32_t first_equal) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t above = 0, equal = 0;
-    slice.visit([&](int) {
-#pragma unroll
-        for (int j = 0; j < kBatch; j++) {
-            above += slice.key[j] > threshold;
-            equal += slice.key[j] == threshold && slice.key[j];
-        }
+    auto always = [] { return true; };
+    slice.visit(always, [&](uint32_t key, int) {
+        above += key > threshold;
+        equal += key == threshold && key;
     });
     above = __reduce_add_sync(kAll, above);
     equal = __reduce_add_sync(kAll, equal);
@@ -185,21 +189,17 @@ __device__ void pick(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas, uint
     equal = __reduce_add_sync(kAll, equal);
     const uint32_t picked = remote_address(shared_address(s.picked), 0);
     const unsigned before = (1u << lane) - 1;
-    slice.visit([&](int i) {
-#pragma unroll
-        for (int j = 0; j < kBatch; j++) {
-            const uint32_t key = slice.key[j];
-            bool is_above = key > threshold, is_equal = key == threshold && key;
-            unsigned lanes = __ballot_sync(kAll, is_above || is_equal);
-            if (lanes == 0) continue;
-            unsigned above_lanes = __ballot_sync(kAll, is_above), equal_lanes = lanes & ~above_lanes;
-            uint32_t number = equal + __popc(equal_lanes & before);
-            uint32_t at = is_above ? above + __popc(above_lanes & before) : first_equal + number;
-            if (is_above || (is_equal && number < need))
-                remote_write(picked + 8 * at, (uint64_t)key << 32 | ~(uint32_t)(i + 32 * j));
-            above += __popc(above_lanes);
-            equal += __popc(equal_lanes);
-        }
+    slice.visit(always, [&](uint32_t key, int i) {
+        bool is_above = key > threshold, is_equal = key == threshold && key;
+        unsigned lanes = __ballot_sync(kAll, is_above || is_equal);
+        if (lanes == 0) return;
+        unsigned above_lanes = __ballot_sync(kAll, is_above), equal_lanes = lanes & ~above_lanes;
+        uint32_t number = equal + __popc(equal_lanes & before);
+        uint32_t at = is_above ? above + __popc(above_lanes & before) : first_equal + number;
+        if (is_above || (is_equal && number < need))
+            remote_write(picked + 8 * at, (uint64_t)key << 32 | ~(uint32_t)i);
+        above += __popc(above_lanes);
+        equal += __popc(equal_lanes);
     });
     sync(ctas);
 }
@@ -209,7 +209,9 @@ __device__ void pick(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas, uint
 __device__ uint64_t sort(Shared& s, uint64_t mine, int size) {
     const int i = threadIdx.x;
     int buffer = 0;
+#pragma unroll 1
     for (int block = 2; block <= size; block *= 2)
+#pragma unroll 1
         for (int stride = block / 2; stride > 0; stride /= 2) {
             uint64_t other;
             if (stride < 32) {
@@ -228,7 +230,8 @@ __device__ uint64_t sort(Shared& s, uint64_t mine, int size) {
 
 __global__ void __launch_bounds__(kThreads)
     topk_kernel(const float* score, const int64_t* visible, int64_t total, int k, int* index) {
-    __shared__ Shared s;
+    extern __shared__ __align__(16) char memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
     const int warp = threadIdx.x / 32;
@@ -237,7 +240,7 @@ __global__ void __launch_bounds__(kThreads)
     const int count = visible[row] < total ? (int)visible[row] : (int)total;
     const int per_cta = (count + ctas - 1) / ctas, per_warp = (per_cta + kThreads - 1) / kThreads * 32;
     const int end_of_cta = min(per_cta * (int)(rank + 1), count);
-    Slice slice = {score + row * total, per_cta * (int)rank + per_warp * warp, 0};
+    Slice slice = {score + row * total, per_cta * (int)rank + per_warp * warp, 0, s.keys[warp], false};
     slice.end = min(slice.begin + per_warp, end_of_cta);
     slice.read(slice.begin);
 
@@ -276,8 +279,12 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t k, int64_t processors, int* index, void* stream) {
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
-    static const int allowed =
-        cudaFuncSetAttribute(topk_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    static const int allowed = [] {
+        int status = allow_shared(topk_kernel, sizeof(Shared));
+        if (status) return status;
+        return (int)cudaFuncSetAttribute(topk_kernel,
+                                         cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }();
     if (allowed) return allowed;
     unsigned ctas = cluster_for(n, total, processors);
     cudaLaunchConfig_t config = {};
@@ -290,6 +297,7 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
     config.numAttrs = 2;
     config.gridDim = (unsigned)(n * ctas);
     config.blockDim = kThreads;
+    config.dynamicSmemBytes = sizeof(Shared);
     config.stream = (cudaStream_t)stream;
     return (int)cudaLaunchKernelEx(&config, topk_kernel, score, visible, total, (int)k, index);
 }
