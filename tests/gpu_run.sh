@@ -17,20 +17,23 @@ print(len(cuda_library.build_all()), "sources built")
 PY
 fi
 if [[ " $* " == *" test "* ]]; then
-    timeout 240 "${pytest[@]}" tests/test_cuda_linear.py tests/test_cuda.py tests/test_cuda_build.py \
+    timeout 240 "${pytest[@]}" tests/test_cuda*.py \
         --junitxml="$out/junit.xml" >"$out/test.log" 2>&1
-    tail -60 "$out/test.log"
+    grep -E "^E  |^FAILED|passed|failed" "$out/test.log" | tail -40
     PYTHONPATH=tests:$PYTHONPATH python3 tests/gpu_record.py "$out/junit.xml" "$out/gpu_tests.json"
 fi
 if [[ " $* " == *" sanitize "* ]]; then
     for tool in memcheck racecheck initcheck synccheck; do
-        timeout 100 compute-sanitizer --tool $tool --kernel-regex kns=dsv4 --error-exitcode 9 \
-            python3 tests/sanitize_cuda.py >"$out/$tool.log" 2>&1
-        echo "$tool: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)"
+        for part in cuda cuda_attention; do
+            PYTHONPATH=tests:$PYTHONPATH timeout 100 compute-sanitizer --tool $tool \
+                --kernel-regex kns=dsv4 --error-exitcode 9 \
+                python3 tests/sanitize_$part.py >"$out/$tool.$part.log" 2>&1
+            echo "$tool $part: exit $?, $(grep -E '(ERROR|RACECHECK) SUMMARY' "$out/$tool.$part.log" | tail -1)"
+        done
     done
 fi
 if [[ " $* " == *" bench"* ]]; then
-    globs=${*##*bench}
-    # shellcheck disable=SC2086
-    (set -f; PYTHONPATH=tests:$PYTHONPATH timeout 240 python3 tests/bench_cuda.py $globs --json "$out/bench.json")
+    while [[ $1 != bench ]]; do shift; done
+    shift
+    PYTHONPATH=tests:$PYTHONPATH timeout 240 python3 tests/bench_cuda.py "$@" --json "$out/bench.json"
 fi
