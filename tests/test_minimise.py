@@ -93,6 +93,17 @@ def test_ddmin_tries_the_cheapest_first() -> None:
     assert asked == [[4, 5, 6, 7], [6, 7], [7]]
 
 
+def test_ddmin_does_not_ask_for_a_half_as_the_rest_of_the_other() -> None:
+    asked: list[list[int]] = []
+
+    def breaks(part: list[int]) -> bool:
+        asked.append(part)
+        return {0, 3} <= set(part)
+
+    assert ddmin(range(4), breaks) == [0, 3]
+    assert asked.count([0, 1]) == asked.count([2, 3]) == 1
+
+
 # ------------------------------------------------------------------------------ planted faults
 
 TOKENS = torch.randint(2, 300, (48,), generator=torch.Generator().manual_seed(3)).tolist()
