@@ -200,21 +200,9 @@ def survive(path: Path, base: Base) -> str:
     """Open, load and replay everything; the outcome in a word. Any other exception goes through."""
     before = tree_of(base.place)
     declared = declared_size(path)
-    outcome = "read"
-    tracemalloc.start()
-    try:
-        bundle = open_bundle(path)
-        bundle.verify()
-        bundle.readings()
-        for entry in bundle.calls:
-            bundle.load(entry)
-    except DSV4Error as error:
-        assert error.exit_code == 4, error.message
-        assert "\n" not in error.message and error.message.isprintable(), error.message
-        outcome = "refused"
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    outcome, peak = read_all(path)
+    if peak > 2 * declared + OBJECTS:  # the first to come here may have imported something
+        outcome, peak = read_all(path)
     base.worst_memory = max(base.worst_memory, (peak - OBJECTS) / max(declared, 1))
     assert peak <= 2 * declared + OBJECTS, f"{peak} bytes for {declared} declared"
     if outcome == "read":
@@ -222,6 +210,24 @@ def survive(path: Path, base: Base) -> str:
     assert tree_of(base.place) == before, "something was written"
     base.outcomes[outcome] += 1
     return outcome
+
+
+def read_all(path: Path) -> tuple[str, int]:
+    """Open, verify and load everything: the outcome, and the most memory that took."""
+    tracemalloc.start()
+    try:
+        bundle = open_bundle(path)
+        bundle.verify()
+        bundle.readings()
+        for entry in bundle.calls:
+            bundle.load(entry)
+        return "read", tracemalloc.get_traced_memory()[1]
+    except DSV4Error as error:
+        assert error.exit_code == 4, error.message
+        assert "\n" not in error.message and error.message.isprintable(), error.message
+        return "refused", tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def run(path: Path) -> str:

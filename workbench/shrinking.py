@@ -164,12 +164,19 @@ class _State:
             reference = captured.run(captured.site.spec.reference)
             truth = captured.oracle()
             outputs = captured.run(self.function)
-            checks = judge(captured, outputs, reference, truth, self.bounds)
+            checks = judge(captured, outputs, reference, truth, self._bounds_of(truth))
         except Exception:  # too small for somebody's kernel: not smaller, then
             return None
         ran = Captured(captured.site, captured.args, captured.before, outputs)
         signature = describe_wrong(ran, truth, checks)
         return BundleCall(ran, like.forward, reference, checks, like.stamp, signature)
+
+    def _bounds_of(self, truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """The limits for as many rows as are left: less averages out, and one row is its worst."""
+        return {
+            name: (limit + max(row - limit, 0.0) / max(len(truth[name]), 1) ** 0.5, row)
+            for name, (limit, row) in self.bounds.items()
+        }
 
     def reduce(self, count: int, cut: Callable[[Captured, list[int]], Captured | None]) -> None:
         """Delta debugging over items 0 ... count - 1: drop ever smaller pieces while it stays wrong."""

@@ -18,7 +18,6 @@ from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
 from dsv4_bench.probes.signatures import Difference, classify
 
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
-_FEW_ROWS = 8  # a tensor of fewer rows is judged like one row: nothing averages out in it
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def examine(captured: Captured, forward: int, limits: Limits) -> BundleCall:
     for with_noise in (first, True):
         noisy = captured.oracle(**move_inputs(captured, limits.dtype)) if with_noise else None
         limits.learn(honest, truth, noisy)
-        bounds = {name: limits.of(site.op, name) for name in truth}
+        bounds = {name: limits.of(site.op, name, len(t)) for name, t in truth.items()}
         checks = judge(captured, captured.outputs, reference, truth, bounds)
         if with_noise or all(check.verdict != "over" for check in checks.values()):
             break
@@ -168,8 +167,6 @@ def judge(
             checks[name] = OutputCheck(0.0, 0.0, 0.0, 0.0, equal, "unjudged")
         else:
             limit, limit_row = bounds[name]
-            if len(exact) < _FEW_ROWS:
-                limit = max(limit, limit_row)
             error, row = tensor_and_row_error(value, exact)
             if bool(masks_differ(value, exact).any()):
                 error = row = float("inf")
@@ -185,7 +182,7 @@ class _Given(Limits):
         super().__init__(torch.float32)
         self.bounds = bounds
 
-    def of(self, op: str, output: str) -> tuple[float, float]:
+    def of(self, op: str, output: str, rows: int | None = None) -> tuple[float, float]:
         return self.bounds.get(output, (0.0, 0.0))
 
 
