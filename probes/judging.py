@@ -249,10 +249,10 @@ def judge_memory(
         written = name in call.site.spec.mutates
         what = f"writes past the end of {name}" if written else f"writes into its argument {name}"
         verdict.broken.append(Broken(name, _ANY, 0.0, Signature("padding", what)))
-    name = _moved_output(call, verdict.outputs, run.outputs, limits)
-    if name is not None:
+    moved = _moved_output(call, verdict.outputs, run.outputs, limits)
+    if moved is not None:
         verdict.runs.append(run.outputs)
-        evidence = _poison_evidence(call, function, verdict, name)
+        evidence = _poison_evidence(call, function, verdict, moved)
         uninitialised = evidence.signature is not None and evidence.signature.kind != "padding"
         verdict.broken.insert(0 if uninitialised else len(verdict.broken), evidence)
 

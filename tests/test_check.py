@@ -19,6 +19,7 @@ from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.workbench.baseline import Baseline, Scenario, default_chunks, pair_of
+from dsv4_bench.workbench.cache_check import WORDS
 from dsv4_bench.workbench.checking import Checker, CheckReport
 from dsv4_bench.workbench.findings import Finding
 from dsv4_bench.workbench.settling import Judged, settle
@@ -468,3 +469,44 @@ def test_the_route_is_back_afterwards(baseline: Baseline, plant: Plant) -> None:
     model = baseline.model
     assert model.sites["L1/ffn/hc_post"].impl.name == "bug"
     assert all(site.tap is None for site in model.sites.values())
+
+
+def test_cache_rows_do_not_depend_on_the_pieces(baseline: Baseline, plant: Plant) -> None:
+    report = Checker(baseline.model, parse_route(["*/core=reference", "kernel"])).against(baseline)
+    held = {
+        path: site.invariants[WORDS]
+        for path, site in report.sites.items()
+        if WORDS in site.invariants
+    }
+    assert set(held) == {
+        "L0/attn/window_write",
+        "L1/attn/window_write",
+        "L1/attn/compressor/write",
+        "L1/attn/index/compressor/write",
+    }
+    assert all(item.ok and item.value < item.limit / 10 for item in held.values())
+    assert report.findings == []
+
+    def forgets_decode(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
+        if len(rows) > 1:
+            reference("cache_write")(rows, slots, cache)
+
+    plant("cache_write", forgets_decode)
+    route = parse_route(["L0/attn/window_write=bug"])
+    broken = Checker(baseline.model, route).against(baseline).sites["L0/attn/window_write"]
+    assert broken.invariants[WORDS].value > 0.05
+
+
+def test_a_kernel_that_fails_in_one_long_prefill(baseline: Baseline, plant: Plant) -> None:
+    """Right in every piece of the check, wrong on more rows than any of them has."""
+
+    def up_to_128_rows(x: Tensor, **params: Any) -> Tensor:
+        if len(x) > 128:
+            raise RuntimeError("too many rows")
+        return reference("linear")(x, **params)
+
+    plant("linear", up_to_128_rows)
+    route = parse_route(["L0/attn/wq_a=bug"])
+    found = Checker(baseline.model, route).against(baseline).first
+    assert found is not None and found.site == "L0/attn/wq_a" and not found.own
+    assert found.sentence.endswith("too many rows; with all 140 tokens in one prefill")

@@ -33,8 +33,10 @@ class Piece:
     positions: Tensor
     calls: list[Captured]
     x: Tensor  # what the part returned
+    scenario: int = 0
     begins: bool = False  # the scenario starts here, with an empty cache
     ends: bool = False  # the forward pass is complete
+    last: bool = False  # and with it the scenario
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,18 @@ class Baseline:
     def _run(self) -> Iterator[Piece]:
         forward = 0
         parts = parts_of(self.model)
-        for scenario in self.scenarios:
+        for index, scenario in enumerate(self.scenarios):
+            passes = scenario.steps()
             cache = self.model.new_cache(len(scenario.sequences))
-            for number, tokens in enumerate(scenario.steps()):
+            for number, tokens in enumerate(passes):
                 step = cache.step(tokens)
                 x = torch.empty(0)
                 for name, part in parts:
                     x, calls = self._capture(part, x, cache, step)
-                    first, last = name == parts[0][0], name == parts[-1][0]
+                    begins, ends = name == parts[0][0], name == parts[-1][0]
                     yield Piece(
-                        forward, name, part, tokens, step.positions, calls, x,
-                        number == 0 and first, last,
+                        forward, name, part, tokens, step.positions, calls, x, index,
+                        begins and number == 0, ends, ends and number == len(passes) - 1,
                     )  # fmt: skip
                 cache.advance(step)
                 forward += 1

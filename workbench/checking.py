@@ -11,17 +11,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Implementation, RouteEntry, Site
+from dsv4_bench.engine.registry import Implementation, RouteEntry
 from dsv4_bench.engine.step import Step
-from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.probes.compare import bits_equal
+from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.diagnosis import Diagnosis
 from dsv4_bench.probes.invariants import Held, check_invariants, check_scales, weights_of
@@ -33,15 +31,15 @@ from dsv4_bench.probes.judging import (
     changed_outputs,
     judge_memory,
     judge_values,
-    raised,
 )
-from dsv4_bench.probes.layout import storage_key
 from dsv4_bench.probes.limits import judged, move_inputs
 from dsv4_bench.probes.metrics import measure, relative_error
 from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.probes.tap import Observer, set_taps
 from dsv4_bench.workbench.baseline import Baseline, Piece, default_chunks
+from dsv4_bench.workbench.cache_check import compare_caches
 from dsv4_bench.workbench.findings import CheckReport, Finding, SiteCheck
+from dsv4_bench.workbench.route_capture import RouteCapture
 from dsv4_bench.workbench.settling import Judged, settle
 
 __all__ = ["Baseline", "CheckReport", "Checker", "Finding", "default_chunks"]
@@ -54,62 +52,6 @@ _NOISE_SEEDS, _NOISE_VALUES = 4, 64
 # A fault that only the route's own run shows is one of memory, and gross; its inputs, off by what came
 # before, may amplify rounding more than those the limits were made on.
 _IN_RUN_SLACK = 4.0
-
-
-class RouteCapture(Capture):
-    """Keeps the ops of the route's own run, and lets it go on where an implementation fails.
-
-    `right`: the reference's calls by path. Where an implementation raises or breaks its contract
-    the reference takes over on the same inputs, and if it cannot, its outputs of its own run do;
-    `problems` has what happened, by path. An output that somebody overwrites before it is read is one.
-    """
-
-    def __init__(self, right: dict[str, Captured]) -> None:
-        super().__init__()
-        self.right = right
-        self.problems: dict[str, Signature] = {}
-        self._live: dict[int, list[tuple[str, str, Tensor, Tensor]]] = defaultdict(list)
-
-    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
-        self._check_reads(site, args)
-        expected = self.right.get(site.path)
-        count = len(self.calls)
-        try:
-            result = super().around(site, args)
-        except Exception as error:  # of somebody's kernel: it may raise anything
-            return self._replaced(site, args, raised(error))
-        ours = self.calls[count]
-        broken = broken_contract(expected, ours.outputs) if expected is not None else []
-        if broken:
-            del self.calls[count:]
-            for name, before in ours.before.items():
-                site.spec.bind(args, site.params)[name].copy_(before)
-            assert broken[0].signature is not None
-            return self._replaced(site, args, broken[0].signature)
-        for name in site.spec.outputs:
-            live = ours.outputs.get(name)
-            if live is not None:
-                ours.outputs[name] = live.clone()
-                self._live[storage_key(live)].append((site.path, name, live, ours.outputs[name]))
-        return result
-
-    def _check_reads(self, site: Site, args: tuple[Any, ...]) -> None:
-        """Whether the outputs that `site` is about to read are still what they were when returned."""
-        for value in args:
-            entries = self._live.get(storage_key(value), []) if isinstance(value, Tensor) else []
-            for path, name, live, returned in entries:
-                if not bits_equal(live, returned):
-                    words = f"{name} is overwritten before {site.path} reads it: another op writes to its memory"
-                    self.problems.setdefault(path, Signature("stale", words))
-
-    def _replaced(self, site: Site, args: tuple[Any, ...], problem: Signature) -> Any:
-        self.problems[site.path] = problem
-        try:
-            return site.spec.reference(*args, **site.params)
-        except Exception:
-            expected = self.right[site.path]
-            values = [expected.outputs[name] for name in site.spec.outputs]
-            return tuple(values) if len(values) > 1 else next(iter(values), None)
 
 
 class Checker:
@@ -172,6 +114,8 @@ class Checker:
                 error = relative_error(x, piece.x)
                 self.report.logits_error = max(self.report.logits_error, error)
                 cache.advance(step)
+                if piece.last and any(c.verdict != "uncovered" for c in self.report.sites.values()):
+                    self._check_cache(piece, baseline, cache)
         self._use(self.chosen)
         first = self.report.first
         if first is not None:
@@ -226,6 +170,36 @@ class Checker:
             self.diagnosis.history.add(call, call.outputs, piece.forward)
             if other is not None and changed_outputs(call.outputs, other.outputs):
                 self.diagnosis.history.add(call, other.outputs, piece.forward)
+
+    def _check_cache(self, piece: Piece, baseline: Baseline, cache: Cache) -> None:
+        """Cache rows must be the same however the tokens were fed; one sequence, in several pieces."""
+        scenario = baseline.scenarios[piece.scenario]
+        if len(scenario.sequences) > 1 or len(scenario.steps()) < 2:
+            return
+        self._use(self.chosen)
+        capture = RouteCapture({})
+        sites = self.model.sites.values()
+        set_taps(sites, capture)
+        try:
+            held = compare_caches(self.model, scenario.sequences[0], cache)
+        finally:
+            set_taps(sites, None)
+        for path, item in held.items():
+            self.report.sites[path].invariants[item.words] = item
+        wrong = {path: item.signature for path, item in held.items() if not item.ok}
+        if self.report.findings:  # an op's own fault, which says more
+            return
+        for path, seen in {**capture.problems, **wrong}.items():
+            site = self.model.sites[path]
+            self.report.sites[path].verdict = "over"
+            words = f"{seen.detail}; with all {len(scenario.sequences[0])} tokens in one prefill"
+            error = held[path].value if path in held else float("inf")
+            self.report.findings.append(
+                Finding(
+                    path, site.op, site.layer, piece.forward, "", error, 0.0,
+                    Signature(seen.kind, words), False,
+                )
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ judging
 

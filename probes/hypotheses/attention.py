@@ -142,6 +142,8 @@ def _entries(call: Captured) -> Iterator[Hypothesis]:
     if pool is None or index is None or not index.shape[1]:
         return
     yield Hypothesis("positions", "compressed entries are left out", {"entries": None})
+    twice = {"entry_index": torch.cat((index, index), 1)}
+    yield Hypothesis("constant_factor", "every entry is counted twice", twice)
     last = index.max(1, keepdim=True).values
     more = torch.where((last >= 0) & (last + 1 < len(pool)), last + 1, -1)
     shown = {"entry_index": torch.cat((index, more), 1)}

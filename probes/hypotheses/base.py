@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,13 @@ Predict = Callable[[], Values]
 _LEFT_OVER = 0.02  # share of the error that an explanation may leave
 _ORDERS = ("shifted", "permuted")
 _FEW = 0.02  # share of the rows that is hardly any
-_SCREENED = 32  # rows on which hypotheses are tried first
+_SCREENED = (
+    32  # rows on which hypotheses are tried first; fewer where a row reads weights of its own
+)
+_SCREENED_EXPERTS = 8
+_SECONDS = (
+    60.0  # after which an explanation is no longer looked for: real experts take long to misread
+)
 
 
 @dataclass(frozen=True)
@@ -124,14 +131,17 @@ def explain(
     """The first hypothesis that explains every wrong value of `ours`, or else one that explains every
     wrong row or column; None if there is none.
 
-    With `kind` only hypotheses of that kind are tried, and only a whole explanation counts. With
+    It stops looking after a minute. With `kind` only hypotheses of that kind are tried, and only a whole explanation counts. With
     `only` nothing but that hypothesis is tried, on this call.
     """
     if only is not None:
         return _confirmed(call, ours, limits, config, only.hypothesis, groups or {})
     small, our_small = _screening(call, ours, limits)
     partial: Explanation | None = None
+    started = time.monotonic()
     for hypothesis in hypotheses_for(small, config):
+        if time.monotonic() - started > _SECONDS:
+            return partial
         if kind is not None and hypothesis.kind != kind:
             continue
         found = try_one(small, our_small, limits, hypothesis, groups or {})
@@ -274,7 +284,8 @@ def _screening(call: Captured, ours: Values, limits: Limits) -> tuple[Captured, 
     """The call cut to the stretch of rows with most wrong ones in it, if it is long."""
     op = call.site.op
     length = len(next(iter(call.truth.values())))
-    if op not in ROWWISE or length <= _SCREENED + 16:
+    count = _SCREENED_EXPERTS if op == "experts" else _SCREENED
+    if op not in ROWWISE or length <= 1.5 * count:
         return call, ours
     wrong = torch.zeros(length)
     for name, truth in call.truth.items():
@@ -283,9 +294,9 @@ def _screening(call: Captured, ours: Values, limits: Limits) -> tuple[Captured, 
             bound = limits.of(op, name)[1] if judged(call, name, truth) else 0.0
             wrong += (errors > bound).float().cpu()
     totals = wrong.cumsum(0)
-    counts = totals[_SCREENED - 1 :] - torch.cat((torch.zeros(1), totals[:-_SCREENED]))
+    counts = totals[count - 1 :] - torch.cat((torch.zeros(1), totals[:-count]))
     first = int(counts.argmax())
-    part = slice(first, first + _SCREENED)
+    part = slice(first, first + count)
     return cut(call, part), {n: v[part] if len(v) == length else v for n, v in ours.items()}
 
 
