@@ -18,11 +18,13 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.registry import parse_route, reference
 from dsv4_bench.probes.faults.base import FAULTS, fault, registered_for_a_while
+from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.workbench import blast_radius, fault_suite
 from dsv4_bench.workbench.blast_radius import BlastRadius, Reading, metrics, read
 from dsv4_bench.workbench.checking import Checker
 from dsv4_bench.workbench.cli import main
 from dsv4_bench.workbench.fault_suite import Suite
+from dsv4_bench.workbench.findings import CheckReport, Finding
 
 PLUGIN = '''
 from dsv4_bench.engine.registry import reference
@@ -117,6 +119,23 @@ def test_a_wrong_expectation_scores_wrong(suite: Suite) -> None:
     assert not other_op.op_right
 
 
+def test_op_and_layer_are_those_of_the_first_finding() -> None:
+    def first(site: str, op: str, layer: int) -> fault_suite.Outcome:
+        signature = Signature("transposed", "is transposed")
+        finding = Finding(site, op, layer, 0, "x", 0.1, 1e-6, signature)
+        sites = ["L2/attn/hc_post", "L3/attn/hc_post"]
+        report = CheckReport(findings=[finding])
+        return fault_suite.judge(FAULTS["comb_transposed"], sites, [2, 3], report)
+
+    right = first("L2/attn/hc_post", "hc_post", 2)
+    assert right.op_right and right.layer_right and right.kind_right
+    later = first("L3/attn/hc_post", "hc_post", 3)
+    assert later.op_right and not later.layer_right  # it was on in layer 2 already
+    other_site = first("L2/ffn/hc_post", "hc_post", 2)
+    assert not other_site.op_right and other_site.also_blamed == ["L2/ffn/hc_post"]
+    assert not first("L2/attn/hc_post", "hc_pre", 2).op_right
+
+
 def test_a_crash_is_one_faults_result(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(self: Checker, *args: Any) -> None:
         raise RuntimeError("boom")
@@ -190,6 +209,14 @@ def test_texts_are_read_as_the_engine_reads_them(tmp_path: Path) -> None:
     reading = read(model, documents)
     assert reading.loss == pytest.approx(float(F.cross_entropy(logits, target)), rel=1e-4)
     assert torch.cat(reading.predicted).equal(logits.argmax(-1))
+
+
+def test_a_logit_that_is_nan_predicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.zeros(59, tasks.VOCAB_SIZE)
+    logits[:, 5], logits[3, 7] = 1.0, torch.nan
+    monkeypatch.setattr(blast_radius, "teacher_forced_logits", lambda *args: logits)
+    reading = read(None, [tasks.document("blast/0", 60)])  # type: ignore[arg-type]
+    assert reading.predicted[0].tolist() == [5, 5, 5, -1] + [5] * 55
 
 
 def test_metrics_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from dsv4_bench.probes.faults.base import (
 from dsv4_bench.probes.signatures import KINDS
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.fault_suite import CHUNKS, LENGTH, SMALL, prompt
-from dsv4_bench.workbench.loading import read_route
+from dsv4_bench.workbench.loading import load_plugins, read_route
 
 ALL = [pytest.param(f, id=name) for name, f in FAULTS.items()]
 SINGLE = [pytest.param(f, id=n) for n, f in FAULTS.items() if not f.combination]
@@ -211,6 +212,15 @@ def test_selection_by_name_glob_and_family():
     with pytest.raises(DSV4Error, match="no fault matches 'sink_mising'") as error:
         select_faults(["sink_mising"])
     assert "sink_missing" in error.value.hint
+
+
+def test_a_plugins_faults_are_a_family_of_their_own():
+    with registered_for_a_while():
+        load_plugins([str(Path(__file__).with_name("unseen_faults.py"))])
+        unseen = select_faults(["unseen_faults"])
+        assert len(unseen) == 35 and {f.family for f in unseen} == {"unseen_faults"}
+        assert [f.name for f in unseen if f.combination] == ["norm_strides_ignored_by_rope"]
+    assert "negated" not in FAULTS
 
 
 def test_everywhere_is_every_layer_and_both_sublayers():
