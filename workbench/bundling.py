@@ -42,7 +42,7 @@ class RunFacts:
     tokens: Sequence[int]
     chunks: Sequence[int]
     layout: str = ""
-    command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
+    command: Sequence[str] = field(default_factory=lambda: [Path(sys.argv[0]).name, *sys.argv[1:]])
     observer: Mapping[str, Any] | None = None
     selected: int = 0
     left_out: Sequence[LeftOut] = ()

@@ -95,7 +95,7 @@ class Writer:
     def add_call(self, call: BundleCall) -> bool:
         """Add one op, unless it does not fit any more; then it is named in `left_out`.
 
-        For an op that is over its limit, later ones that are not have to make room.
+        For an op that is over its limit, ones that are not have to make room.
         """
         captured, path = call.captured, call.site
         table = StorageTable(f"calls/{self._number:04d}-{slug(path)}.safetensors")
@@ -127,10 +127,12 @@ class Writer:
         self.left_out.append(LeftOut(path, forward, size, why))
 
     def _make_room(self, size: int) -> None:
-        """Take out calls that are within their limits, the last first, until `size` bytes fit."""
+        """Take out calls that are within their limits, the largest first, until `size` bytes fit."""
         if self.max_bytes is not None and size > self.max_bytes:
             return
-        for call in reversed([c for c in self.calls if not _is_over(c)]):
+        right = [call for call in self.calls if not _is_over(call)]
+        right.sort(key=lambda call: -(self.folder / call["file"]).stat().st_size)
+        for call in right:
             if self._fits(size):
                 return
             self.calls.remove(call)
