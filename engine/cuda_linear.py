@@ -31,7 +31,7 @@ from dsv4_bench.engine.ops.experts import Expert, ExpertBank
 
 LINEAR = Library("linear", {"linear": (P, I, N, P, N, P, I)})
 GATE = Library("gate", {"gate": (P, N, N, P, P, I, N, P, N, F, P, P)})
-EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P)})
+EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P)})
 
 # ------------------------------------------------------------------------------ linear
 
@@ -205,6 +205,7 @@ def _run_experts(
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     hidden = x.new_empty(n * k, table.inner)
     partial = y.new_empty(n * k, table.d) if k > 1 else y
+    lists = torch.empty(4 * n * k, dtype=torch.int32, device=x.device)
     EXPERTS.call(
         "experts",
         x,
@@ -221,6 +222,7 @@ def _run_experts(
         limit,
         hidden.data_ptr(),
         partial.data_ptr(),
+        lists.data_ptr(),
         y.data_ptr(),
     )
     return y

@@ -84,7 +84,7 @@ def linear_case(kind: str, n: int, k: int, m: int) -> Case:
     def cublas_fp8(_: int) -> Call:
         x = torch.randn(max(m, 16), k, device=CUDA, dtype=BF16).to(torch.float8_e4m3fn)
         w, one = weight("fp8", n, k).data, torch.ones((), device=CUDA)
-        rows = x[:m] if m in (1, 8, 64) else x
+        rows = x[:m]
         return lambda: torch._scaled_mm(rows, w.T, one, one, out_dtype=BF16, use_fast_accum=True)
 
     peers = {"bf16": {"cuBLAS bf16": cublas}, "fp8": {"cuBLAS fp8": cublas_fp8}}.get(kind, {})
@@ -115,6 +115,14 @@ def grouped_case(m: int) -> Case:
 # ------------------------------------------------------------------------------ experts
 
 EXPERTS, TOP, D, INNER = 256, 6, 4096, 2048
+# Tokens: at least, aim; measured Humming (tuned up to 64) and Marlin, without routing; calls to rotate.
+EXPERT_FIGURES = {
+    1: (50, 30, 50.0, 47.6, 40),
+    8: (250, 185, 241.0, 246.5, 10),
+    64: (1300, 950, 1239.0, 1284.0, 4),
+    1024: (2600, 1500, 1941.0, 2099.0, 4),
+    4096: (6500, 3500, 4465.0, 6617.0, 2),
+}
 
 
 @cache
@@ -137,12 +145,8 @@ def experts_case(kind: str, n: int) -> Case:
         routing = torch.rand(n, TOP, device=CUDA)
         return run("experts", x, routing, ids, bank=bank(kind), limit=7.0)
 
-    published = {
-        1: {"Marlin, 4 kernels": 47.6, "Humming": 50.0},
-        8: {"Marlin, 4 kernels": 246.5, "Humming": 241.0},
-        64: {"Marlin, 4 kernels": 1284.0, "Humming": 1239.0},
-    }[n]
-    least, aim = {1: (50, 30), 8: (250, 185), 64: (1300, 950)}[n]
+    least, aim, humming, marlin, copies = EXPERT_FIGURES[n]
+    published = {"Humming": humming, "Marlin": marlin}
     return Case(
         "experts",
         f"{kind} {n} tokens, {distinct} distinct",
@@ -152,7 +156,7 @@ def experts_case(kind: str, n: int) -> Case:
         published=published if kind == "nvfp4" else {},
         least=least if kind == "nvfp4" else None,
         aim=aim if kind == "nvfp4" else None,
-        copies={1: 40, 8: 10, 64: 4}[n],
+        copies=copies,
     )
 
 
@@ -218,6 +222,11 @@ def cases() -> Iterator[Case]:
         yield linear_case("bf16", n, k, 1)
     for m in (1, 64):
         yield grouped_case(m)
+    for m in (1024, 4096):
+        yield linear_case("nvfp4", 4096, 8192, m)
+        yield linear_case("fp8", 4096, 8192, m)
+        yield linear_case("bf16", 4096, 8192, m)
+        yield experts_case("nvfp4", m)
     for n in (1, 8, 64):
         yield experts_case("nvfp4", n)
         yield shared_case("nvfp4", n)

@@ -70,6 +70,7 @@ struct Fp4Chunk {
 
 // e2m1 * e4m3 is exact in bf16 (6 bits). 2^-126 from e2m1_pairs and 2^119 in the scale leave 2^-7.
 struct Nvfp4 : Fp4Chunk {
+    static constexpr int kHalvesAtOnce = 2;
     using Scale = uint16_t;  // two e4m3, one for every 16 columns
     static constexpr float kFactor = 128;
 
@@ -95,6 +96,7 @@ struct Nvfp4 : Fp4Chunk {
 
 // The scale may reach 2^127, so 2^126 and the scale are two products.
 struct Mxfp4 : Fp4Chunk {
+    static constexpr int kHalvesAtOnce = 1;
     using Scale = uint8_t;  // e8m0 for 32 columns
     static constexpr float kFactor = 1;
 
@@ -121,7 +123,7 @@ struct Mxfp4 : Fp4Chunk {
 // float32.
 template <class Stored> struct Fp8 {
     using Scale = float;
-    static constexpr int kChunk = 16, kProducts = 2, kDepth = 4;
+    static constexpr int kChunk = 16, kProducts = 2, kDepth = 4, kHalvesAtOnce = 1;
     static constexpr float kFactor = 1;
     static constexpr bool kBlockScale = true;
 
@@ -149,7 +151,7 @@ template <class Stored> struct Fp8 {
 
 struct Bf16 {
     struct Scale {};
-    static constexpr int kChunk = 8, kProducts = 1, kDepth = 4;
+    static constexpr int kChunk = 8, kProducts = 1, kDepth = 4, kHalvesAtOnce = 2;
     static constexpr float kFactor = 1;
     static constexpr bool kBlockScale = false;
 

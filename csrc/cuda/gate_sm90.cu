@@ -7,73 +7,76 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kThreads = 256, kMostExperts = 1024, kMostChosen = 32;
+constexpr int kThreads = 256;
 
 // log(1 + e^x), and x itself where float32 cannot tell them apart, as torch does.
 __device__ float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
-// Whether (a, i) comes before (b, j): larger first, NaN largest as in torch's sort, ties to the
-// lower index.
-__device__ bool before(float a, int i, float b, int j) {
-    if (isnan(a) != isnan(b)) return isnan(a);
-    return a > b || ((a == b || isnan(a)) && i < j);
+// A number whose order as an unsigned integer is the float's order; NaN comes last, as the largest.
+__device__ uint32_t ordered(float x) {
+    uint32_t bits = __float_as_uint(x);
+    return isnan(x) ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The best of `value` over a warp, with its index, in every lane.
-__device__ void warp_best(float& value, int& index) {
-    for (int offset = 16; offset > 0; offset /= 2) {
-        float other = __shfl_xor_sync(~0u, value, offset);
-        int at = __shfl_xor_sync(~0u, index, offset);
-        if (before(other, at, value, index)) value = other, index = at;
-    }
-}
-
-// One block a token. scores [n, count] holds x W^T and receives the scores.
-template <class Token>
+// One block a token. scores [n, count] holds x W^T and receives the scores. kEach: experts that a lane
+// of the first warp looks at.
+template <class Token, int kEach>
 __global__ void __launch_bounds__(kThreads)
     gate_kernel(float* scores, int count, const float* bias, const Token* tid2eid, int64_t vocabulary,
                 const int64_t* tokens, int k, float scale, float* routing, int32_t* chosen) {
-    __shared__ float plain[kMostExperts], biased[kMostExperts];
-    __shared__ int picked[kMostChosen];
+    __shared__ float plain[32 * kEach];
+    __shared__ uint32_t rank[32 * kEach];
     let_next_start();
     wait_for_previous();
     scores += blockIdx.x * (int64_t)count;
-    for (int e = threadIdx.x; e < count; e += kThreads) {
-        float score = sqrtf(softplus(scores[e]));
-        scores[e] = plain[e] = score;
-        biased[e] = bias == nullptr ? score : score + bias[e];
+    for (int e = threadIdx.x; e < 32 * kEach; e += kThreads) {
+        float score = e < count ? sqrtf(softplus(scores[e])) : 0;
+        if (e < count) scores[e] = score;
+        plain[e] = score;
+        rank[e] = e < count ? ordered(bias == nullptr ? score : score + bias[e]) : 0;
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
-    int lane = threadIdx.x;
+    int lane = threadIdx.x, mine = 0;  // the expert in slot `lane`
     if (tid2eid != nullptr) {
         int64_t token = tokens[blockIdx.x];
         assert(token >= 0 && token < vocabulary && "gate: a token id is outside tid2eid");
-        if (lane < k) {
-            picked[lane] = tid2eid[token * k + lane];
-            assert(picked[lane] >= 0 && picked[lane] < count && "gate: tid2eid names no expert");
-        }
+        if (lane < k) mine = tid2eid[token * k + lane];
+        assert(mine >= 0 && mine < count && "gate: tid2eid names no expert");
     } else {
-        uint32_t taken = 0;  // of this lane's experts lane, lane + 32, ...
+        uint32_t left[kEach];
+#pragma unroll
+        for (int j = 0; j < kEach; j++) left[j] = rank[lane + 32 * j];
         for (int i = 0; i < k; i++) {
-            float best = -INFINITY;
-            int at = INT32_MAX;
-            for (int e = lane, j = 0; e < count; e += 32, j++)
-                if (!(taken >> j & 1) && (at == INT32_MAX || before(biased[e], e, best, at)))
-                    best = biased[e], at = e;
-            warp_best(best, at);
-            if (at % 32 == lane) taken |= 1u << at / 32;
-            if (lane == 0) picked[i] = at;
+            uint32_t best = 0, at = 0;
+#pragma unroll
+            for (int j = kEach - 1; j >= 0; j--)
+                if (left[j] >= best) best = left[j], at = j;  // the lowest of equal ones
+            uint32_t top = __reduce_max_sync(~0u, best);
+            uint32_t first = __reduce_min_sync(~0u, best == top ? lane + 32 * at : ~0u);
+#pragma unroll
+            for (int j = 0; j < kEach; j++)
+                if (lane + 32 * j == first) left[j] = 0;
+            if (lane == i) mine = first;
         }
     }
-    __syncwarp();
-    float mine = lane < k ? plain[picked[lane]] : 0;
-    float sum = 0;
-    for (int i = 0; i < k; i++) sum += __shfl_sync(~0u, mine, i);
+    float score = lane < k ? plain[mine] : 0, sum = 0;
+    for (int i = 0; i < k; i++) sum += __shfl_sync(~0u, score, i);
     if (lane < k) {
-        routing[blockIdx.x * (int64_t)k + lane] = mine / sum * scale;
-        chosen[blockIdx.x * (int64_t)k + lane] = picked[lane];
+        routing[blockIdx.x * (int64_t)k + lane] = score / sum * scale;
+        chosen[blockIdx.x * (int64_t)k + lane] = mine;
     }
+}
+
+template <class Token>
+int gate(float* scores, int64_t n, int count, const float* bias, const void* tid2eid,
+         int64_t vocabulary, const int64_t* tokens, int k, float scale, float* routing,
+         int32_t* chosen, void* stream) {
+    auto kernel = count <= 256   ? gate_kernel<Token, 8>
+                  : count <= 512 ? gate_kernel<Token, 16>
+                                 : gate_kernel<Token, 32>;
+    return launch(kernel, dim3(n), kThreads, 0, stream, scores, count, bias, (const Token*)tid2eid,
+                  vocabulary, tokens, k, scale, routing, chosen);
 }
 
 }  // namespace
@@ -87,10 +90,8 @@ DSV4_EXPORT int dsv4_gate(float* scores, int64_t n, int64_t count, const float* 
                           const void* tid2eid, int tid2eid_bytes, int64_t vocabulary,
                           const int64_t* tokens, int64_t k, float scale, float* routing,
                           int32_t* chosen, void* stream) {
-    if (count > kMostExperts || k > kMostChosen) return kUnsupported;
-    if (tid2eid_bytes == 8)
-        return launch(gate_kernel<int64_t>, dim3(n), kThreads, 0, stream, scores, (int)count, bias,
-                      (const int64_t*)tid2eid, vocabulary, tokens, (int)k, scale, routing, chosen);
-    return launch(gate_kernel<int32_t>, dim3(n), kThreads, 0, stream, scores, (int)count, bias,
-                  (const int32_t*)tid2eid, vocabulary, tokens, (int)k, scale, routing, chosen);
+    if (count > 1024 || k > 32 || k > count) return kUnsupported;
+    auto run = tid2eid_bytes == 8 ? gate<int64_t> : gate<int32_t>;
+    return run(scores, n, (int)count, bias, tid2eid, vocabulary, tokens, (int)k, scale, routing,
+               chosen, stream);
 }

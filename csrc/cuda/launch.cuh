@@ -16,22 +16,32 @@ DSV4_EXPORT const char* dsv4_error_string(int status) {
 namespace dsv4 {
 
 // Start `kernel` so that it may begin while the one before it in the stream drains. The kernel must
-// execute wait_for_previous() before it reads what an earlier kernel wrote.
+// execute wait_for_previous() before it reads what an earlier kernel wrote. `size` blocks along z
+// form a cluster.
 template <class... Parameters, class... Arguments>
-inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                  void* stream, Arguments... arguments) {
+inline int launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                           size_t shared, void* stream, Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = (cudaStream_t)stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, 1, (unsigned)size};
+    config.attrs = attributes;
+    config.numAttrs = size > 1 ? 2 : 1;
     return (int)cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...);
+}
+
+// The same without clusters.
+template <class... Parameters, class... Arguments>
+inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                  void* stream, Arguments... arguments) {
+    return launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
 // More than 48 KB of shared memory must be asked for, once a kernel and device.

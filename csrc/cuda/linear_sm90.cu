@@ -1,10 +1,12 @@
-// Ops linear and grouped_linear for few activation rows: one stream over the weight.
+// Ops linear and grouped_linear.
 //
-// bf16 activations use the matrix unit (stream.cuh). float32 activations, float32 and float16
-// weights and odd sizes go through float32 multiply-adds, one weight row a warp.
+// bf16 activations use the matrix unit: up to 16 rows with one stream over the weight (stream.cuh; for
+// FP8 and up to 4 rows gemv.cuh), more in tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through
+// float32 multiply-adds, one weight row a warp.
 
 #include "elements.cuh"
-#include "stream.cuh"
+#include "gemv.cuh"
+#include "tile.cuh"
 
 namespace dsv4 {
 namespace {
@@ -22,61 +24,195 @@ struct Product {
 
 // ---------------------------------------------------------------- on the matrix unit
 
-// A block holds kWarps / split tiles of 16 weight rows; `split` warps share a tile's columns.
+// Adds up what the warps, and the blocks of a cluster, left in `sums` [warp][row][token], and writes
+// it times `factor`. All threads of the block.
+template <class Policy, class Y, int kColumns>
+__device__ void write_sums(const Product& p, const float (&sums)[kWarps][16][kColumns], int split,
+                           int64_t token0, float factor) {
+    int tiles = kWarps / split, clusters = gridDim.z, tokens = kColumns - 1;
+    if (clusters > 1) cluster_barrier();
+    else __syncthreads();
+    for (int i = threadIdx.x; blockIdx.z == 0 && i < tiles * 16 * tokens; i += kWarps * 32) {
+        int row = i % 16, token = i / 16 % tokens, tile = i / (16 * tokens);
+        int64_t n = (blockIdx.x * (int64_t)tiles + tile) * 16 + row;
+        if (n >= p.w.n || token0 + token >= p.m) continue;
+        float total = 0;
+        for (int c = 0; c < clusters; c++)
+            for (int s = 0; s < split; s++)
+                total += load_from_block(&sums[tile * split + s][row][token], c);
+        total *= factor;
+        ((Y*)p.y)[(token0 + token) * p.y_stride + n] = from_float<Y>(total * p.w.global_scale);
+    }
+    if (clusters > 1) cluster_barrier();  // the sums are read before their block ends
+}
+
+// What a warp of a block has to do: 16 rows from row0 on, steps [first, last).
+struct Part {
+    int64_t row0;
+    int first, last, block_first, block_last;  // and the steps of all warps of its block
+    __device__ Part(const Product& p, int split, int steps) {
+        int warp = threadIdx.x / 32, parts = split * gridDim.z, share = (steps + parts - 1) / parts;
+        row0 = (blockIdx.x * (int64_t)(kWarps / split) + warp / split) * 16;
+        block_first = min(blockIdx.z * split * share, steps);
+        block_last = min(block_first + split * share, steps);
+        first = min(block_first + warp % split * share, steps);
+        last = row0 >= p.w.n ? first : min(first + share, steps);
+    }
+};
+
+// A block holds kWarps / split tiles of 16 weight rows; `split` warps share a tile's columns, and so
+// do the blocks of a cluster, whose first one adds up the sums.
 template <class Policy, int NT, class Y>
 __global__ void __launch_bounds__(kWarps * 32, 2) skinny_kernel(const Product p, int split) {
     constexpr int kTokens = 8 * NT;
     __shared__ float sums[kWarps][16][kTokens + 1];
     let_next_start();
-    int warp = threadIdx.x / 32, tiles = kWarps / split;
-    int64_t row0 = (blockIdx.x * (int64_t)tiles + warp / split) * 16;
     int64_t token0 = blockIdx.y * (int64_t)kTokens;
-    int steps = Stream<Policy, NT>::steps(p.w.k), share = (steps + split - 1) / split;
-    int first = warp % split * share;
-    int last = row0 >= p.w.n ? 0 : first + share < steps ? first + share : steps;
-    Stream<Policy, NT> stream(p.w, row0, first, last);
+    Part part(p, split, steps_of<Policy>(p.w.k));
+    Stream<Policy, NT> stream(p.w, part.row0, part.first, part.last);
     wait_for_previous();
 
     const bf16* x[NT];
 #pragma unroll
     for (int t = 0; t < NT; t++) {
         int64_t token = token0 + 8 * t + stream.lane.group;
-        int64_t group = row0 / p.per_group;
+        int64_t group = part.row0 / p.per_group;
         x[t] = token < p.m ? (const bf16*)p.x + token * p.x_stride + group * p.w.k : nullptr;
     }
     float sum[NT][4] = {};
-    stream.run(x, first, sum);
+    stream.run(x, part.first, sum);
 #pragma unroll
     for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            sums[warp][stream.lane.group + i / 2 * 8][8 * t + 2 * stream.lane.member + i % 2] =
+            sums[threadIdx.x / 32][stream.lane.group + i / 2 * 8][8 * t + 2 * stream.lane.member + i % 2] =
                 sum[t][i];
-    __syncthreads();
+    write_sums<Policy, Y>(p, sums, split, token0, Policy::kFactor);
+}
 
-    for (int i = threadIdx.x; i < tiles * 16 * kTokens; i += kWarps * 32) {
-        int row = i % 16, token = i / 16 % kTokens, tile = i / (16 * kTokens);
-        int64_t n = (blockIdx.x * (int64_t)tiles + tile) * 16 + row;
-        if (n >= p.w.n || token0 + token >= p.m) continue;
-        float total = 0;
-        for (int s = 0; s < split; s++) total += sums[tile * split + s][row][token];
-        total *= Policy::kFactor;
-        ((Y*)p.y)[(token0 + token) * p.y_stride + n] = from_float<Y>(total * p.w.global_scale);
+// The same with T activation rows staged in shared memory; all of them in one group.
+template <class Policy, int T, class Y>
+__global__ void __launch_bounds__(kWarps * 32, 2) gemv_kernel(const Product p, int split) {
+    extern __shared__ __align__(16) char memory[];
+    __shared__ float sums[kWarps][16][T + 1];
+    let_next_start();
+    Part part(p, split, steps_of<Policy>(p.w.k));
+    Gemv<Policy, T> rows(p.w, part.row0, part.first, part.last);
+    wait_for_previous();
+
+    HalfRows x(memory, T, rows.staged_vectors(part.block_last - part.block_first));
+    int64_t column = part.block_first * (int64_t)(4 * Policy::kChunk);
+    int64_t group = blockIdx.x * (int64_t)(kWarps / split) * 16 / p.per_group;
+    const bf16* first = (const bf16*)p.x + group * p.w.k + column;
+    stage_rows<Half<Policy>::kPermuted>(
+        x, T, p.w.k - column, [&](int t) { return t < p.m ? first + t * p.x_stride : nullptr; });
+    float out[T][2];
+    rows.run(x, part.first, part.block_first, out);
+    if (rows.lane.member == 0)
+#pragma unroll
+        for (int i = 0; i < 2 * T; i++)
+            sums[threadIdx.x / 32][rows.lane.group + i % 2 * 8][i / 2] =
+                x.restore(out[i / 2][i % 2], i / 2);
+    write_sums<Policy, Y>(p, sums, split, 0, Half<Policy>::kFactor);
+}
+
+// Warps that share a tile, at most kWarps in a block and then up to kMostBlocks blocks: enough that a
+// warp has few steps and that small matrices fill the GPU.
+constexpr int kMostBlocks = 8, kEnoughWarps = 2048;  // of 132 multiprocessors' 2112
+struct Split {
+    int warps = 1, blocks = 1;
+    Split(int64_t tiles, int steps) {
+        while (warps < kWarps && steps > warps && (steps > 8 * warps || tiles * warps < kEnoughWarps))
+            warps *= 2;
+        while (blocks < kMostBlocks && steps > 2 * warps * blocks &&
+               tiles * warps * blocks <= kEnoughWarps / 2)
+            blocks *= 2;
     }
-}
-
-// Warps to a tile: enough that a warp has at most eight steps, and that small matrices fill the GPU.
-inline int warps_per_tile(int64_t n, int steps) {
-    int split = 1;
-    while (split < kWarps && (steps > 8 * split || (n * split < 16 * 2048 && steps > split)))
-        split *= 2;
-    return split;
-}
+};
 
 template <class Policy, int NT, class Y> int skinny(const Product& p, void* stream) {
-    int split = warps_per_tile(p.w.n, Stream<Policy, NT>::steps(p.w.k));
-    dim3 grid(ceil_div(p.w.n, 16 * kWarps / split), ceil_div(p.m, 8 * NT));
-    return launch(skinny_kernel<Policy, NT, Y>, grid, kWarps * 32, 0, stream, p, split);
+    Split split(ceil_div(p.w.n, 16), steps_of<Policy>(p.w.k));
+    dim3 grid(ceil_div(p.w.n, 16 * kWarps / split.warps), ceil_div(p.m, 8 * NT), split.blocks);
+    return launch_clusters(split.blocks, skinny_kernel<Policy, NT, Y>, grid, kWarps * 32, 0, stream,
+                           p, split.warps);
+}
+
+// kUnsupported if the activations do not fit in shared memory or a block would span groups.
+template <class Policy, int T, class Y> int gemv(const Product& p, void* stream) {
+    int steps = steps_of<Policy>(p.w.k);
+    Split split(ceil_div(p.w.n, 16), steps);
+    int64_t rows = 16 * kWarps / split.warps;
+    int most = (int)ceil_div(steps, split.warps * split.blocks) * split.warps;
+    size_t shared = HalfRows::bytes(T, Gemv<Policy, T>::staged_vectors(most));
+    if (shared > 100 * 1024 || (p.per_group < p.w.n && p.per_group % rows)) return kUnsupported;
+    auto kernel = gemv_kernel<Policy, T, Y>;
+    int status = allow_shared(kernel, shared);
+    if (status != cudaSuccess) return status;
+    return launch_clusters(split.blocks, kernel, dim3(ceil_div(p.w.n, rows), 1, split.blocks),
+                           kWarps * 32, shared, stream, p, split.warps);
+}
+
+template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
+    // e4m3 is cheaper to convert to fp16. For 4-bit codes the staging costs what the decoding saves.
+    if constexpr (Policy::kBlockScale) {
+        int status = p.m == 1   ? gemv<Policy, 1, Y>(p, stream)
+                     : p.m == 2 ? gemv<Policy, 2, Y>(p, stream)
+                     : p.m <= 4 ? gemv<Policy, 4, Y>(p, stream)
+                                : kUnsupported;
+        if (status != kUnsupported) return status;
+    }
+    return p.m <= 8 ? skinny<Policy, 1, Y>(p, stream) : skinny<Policy, 2, Y>(p, stream);
+}
+
+// ---------------------------------------------------------------- many rows
+
+// One tile a block; the blocks of a cluster share its columns, and each adds up a part of the rows.
+template <class Policy, class Y>
+__global__ void __launch_bounds__(kTileThreads, 2) tile_kernel(const Product p) {
+    using Rows = Tile<Policy>;
+    extern __shared__ __align__(16) char memory[];
+    auto& shared = *reinterpret_cast<typename Rows::Shared*>(memory);
+    let_next_start();
+    int64_t row0 = blockIdx.x * (int64_t)kTileRows, token0 = blockIdx.y * (int64_t)kTileTokens;
+    Rows tile(shared, [&](int t, int64_t& row) {
+        row = row0 + 16 * t;
+        return &p.w;
+    });
+    wait_for_previous();
+    if (threadIdx.x < kTileTokens) {
+        int64_t token = token0 + threadIdx.x;
+        const bf16* x = (const bf16*)p.x + token * p.x_stride + row0 / p.per_group * p.w.k;
+        shared.rows[threadIdx.x] = token < p.m ? x : nullptr;
+    }
+    int steps = steps_of<Policy>(p.w.k), blocks = gridDim.z;
+    int share = (steps + blocks - 1) / blocks, first = blockIdx.z * share;
+    tile.run(first, min(first + share, steps));
+    tile.keep_sums();
+    if (blocks > 1) cluster_barrier();
+    else __syncthreads();
+    int rows = kTileRows / blocks, skipped = blockIdx.z * rows;
+    for (int i = threadIdx.x; i < rows * kTileTokens; i += kTileThreads) {
+        int row = skipped + i % rows, token = i / rows;
+        if (row0 + row >= p.w.n || token0 + token >= p.m) continue;
+        float total = 0;
+        for (int b = 0; b < blocks; b++) total += load_from_block(&shared.sums[token][row], b);
+        total *= Policy::kFactor;
+        ((Y*)p.y)[(token0 + token) * p.y_stride + row0 + row] =
+            from_float<Y>(total * p.w.global_scale);
+    }
+    if (blocks > 1) cluster_barrier();  // the sums are read before their block ends
+}
+
+template <class Policy, class Y> int tiles(const Product& p, void* stream) {
+    constexpr size_t kShared = sizeof(typename Tile<Policy>::Shared);
+    auto kernel = tile_kernel<Policy, Y>;
+    int status = allow_shared(kernel, kShared), blocks = 1;
+    if (status != cudaSuccess) return status;
+    int64_t count = ceil_div(p.w.n, kTileRows) * ceil_div(p.m, kTileTokens);
+    int steps = steps_of<Policy>(p.w.k);
+    while (blocks < kMostBlocks && count * blocks <= 132 && steps >= 4 * blocks) blocks *= 2;
+    dim3 grid(ceil_div(p.w.n, kTileRows), ceil_div(p.m, kTileTokens), blocks);
+    return launch_clusters(blocks, kernel, grid, kTileThreads, kShared, stream, p);
 }
 
 // ---------------------------------------------------------------- float32 multiply-adds
@@ -140,7 +276,9 @@ DSV4_EXPORT int dsv4_linear(const void* x, int x_dtype, int64_t m, const dsv4_we
         if (x_dtype == DSV4_BF16 && whole_tiles && (uintptr_t)x % 16 == 0)
             status = with_policy(w->format, w->k, [&](auto policy) {
                 using Policy = decltype(policy);
-                return m <= 8 ? skinny<Policy, 1, Y>(p, stream) : skinny<Policy, 2, Y>(p, stream);
+                bool tiles_span_groups = groups > 1 && p.per_group % kTileRows;
+                if (m <= 16 || tiles_span_groups) return few_rows<Policy, Y>(p, stream);
+                return tiles<Policy, Y>(p, stream);
             });
         if (status != kUnsupported) return status;
         return with_dtype(x_dtype, [&](auto x_tag) {

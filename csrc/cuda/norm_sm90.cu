@@ -7,45 +7,51 @@ namespace {
 
 // ---------------------------------------------------------------- rms_norm
 
-// y = x * rsqrt(mean(x^2) + eps) * weight for one row of d; one block a row. Vectors says that d is
-// a whole number of 16-byte vectors.
-template <class T, class W, int Threads, bool Vectors>
+// y = x * rsqrt(mean(x^2) + eps) * weight for one row of d; one block a row. The first kHeld vectors of
+// a thread stay in registers, the others are read twice. kVector says that d is whole vectors.
+template <class T, class W, int Threads, bool kVector>
 __global__ void __launch_bounds__(Threads)
-    rms_norm_kernel(const T* x, int64_t d, const W* weight, float eps, T* y) {
-    constexpr int V = Vectors ? Vector<T>::kSize : 1;
+    rms_norm_kernel(const T* x, int d, const W* weight, float eps, T* y) {
+    constexpr int V = kVector ? Vector<T>::kSize : 1, kHeld = 4, kStride = Threads * V;
     __shared__ float partial[Threads / 32];
     let_next_start();
     wait_for_previous();
-    x += blockIdx.x * d;
-    y += blockIdx.x * d;
+    x += blockIdx.x * (int64_t)d;
+    y += blockIdx.x * (int64_t)d;
+    int first = threadIdx.x * V;
+    Vector<T, V> held[kHeld];
     float sum = 0;
-    for (int64_t i = threadIdx.x * V; i < d; i += Threads * V) {
-        Vector<T> v;
-        if (Vectors) v = load_vector(x + i);
-        else v.at[0] = x[i];
+    auto add = [&](const Vector<T, V>& v) {
 #pragma unroll
         for (int j = 0; j < V; j++) sum += to_float(v.at[j]) * to_float(v.at[j]);
-    }
+    };
+#pragma unroll
+    for (int h = 0; h < kHeld; h++)
+        if (first + h * kStride < d) held[h] = load_vector<T, V>(x + first + h * kStride);
+#pragma unroll
+    for (int h = 0; h < kHeld; h++)
+        if (first + h * kStride < d) add(held[h]);
+    for (int i = first + kHeld * kStride; i < d; i += kStride) add(load_vector<T, V>(x + i));
     float factor = 1 / sqrtf(block_sum<Threads>(sum, partial) / (float)d + eps);
-    for (int64_t i = threadIdx.x * V; i < d; i += Threads * V) {
-        Vector<T> v;
-        if (Vectors) v = load_vector(x + i);  // again, now from L1
-        else v.at[0] = x[i];
+    auto scale = [&](Vector<T, V> v, int i) {
 #pragma unroll
         for (int j = 0; j < V; j++) {
             float value = to_float(v.at[j]) * factor;
             v.at[j] = from_float<T>(weight ? value * to_float(weight[i + j]) : value);
         }
-        if (Vectors) store_vector(y + i, v);
-        else y[i] = v.at[0];
-    }
+        store_vector(y + i, v);
+    };
+#pragma unroll
+    for (int h = 0; h < kHeld; h++)
+        if (first + h * kStride < d) scale(held[h], first + h * kStride);
+    for (int i = first + kHeld * kStride; i < d; i += kStride) scale(load_vector<T, V>(x + i), i);
 }
 
 template <class T, class W, int Threads>
 int rms_norm(const T* x, int64_t rows, int64_t d, const W* weight, float eps, T* y, void* stream) {
     auto kernel = d % Vector<T>::kSize == 0 ? rms_norm_kernel<T, W, Threads, true>
                                             : rms_norm_kernel<T, W, Threads, false>;
-    return launch(kernel, dim3(rows), Threads, 0, stream, x, d, weight, eps, y);
+    return launch(kernel, dim3(rows), Threads, 0, stream, x, (int)d, weight, eps, y);
 }
 
 // ---------------------------------------------------------------- rope
@@ -118,7 +124,7 @@ DSV4_EXPORT int dsv4_rms_norm(const void* x, int dtype, int64_t rows, int64_t d,
             if (d <= 512)
                 return rms_norm<T, W, 64>((const T*)x, rows, d, (const W*)weight, eps, (T*)y,
                                           stream);
-            return rms_norm<T, W, 512>((const T*)x, rows, d, (const W*)weight, eps, (T*)y, stream);
+            return rms_norm<T, W, 256>((const T*)x, rows, d, (const W*)weight, eps, (T*)y, stream);
         });
     });
 }

@@ -16,9 +16,8 @@ struct Lane {
     __device__ Lane() : group(threadIdx.x % 32 / 4), member(threadIdx.x % 4) {}
 };
 
-template <class Policy, int NT> struct Stream {
-    static constexpr int kDepth = NT == 1 ? Policy::kDepth : Policy::kDepth - 1;
-
+// The next steps of a warp's 16 weight rows, kDepth of them in registers or on their way there.
+template <class Policy, int kDepth> struct Weights {
     uint4 codes[kDepth][2];
     typename Policy::Scale scales[kDepth][2];
     const char* data[2];  // at the step that the loop has come to
@@ -27,7 +26,7 @@ template <class Policy, int NT> struct Stream {
     Lane lane;
 
     // Rows [first_row, first_row + 16), clamped to the matrix; steps [first, last).
-    __device__ Stream(const dsv4_weight& w, int64_t first_row, int first, int last)
+    __device__ Weights(const dsv4_weight& w, int64_t first_row, int first, int last)
         : chunks(w.k / Policy::kChunk), last(last) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -40,8 +39,6 @@ template <class Policy, int NT> struct Stream {
         for (int d = 0; d < kDepth; d++) fetch(d, first + d, d);
     }
 
-    __host__ __device__ static int steps(int64_t k) { return (k / Policy::kChunk + 3) / 4; }
-
     // Load `step`, which is `ahead` steps from where `data` points.
     __device__ void fetch(int slot, int step, int ahead) {
         int chunk = step * 4 + lane.member;
@@ -49,10 +46,38 @@ template <class Policy, int NT> struct Stream {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             codes[slot][h] = valid ? load_stream(data[h] + ahead * 64) : make_uint4(0, 0, 0, 0);
-            scales[slot][h] = valid ? Policy::load_scale(scale[h], chunk)
-                                    : typename Policy::Scale{};
+            // A block's scale belongs to sums, of which every member of the quad has some.
+            scales[slot][h] = step < last && (valid || Policy::kBlockScale)
+                                  ? Policy::load_scale(scale[h], valid ? chunk : step * 4)
+                                  : typename Policy::Scale{};
         }
     }
+
+    // body(slot, step) for every step from `first` on, with the loads of later ones under way.
+    template <class Body> __device__ void for_each_step(int first, Body body) {
+#pragma unroll 1
+        for (int base = first; base < last; base += kDepth) {
+#pragma unroll
+            for (int d = 0; d < kDepth; d++) {
+                if (base + d >= last) break;
+                body(d, base + d);
+                fetch(d, base + d + kDepth, d + kDepth);
+            }
+            data[0] += 64 * kDepth;
+            data[1] += 64 * kDepth;
+        }
+    }
+};
+
+// Steps of a row of k columns.
+template <class Policy> __host__ __device__ inline int steps_of(int64_t k) {
+    return (k / Policy::kChunk + 3) / 4;
+}
+
+template <class Policy, int NT>
+struct Stream : Weights<Policy, NT == 1 ? Policy::kDepth : Policy::kDepth - 1> {
+    using Base = Weights<Policy, NT == 1 ? Policy::kDepth : Policy::kDepth - 1>;
+    using Base::Base, Base::chunks, Base::codes, Base::lane, Base::last, Base::scales;
 
     // Activations of one chunk, in the order of its columns: two halves.
     static constexpr int kHalf = Policy::kChunk / 2;
@@ -80,19 +105,11 @@ template <class Policy, int NT> struct Stream {
     // Element 0, 1 of sum[t]: weight row lane.group, activation rows 2 * lane.member, + 1;
     // element 2, 3: weight row lane.group + 8. Without the policy's factor and the global scale.
     __device__ void run(const bf16* const (&x)[NT], int first, float (&sum)[NT][4]) {
-#pragma unroll 1
-        for (int base = first; base < last; base += kDepth) {
-#pragma unroll
-            for (int d = 0; d < kDepth; d++) {
-                if (base + d >= last) break;
-                X now;
-                fetch_x(now, x, base + d);
-                step(d, now, sum);
-                fetch(d, base + d + kDepth, d + kDepth);
-            }
-            data[0] += 64 * kDepth;
-            data[1] += 64 * kDepth;
-        }
+        this->for_each_step(first, [&](int slot, int at) {
+            X now;
+            fetch_x(now, x, at);
+            step(slot, now, sum);
+        });
     }
 
     __device__ void step(int slot, const X& x, float (&sum)[NT][4]) const {

@@ -23,8 +23,8 @@ template <class T, int N = 16 / sizeof(T)> struct alignas(N * sizeof(T)) Vector 
     T at[N];
 };
 
-template <class T> __device__ inline Vector<T> load_vector(const T* from) {
-    return *reinterpret_cast<const Vector<T>*>(from);
+template <class T, int N = 16 / sizeof(T)> __device__ inline Vector<T, N> load_vector(const T* from) {
+    return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 template <class T, int N> __device__ inline void store_vector(T* to, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(to) = value;
@@ -54,6 +54,35 @@ template <int Threads> __device__ inline float block_sum(float x, float* shared)
     float total = 0;
     for (int i = 0; i < Threads / 32; i++) total += shared[i];
     return total;
+}
+
+// 16 bytes to shared memory, past the registers; zeros instead if not valid.
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+    uint32_t target = (uint32_t)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending> __device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// All threads of the cluster's blocks; what they wrote to shared memory is then visible.
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+// The float at this address of another block's shared memory; `rank` is the block's in the cluster.
+__device__ inline float load_from_block(const float* at, int rank) {
+    float value;
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\n"
+                 "ld.shared::cluster.f32 %0, [remote];\n}"
+                 : "=f"(value)
+                 : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"(rank)
+                 : "memory");
+    return value;
 }
 
 }  // namespace dsv4
