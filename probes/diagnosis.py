@@ -122,6 +122,9 @@ class Diagnosis:
             explained = self._explain(call, verdict, groups, seen.kind)
             return seen if explained is None else _combined(seen, explained)
         explained = self._explain(call, verdict, groups, None)
+        if seen is not None and seen.kind == "nan" and name in spec.nonfinite:
+            # There -inf stands for something empty or hidden, it is no number gone bad.
+            seen = Signature("unexplained", seen.detail)
         if explained is None:
             stale = self._stale_rows(call, name, difference)
             if stale is not None:

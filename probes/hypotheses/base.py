@@ -22,9 +22,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +44,12 @@ Predict = Callable[[], Values]
 _LEFT_OVER = 0.02  # share of the error that an explanation may leave
 _ORDERS = ("shifted", "permuted")
 _FEW = 0.02  # share of the rows that is hardly any
-_SCREENED = (
-    32  # rows on which hypotheses are tried first; fewer where a row reads weights of its own
-)
-_SCREENED_EXPERTS = 8
-_SECONDS = (
-    60.0  # after which an explanation is no longer looked for: real experts take long to misread
-)
+_SCREENED, _SCREENED_EXPERTS = (
+    32,
+    8,
+)  # rows to try on first; fewer where rows have their own weights
+_NARROW = 8  # columns up to which each is scaled alone
+_SECONDS = 60.0  # then no explanation is looked for any more: real experts take long to misread
 
 
 @dataclass(frozen=True)
@@ -137,26 +138,26 @@ def explain(
     if only is not None:
         return _confirmed(call, ours, limits, config, only.hypothesis, groups or {})
     small, our_small = _screening(call, ours, limits)
-    partial: Explanation | None = None
+    best: Explanation | None = None
     started = time.monotonic()
     for hypothesis in hypotheses_for(small, config):
         if time.monotonic() - started > _SECONDS:
-            return partial
+            return best
         if kind is not None and hypothesis.kind != kind:
             continue
         found = try_one(small, our_small, limits, hypothesis, groups or {})
-        if found is None or (found.where and partial is not None):
+        if found is None or (found.where and best is not None):
             continue
         if small is not call:
             found = _confirmed(call, ours, limits, config, hypothesis, groups or {})
-            if found is None or (found.where and partial is not None):
+            if found is None or (found.where and best is not None):
                 continue
         if not found.where:
             return found
-        partial = found
+        best = found
     if kind is not None:
         return None
-    return partial or fitted_factor(small, our_small, limits)
+    return best or fitted_factor(small, our_small, limits)
 
 
 def _confirmed(
@@ -317,30 +318,42 @@ def cut(call: Captured, part: slice) -> Captured:
 
 def fitted_factor(call: Captured, ours: Values, limits: Limits) -> Explanation | None:
     """An argument that enters with some factor: the factor is searched for."""
-    numbers_first = sorted(call.inputs.items(), key=lambda item: not isinstance(item[1], float))
-    for name, value in numbers_first:
-        number = isinstance(value, float)
-        if not number and not (isinstance(value, Tensor) and value.is_floating_point()):
-            continue
-        if number and value == 0.0:
-            continue
+    for name, words, scaled in _scalable(call):
 
-        def loss(factor: float, name: str = name, value: Any = value) -> float:
-            return _total_error(call, ours, {name: value * factor}, limits)
+        def loss(factor: float, name: str = name, scaled: Any = scaled) -> float:
+            return _total_error(call, ours, {name: scaled(factor)}, limits)
 
         coarse = [-1.0, *(2.0 ** (k / 2) for k in range(-8, 9))]
         factor = _refined(loss, min(coarse, key=loss))
         if loss(factor) > 0.5 * loss(1.0):
             continue
-        hypothesis = Hypothesis(
-            "constant_factor",
-            f"{name} enters with {factor:.4g} times its value",
-            {name: value * factor},
-        )
-        found = try_one(call, ours, limits, hypothesis, {})
+        kind = "saturated" if name == "limit" else "constant_factor"
+        text = f"{words} enters with {factor:.4g} times its value"
+        found = try_one(call, ours, limits, Hypothesis(kind, text, {name: scaled(factor)}), {})
         if found is not None and not found.where:
             return found
     return None
+
+
+def _scalable(call: Captured) -> Iterator[tuple[str, str, Callable[[float], Any]]]:
+    """(argument, words, its value times a factor): numbers, tensors, columns of narrow tensors."""
+    inputs = call.inputs
+    for name, value in inputs.items():
+        if isinstance(value, float) and value != 0.0:
+            yield name, name, partial(operator.mul, value)
+    tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    for name, value in tensors.items():
+        yield name, name, partial(operator.mul, value)
+    for name, value in tensors.items():
+        if value.dim() == 2 and value.shape[1] <= _NARROW and name not in call.site.params:
+            for column in range(value.shape[1]):
+                one = torch.arange(value.shape[1], device=value.device) == column
+                words = f"column {column} of {name}"
+                yield name, words, partial(_scaled_where, value, one)
+
+
+def _scaled_where(value: Tensor, where: Tensor, factor: float) -> Tensor:
+    return torch.where(where, value * factor, value)
 
 
 def _total_error(call: Captured, ours: Values, changed: dict[str, Any], limits: Limits) -> float:

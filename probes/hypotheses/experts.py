@@ -176,6 +176,9 @@ def _neighbours(bank: ExpertBank) -> Iterator[tuple[str, str, Change]]:
     def shifted(shift: int, expert: Expert, number: int) -> Expert:
         return bank[(number + shift) % len(bank)]
 
+    def one_shifted(name: str, shift: int, expert: Expert, number: int) -> Expert:
+        return expert._replace(**{name: getattr(shifted(shift, expert, number), name)})
+
     for name, label in _MATRICES.items():
         words = f"{label} has expert 0's global scale in every expert"
         yield "constant_factor", words, partial(of_first, (name,))
@@ -184,6 +187,9 @@ def _neighbours(bank: ExpertBank) -> Iterator[tuple[str, str, Change]]:
     for shift in (1, -1):
         words = f"expert e's weights are those of expert e {shift:+d}"
         yield "shifted", words, partial(shifted, shift)
+        for name, label in _MATRICES.items():
+            words = f"{label} of expert e is that of expert e {shift:+d}"
+            yield "shifted", words, partial(one_shifted, name, shift)
 
 
 def _activations(limit: float) -> Iterator[tuple[str, str, Activation]]:

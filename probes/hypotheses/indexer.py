@@ -26,6 +26,8 @@ def compressor_variants(call: Captured, config: Config | None) -> Iterator[Hypot
     overlap = a["kv_state"].shape[1] == 2 * ratio
     yield Hypothesis("constant_factor", "the position bias (ape) is left out", {"ape": ape * 0})
     yield Hypothesis("constant_factor", "the position bias (ape) is added twice", {"ape": ape * 2})
+    added = {"kv": kv + ape[a["step"].positions % ratio], "ape": ape * 0}
+    yield Hypothesis("unexplained", "the position bias (ape) is added to kv, not score", added)
     for shift in (1, -1):
         words = f"the position bias (ape) is shifted by {shift} row"
         yield Hypothesis("shifted", words, {"ape": ape.roll(shift, 0)})
@@ -73,6 +75,7 @@ def _state(call: Captured) -> Iterator[Hypothesis]:
     yield Hypothesis("stale", "the state of earlier steps is ignored", empty)
     states = ("kv_state", "score_state")
     kept = {name: a[name].double() for name in states}
+    yield from _emptied(call)
     words = "the state keeps its previous contents"
     yield Hypothesis("stale", words, predict=lambda: {**call.truth, **kept})
     ratio = a["ape"].shape[0]
@@ -95,6 +98,25 @@ def _state(call: Captured) -> Iterator[Hypothesis]:
     words = "the state keeps scores without the position bias"
     yield Hypothesis("constant_factor", words, predict=without_bias)
     yield from _unreset(call)
+
+
+def _emptied(call: Captured) -> Iterator[Hypothesis]:
+    """The previous window of ratio 4 is not kept for the next step."""
+    ratio = call.inputs["ape"].shape[0]
+    if call.inputs["kv_state"].shape[1] != 2 * ratio:
+        return
+
+    def predict(previous: bool) -> Values:
+        values = dict(pooled(call, previous=previous))
+        for name, empty in (("kv_state", 0.0), ("score_state", -math.inf)):
+            values[name] = values[name].clone()
+            values[name][:, :ratio] = empty
+        return values
+
+    words = "the previous window is not kept in the state"
+    yield Hypothesis("stale", words, predict=partial(predict, True))
+    words = "the previous window is left out and not kept in the state"
+    yield Hypothesis("stale", words, predict=partial(predict, False))
 
 
 def _unreset(call: Captured) -> Iterator[Hypothesis]:
