@@ -9,8 +9,6 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_attention import shares
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
@@ -141,13 +139,3 @@ def test_repeats_are_identical(n: int) -> None:
 def test_prefill_equals_decode() -> None:
     args, params = case(1000, 64, 128, 512)
     judge("attention", *args, **params)
-
-
-@pytest.mark.parametrize("widths", [(0, 0), (1, 0), (128, 512), (64, 0), (128, 1024), (70, 320)])
-@pytest.mark.parametrize("n", [1, 2, 8, 31, 64, 131, 132, 4096])
-def test_no_share_is_empty(n: int, widths: tuple[int, int]) -> None:
-    blocks = sum(-(-width // 64) for width in widths)
-    count = shares(n, 64, widths, 132)
-    assert count >= 1 and (n * count <= 132 or count == 1)
-    if blocks:
-        assert (count - 1) * -(-blocks // count) < blocks

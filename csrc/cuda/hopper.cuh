@@ -70,18 +70,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "r"(parity)
         : "memory");
 }
-// The same for data that other CTAs of the cluster wrote.
-__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
 
 // Barrier `id` (1 to 15) among `threads` threads of the CTA.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
@@ -157,13 +145,7 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t shared, uint32_t ran
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
     return remote;
 }
-// Asynchronous stores into another CTA, counted by a barrier there.
-__device__ __forceinline__ void remote_store(uint32_t remote, float value, uint32_t barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                     remote),
-                 "r"(__float_as_uint(value)), "r"(barrier)
-                 : "memory");
-}
+// Asynchronous store into another CTA, counted by a barrier there.
 __device__ __forceinline__ void remote_store(uint32_t remote, float4 value, uint32_t barrier) {
     asm volatile(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
