@@ -50,11 +50,12 @@ def indexer() -> None:
     starts, lengths = (2000, 3, 701), (1, 40, 5)
     step = Step(torch.zeros(46, dtype=torch.int64, device="cuda"), starts, lengths, 128)
     capacity = step.entries(4) + 3
+    spans = [torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]
+    visible = ((torch.cat(spans) + 1) // 4).cuda()  # initcheck does not see torch's own kernels
     for dtype, heads in ((torch.bfloat16, 64), (torch.float32, 3)):
         q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
         args = q, keys, randn(46, heads, dtype=dtype), step
         score = kernel("index_score", *args, scale=0.1, ratio=4)["score"]
-        visible = step.visible(4).cpu().cuda()  # initcheck sees copies, not torch's own kernels
         kernel("index_topk", score, visible, k=100)
     score = randn(1, 40001, dtype=torch.float32)
     kernel("index_topk", score, torch.tensor([40001]).cuda(), k=512)
