@@ -46,8 +46,8 @@ SMALL = replace(
     index_topk=16,
     compress_ratios=(0, 0, 4, 128, 4),
 )
-LENGTH = 293  # beyond the window (128), two HCA entries (256) and what the indexer keeps (64)
-CHUNKS = (200, 90, 1, 1, 1)  # a prefill, a chunk on a full ring that closes an HCA entry, decode
+LENGTH = 292  # beyond the window (128), two HCA entries (256) and what the indexer keeps (64)
+CHUNKS = (200, 90, 1, 1)  # a prefill, a chunk on a full ring that closes an HCA entry, decode
 # What a release must reach, as shares of all faults.
 THRESHOLDS = {"detected": 1.0, "op": 0.95, "layer": 0.95, "kind": 0.85}
 
@@ -158,7 +158,7 @@ class Suite:
             model = Transformer(Checkpoint(path))
             if fault.prepare is not None:
                 fault.prepare(model)
-            self._baselines[key] = Baseline(model, self.tokens, CHUNKS)
+            self._baselines[key] = Baseline(model, self.tokens, CHUNKS, pair=False)
         return self._baselines[key]
 
     def score(self, fault: Fault) -> Outcome:
@@ -247,7 +247,7 @@ def clean_cases(count: int) -> Iterator[CleanCase]:
     """Layouts, patterns, lengths, dtypes and routes in turn, each with its own seed."""
     layouts = ("nvfp4", "deepseek", "bf16", "nvfp4-dense", "compressed-tensors")
     patterns = ((0, 0, 4, 128, 4), (128, 4, 0), (4, 4, 128), (0, 128, 4, 0))
-    runs = ((293, CHUNKS), (33, (32, 1)), (150, (64, 64, 1)), (268, (268,)), (7, (1,)))
+    runs = ((LENGTH, CHUNKS), (33, (32, 1)), (150, (64, 64, 1)), (268, (268,)), (7, (1,)))
     for number in range(count):
         length, chunks = runs[number % 5]
         yield CleanCase(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.numerics import acc
-from dsv4_bench.engine.ops.hyper import _mixes
 from dsv4_bench.probes.faults.base import fault, right, rounded
 
 hc_pre = right("hc_pre")
@@ -17,10 +16,16 @@ hc_head = right("hc_head")
 Result = tuple[Tensor, Tensor, Tensor]
 
 
+def mixes(x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """What the sigmoids and Sinkhorn start from, before scale and base: [n, m] float32."""
+    flat = acc(x.flatten(1))
+    return (flat @ acc(fn).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+
+
 def logits_of_comb(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float) -> Tensor:
     """What the reference hands to Sinkhorn: [n, hc, hc] float32."""
     n, hc, _ = x.shape
-    mix = _mixes(x, fn, norm_eps)[:, 2 * hc :] * acc(scale)[2] + acc(base)[2 * hc :]
+    mix = mixes(x, fn, norm_eps)[:, 2 * hc :] * acc(scale)[2] + acc(base)[2 * hc :]
     return mix.view(n, hc, hc)
 
 
@@ -126,7 +131,7 @@ def pre_without_eps(
     """pre is the bare sigmoid, without hc_eps."""
     u, post, comb = hc_pre(x, fn=fn, scale=scale, base=base, eps=eps, norm_eps=norm_eps, **more)
     hc = x.shape[1]
-    pre = torch.sigmoid(_mixes(x, fn, norm_eps)[:, :hc] * acc(scale)[0] + acc(base)[:hc])
+    pre = torch.sigmoid(mixes(x, fn, norm_eps)[:, :hc] * acc(scale)[0] + acc(base)[:hc])
     return (pre.unsqueeze(-1) * acc(x)).sum(1).to(x.dtype), post, comb
 
 
@@ -239,5 +244,5 @@ def head_collapsed_by_softmax(
     x: Tensor, *, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
 ) -> Tensor:
     """The final collapse weighs the streams by softmax instead of sigmoid."""
-    pre = torch.softmax(_mixes(x, fn, norm_eps) * acc(scale) + acc(base), -1) + eps
+    pre = torch.softmax(mixes(x, fn, norm_eps) * acc(scale) + acc(base), -1) + eps
     return (pre.unsqueeze(-1) * acc(x)).sum(1).to(x.dtype)
