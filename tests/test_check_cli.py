@@ -164,8 +164,12 @@ DOCUMENT: dict[str, Any] = {
         "limit": 3e-7, "carried_error": 0.02, "invariants": [],
         "sentence": "L10/attn/index/compressor/wgate: " + "output = 1.01 x reference, " * 5,
     },
-    "findings": [{"site": "L10/attn/index/compressor/wgate"}, {"site": "head/norm"}],
-    "sites": [_site("L10/attn/index/compressor/wgate", "over", 0.01), _site("head/norm", "over", 1.0)]
+    "findings": [
+        {"site": "L10/attn/index/compressor/wgate", "own_error": 0.01, "limit": 3e-7},
+        {"site": "head/norm", "own_error": 1e-6, "limit": 5e-7},
+        {"site": "head/norm", "own_error": 2e-6, "limit": 5e-7},
+    ],
+    "sites": [_site("L10/attn/index/compressor/wgate", "over", 0.01), _site("head/norm", "over", 1e-7)]
     + [_site(f"L{i}/attn/index/compressor/wkv", "ok", 1e-7) for i in range(30)],
     "uncovered": [{"site": "L0/attn/core", "why": "no kernel for this device " * 6}],
     "kl": {
@@ -189,6 +193,7 @@ def test_the_report_reads_in_80_columns() -> None:
         assert words in " ".join(text.split())
     over = text[text.index("over their limit, in order") :].splitlines()[2:4]
     assert [line.split()[0] for line in over] == ["L10/attn/index/compressor/wgate", "head/norm"]
+    assert over[1].split()[2:4] == ["2.0e-06", "5.0e-07"]  # of its worst row, not of the tensor
 
 
 def test_other_reports_read_in_80_columns() -> None:

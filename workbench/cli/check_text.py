@@ -18,7 +18,7 @@ def check_text(document: dict[str, Any], tokens: int) -> str:
     counted = f"{asked} of {len(document['sites'])} sites checked on {tokens} tokens"
     blocks = [
         _verdict(document, f"{counted} in {document['seconds']:.1f} s"),
-        _worst_sites(document["sites"]),
+        _worst_sites(document),
         _kl(document),
         _decisions(document["decisions"]),
         _not_covered(document["uncovered"]),
@@ -57,20 +57,25 @@ def _verdict(document: dict[str, Any], counted: str) -> str:
     return "\n".join(lines)
 
 
-def _worst_sites(sites: Sequence[dict[str, Any]]) -> str:
+def _worst_sites(document: dict[str, Any]) -> str:
     """In the order of the forward pass where something is over, else by how near the limit is."""
+    sites = document["sites"]
     over = [site for site in sites if site["verdict"] == "over"]
     judged = [site for site in sites if site["verdict"] == "ok" and site["limit"] > 0]
     near = sorted(judged, key=lambda s: s["own_error"] / s["limit"], reverse=True)
     shown = over[:_WORST] or near[:_WORST]
     if not shown:
         return ""
+    worst: dict[str, dict[str, Any]] = {}  # the finding that is furthest over, by site
+    for finding in document["findings"]:
+        known = worst.get(finding["site"])
+        if known is None or finding["own_error"] > known["own_error"]:
+            worst[finding["site"]] = finding
     rows = [
         (
             site["site"],
             site["implementation"],
-            f"{site['own_error']:.1e}",
-            f"{site['limit']:.1e}",
+            *(f"{worst.get(site['site'], site)[name]:.1e}" for name in ("own_error", "limit")),
             f"{site['carried_error']:.1e}",
         )
         for site in shown
