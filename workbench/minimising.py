@@ -65,7 +65,7 @@ class Culprits:
                 alone += f", and so are any {len(self.sites) - 1} of them"
             text = f"{names} break the output only together: {self.outcome.text}; {alone}"
         if self.elsewhere:
-            text += f"; more sites of {_listed(self.ops)} break it without it"
+            text += f"; other sites of {_listed(self.ops)} break it as well"
         return text
 
     def to_dict(self) -> dict[str, Any]:
