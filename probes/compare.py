@@ -53,7 +53,8 @@ class Comparison:
         return "ok" if self.times <= 1 else "over"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "times": self.times, "verdict": self.verdict}
+        more = {"times": self.times, "verdict": self.verdict, "worst": list(self.worst)}
+        return {**vars(self), **more}
 
 
 def _times(error: float, limit: float) -> float:

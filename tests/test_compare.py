@@ -83,6 +83,7 @@ def test_one_wrong_row_is_over_its_own_limit():
     assert found.relative_l2 == pytest.approx(1e-4) and found.row_error == pytest.approx(0.01)
     assert (found.verdict, found.worst) == ("over", (found.row_error, 1e-3))
     assert found.times == pytest.approx(10, rel=1e-3)
+    assert found.to_dict()["worst"] == [found.row_error, 1e-3]
     assert compare("y", ours, theirs, limit=1e-3).verdict == "ok"
 
 

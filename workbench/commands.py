@@ -227,6 +227,14 @@ SESSION_COMMANDS: tuple[SessionCommand, ...] = (
         long=True,
     ),
     SessionCommand(
+        "timing",
+        "time this layer's ops, or those under SITES: reference, kernel, floor and error",
+        (_SITE,),
+        ("T",),
+        logged=False,
+        long=True,
+    ),
+    SessionCommand(
         "compare",
         "two bundles of the same run: which ops differ, and where first",
         (Argument("a"), Argument("b")),

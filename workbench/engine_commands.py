@@ -346,6 +346,11 @@ class EngineCommands:
         text += f", {len(written.left_out)} left out" if written.left_out else ""
         return {**written.to_dict(), "text": text + first}
 
+    def do_timing(self, site: str = "*") -> dict[str, Any]:
+        from dsv4_bench.workbench.timing_here import time_here
+
+        return time_here(self.debugger, site)
+
     def do_compare(self, a: str, b: str) -> dict[str, Any]:
         from dsv4_bench.workbench.comparing import Comparing
 

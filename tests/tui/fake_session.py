@@ -379,6 +379,25 @@ class FakeSession:
             "text": f"wrote {out}: 41 ops, 1.3 MB",
         }
 
+    def _do_timing(self, site: str = "*") -> Event:
+        """The ops of the current layer; the fourth has no kernel, `core` is wrong and slow."""
+        group = (self._site() or "embed").partition("/")[0]
+        rows = []
+        for number, path in enumerate(p for p in self.paths if p.partition("/")[0] == group):
+            core = path.endswith("core")
+            kernel, seconds = (
+                "reference" if number == 3 else "cpu",
+                1e-3 if core else 1e-5 * (number + 1),
+            )
+            rows.append({
+                "site": path, "op": "x", "layer": 2, "kernel": kernel, "floor": 2e-6, "note": "",
+                "seconds": {kernel: seconds, "reference": seconds if number == 3 else 4 * seconds},
+                "own_error": None if number == 3 else 0.5 if core else 1e-7, "limit": 1e-6,
+                "verdict": "" if number == 3 else "over" if core else "ok", "bytes": 1, "flops": 1,
+                "of_floor": 2e-6 / seconds, "speedup": None if number == 3 else 4.0,
+            })  # fmt: skip
+        return {"group": group, "kind": "CSA", "tokens": [0, 128], "device": "cpu", "sites": rows}
+
     def _do_compare(self, a: str, b: str) -> Event:
         """Every tenth op differs; from L2/attn/core on what differs is carried or within."""
         ops = []

@@ -43,7 +43,7 @@ PROMPTS = {
 
 def test_every_command_key_is_tested():
     table = {key for command in SESSION_COMMANDS for key in command.keys}
-    assert table == {*LINES, *PROMPTS, "q", "space", "h"}  # h: tests/tui/test_heat_screen.py
+    assert table == {*LINES, *PROMPTS, "q", "space", "h", "T"}  # h, T open a screen: their tests
 
 
 def test_keys_send_their_lines():

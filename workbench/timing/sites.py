@@ -81,10 +81,12 @@ def time_site(
     judge: Judge,
     effort: Effort,
     counted: bool = False,
+    with_kernels: bool = True,
 ) -> SiteTime:
     """Reference and the route's kernel, interleaved on the same inputs; `judge` has the limits.
 
-    `counted`: ncu watches; its profiler is started and stopped around the timed calls.
+    `counted`: ncu watches; its profiler is started and stopped around the timed calls. The kernels
+    inside each implementation are listed `with_kernels`, which takes a run of torch's profiler.
     """
     site = call.site
     kernel, note = site.impl, site.stamp.note
@@ -97,7 +99,7 @@ def time_site(
         results = {impl.name: call.run(impl.function) for impl in contenders}  # warm-up too
         with torch.cuda.profiler.profile() if counted else nullcontext():
             samples = _interleave(call, contenders, clock, effort)
-        if not counted:  # one profiler at a time
+        if with_kernels and not counted:  # one profiler at a time
             for impl in contenders:
                 row.kernels[impl.name] = kernels_of(_caller(call, impl), model.device)
         if kernel.name != "reference":

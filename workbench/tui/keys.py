@@ -110,7 +110,7 @@ BAR = [
     ("help", "?", "Help", "help"),
 ]
 
-_NO_PROMPT = ("heatmap",)
+_NO_PROMPT = ("heatmap", "timing")
 _ON_SITE = ("break", "shadow", "carried", "toggle", "until", "op")  # these know what they act on
 
 

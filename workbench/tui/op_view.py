@@ -120,12 +120,13 @@ def _error(view: View, width: int) -> list[Line]:
         return wrap("error", [("not compared", DIM), (hint, DIM)], width, INDENT) if hint else []
     over = error.get("verdict") == "over"
     times = fmt.times(real(error.get("times")))
+    value, limit = error.get("worst") or (error.get("relative_l2"), error.get("limit"))
+    of = "" if value == error.get("relative_l2") else " of a row"
+    mark, style = (fmt.ALARM, BAD) if over else (fmt.DONE, GOOD)
     words: list[Span] = [
-        (f"{fmt.ALARM} {times} its limit", BAD)
-        if over
-        else (f"{fmt.DONE} {times} its limit", GOOD),
-        (f"{fmt.number(error.get('relative_l2'))} rel. L2 vs {error.get('against')}", PLAIN),
-        (f"limit {fmt.number(error.get('limit'))}", DIM),
+        (f"{mark} {times} its limit", style),
+        (f"{fmt.number(real(value))} rel. L2{of} vs {error.get('against')}", PLAIN),
+        (f"limit {fmt.number(real(limit))}", DIM),
     ]
     if error.get("note"):
         words.append((error["note"], PLAIN))

@@ -40,6 +40,11 @@ def _compare(store: Store, line: str, result: Event, quiet: bool) -> Change:
     return Change.COMPARISON | store.note("result", f"{result['status']}: {result['sentence']}")
 
 
+def _timing(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.timing = result
+    return Change.TIMING
+
+
 def _bundle(store: Store, line: str, result: Event, quiet: bool) -> Change:
     hint = f"`dsv4-bench replay {result['bundle']}` runs it again"
     return store.note("result", result["text"]) | store.note("result", hint)
@@ -147,6 +152,7 @@ _HANDLERS: dict[str, Handler] = {
     "difference": _heatmap,
     "compare": _compare,
     "bundle": _bundle,
+    "timing": _timing,
     "faults": _faults,
     "sites": _sites,
     "readings": _readings,

@@ -30,6 +30,7 @@ class Change(Flag):
     VALUES = auto()
     HEAT = auto()
     COMPARISON = auto()
+    TIMING = auto()
     LOG = auto()
     ERROR = auto()
     DEATH = auto()
@@ -48,6 +49,7 @@ class Store:
     op: Event = field(default_factory=dict)
     heat: Event = field(default_factory=dict)
     comparison: Event = field(default_factory=dict)
+    timing: Event = field(default_factory=dict)
     implementations: dict[str, list[str]] = field(default_factory=dict)  # by op
     effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)

@@ -27,6 +27,7 @@ from dsv4_bench.workbench.tui.op_view import op_lines
 from dsv4_bench.workbench.tui.results import error_text
 from dsv4_bench.workbench.tui.screens.compare import CompareScreen
 from dsv4_bench.workbench.tui.screens.heat import HeatScreen
+from dsv4_bench.workbench.tui.screens.timing import TimingScreen
 from dsv4_bench.workbench.tui.store import Change, Store
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
 from dsv4_bench.workbench.tui.widgets.command_line import CommandLine
@@ -141,6 +142,8 @@ class MainView(Screen[None]):
             self._show_values()
         if Change.HEAT in change:
             self._show_heat()
+        if Change.TIMING in change:
+            self.app.push_screen(TimingScreen(self.store.timing, self.show_site))
         if Change.COMPARISON in change:
             self.app.push_screen(CompareScreen(self.store.comparison, self.ask))
         if Change.BREAKS in change:
