@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
 from dsv4_bench.probes.readings import Call, Reading, fetch
@@ -30,7 +31,7 @@ class Observation:
 
     def look(self, call: Call) -> list[Reading]:
         """The readings that are known now: all of them on the CPU, none on an accelerator."""
-        readings = [r for p in self._asks(call.site)[0] for r in self._ask(p, call, p.observe)]
+        readings = [r for p in self._asks(call)[0] for r in self._ask(p, call, p.observe)]
         if call.pending:
             self._calls.append(call)
             self._readings += readings
@@ -47,16 +48,23 @@ class Observation:
         self._calls, self._readings = [], []
         return readings
 
-    def _asks(self, site: Site) -> tuple[list[Probe], list[Probe]]:
-        """The probes that want the site, and those of them that may have more to say."""
-        if site not in self._asked:
-            wanted = [probe for probe in self.probes if probe.wants(site)]
+    def _asks(self, call: Call) -> tuple[list[Probe], list[Probe]]:
+        """The probes that want the call's site, and those of them that may have more to say."""
+        if call.site not in self._asked:
+            wanted = [probe for probe in self.probes if self._wants(probe, call)]
             more = [probe for probe in wanted if type(probe).explain is not Probe.explain]
-            self._asked[site] = wanted, more
-        return self._asked[site]
+            self._asked[call.site] = wanted, more
+        return self._asked[call.site]
+
+    def _wants(self, probe: Probe, call: Call) -> bool:
+        try:
+            return probe.wants(call.site)
+        except Exception as error:
+            self.complain(probe, call, f"{_text(error)} when asked for sites")
+            return False
 
     def _explain(self, call: Call) -> list[Reading]:
-        found = [r for p in self._asks(call.site)[1] for r in self._ask(p, call, p.explain)]
+        found = [r for p in self._asks(call)[1] for r in self._ask(p, call, p.explain)]
         return fetch(found) if found else found
 
     def _ask(
@@ -66,9 +74,13 @@ class Observation:
         try:
             return list(question(call))
         except Exception as error:
-            text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            text = _text(error)
             self.complain(probe, call, text)
             return [call.reading(probe.name, "error", text, verdict="alarm", detail=text)]
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 class Watch:
@@ -86,7 +98,16 @@ class Watch:
         self._layer: int | None = None
 
     def wants(self, site: Site) -> bool:
-        return any(probe.wants(site) for probe in self.observation.probes)
+        for probe in self.observation.probes:
+            try:
+                if probe.wants(site):
+                    return True
+            except Exception as error:
+                text = f"probe {probe.name} raised {_text(error)} when asked for {site.path}"
+                raise DSV4Error(
+                    text, "leave it out with --probes, or correct its `wants`"
+                ) from error
+        return False
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         if site.layer != self._layer:

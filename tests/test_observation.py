@@ -17,6 +17,7 @@ from conftest import SMALL, MakeCheckpoint, with_ratios
 
 import dsv4_bench.engine.cpu  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
 from dsv4_bench.probes import base
@@ -256,6 +257,22 @@ def test_a_probe_that_raises_is_an_alarm_and_not_the_end():
     (reading,) = observation.look(Call(site, {}, {}))  # type: ignore[arg-type]
     assert (reading.name, reading.verdict, reading.value) == ("error", "alarm", "ValueError: no")
     assert heard == ["ValueError: no"]
+
+
+def test_a_probe_that_cannot_say_what_it_wants():
+    class Undecided(Probe):
+        name = "undecided"
+
+        def wants(self, site: Any) -> bool:
+            raise KeyError("op")
+
+    heard: list[str] = []
+    site = type("S", (), {"path": "p", "layer": None})()
+    observation = Observation([Undecided()], lambda probe, call, text: heard.append(text))
+    assert observation.look(Call(site, {}, {})) == []  # type: ignore[arg-type]
+    assert heard == ["KeyError: 'op' when asked for sites"]
+    with pytest.raises(DSV4Error, match="probe undecided raised KeyError: 'op' when asked for p"):
+        Watch([Undecided()]).wants(site)
 
 
 # ------------------------------------------------------------------------------ a user's probe
