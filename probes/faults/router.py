@@ -22,6 +22,23 @@ def weights_of(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
     return routing / routing.sum(-1, keepdim=True) * scale
 
 
+def choose(
+    scores: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    tid2eid: Tensor | None,
+    k: int,
+    scale: float,
+) -> Result:
+    """What the reference does once it has scores."""
+    if tid2eid is not None:
+        chosen = tid2eid[tokens].long()
+    else:
+        biased = scores if bias is None else scores + acc(bias)
+        chosen = biased.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return weights_of(scores, chosen, scale), chosen.to(torch.int32), scores
+
+
 @fault(
     op="gate",
     sites="L3/ffn/gate",
@@ -30,10 +47,12 @@ def weights_of(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
     source="the bias is used to choose, not to weigh",
 )
 def bias_in_routing_weights(
-    x: Tensor, tokens: Tensor, *, bias: Tensor, scale: float, **more: Any
+    x: Tensor, tokens: Tensor, *, bias: Tensor | None, scale: float, **more: Any
 ) -> Result:
     """Routing weights come from the biased scores."""
-    _, chosen, scores = gate(x, tokens, bias=bias, scale=scale, **more)
+    routing, chosen, scores = gate(x, tokens, bias=bias, scale=scale, **more)
+    if bias is None:  # a hash layer
+        return routing, chosen, scores
     return weights_of(scores + acc(bias), chosen, scale), chosen, scores
 
 
@@ -43,7 +62,9 @@ def bias_in_routing_weights(
     kinds="decision_flip",
     source="Avarok-Cybersecurity/atlas PR 186: gate.bias looked up under a wrong name",
 )
-def selection_without_bias(x: Tensor, tokens: Tensor, *, bias: Tensor, **more: Any) -> Result:
+def selection_without_bias(
+    x: Tensor, tokens: Tensor, *, bias: Tensor | None, **more: Any
+) -> Result:
     """Experts are chosen without the bias."""
     return gate(x, tokens, bias=None, **more)
 
@@ -54,7 +75,7 @@ def selection_without_bias(x: Tensor, tokens: Tensor, *, bias: Tensor, **more: A
     kinds="decision_flip",
     source="the first layers look experts up by token id",
 )
-def hash_table_ignored(x: Tensor, tokens: Tensor, *, tid2eid: Tensor, **more: Any) -> Result:
+def hash_table_ignored(x: Tensor, tokens: Tensor, *, tid2eid: Tensor | None, **more: Any) -> Result:
     """A hash layer chooses by score."""
     return gate(x, tokens, tid2eid=None, **more)
 
@@ -66,9 +87,13 @@ def hash_table_ignored(x: Tensor, tokens: Tensor, *, tid2eid: Tensor, **more: An
     why="the table is read at the wrong row",
     source="vllm PR 50844: ids and table rows",
 )
-def hash_of_the_token_before(x: Tensor, tokens: Tensor, *, tid2eid: Tensor, **more: Any) -> Result:
+def hash_of_the_token_before(
+    x: Tensor, tokens: Tensor, *, tid2eid: Tensor | None, **more: Any
+) -> Result:
     """The table is read one row too early."""
-    return gate(x, (tokens - 1) % len(tid2eid), tid2eid=tid2eid, **more)
+    if tid2eid is not None:
+        tokens = (tokens - 1) % len(tid2eid)
+    return gate(x, tokens, tid2eid=tid2eid, **more)
 
 
 @fault(
@@ -125,12 +150,7 @@ def sigmoid_scores(
     scale: float,
 ) -> Result:
     """Scores are sigmoid instead of sqrt(softplus)."""
-    scores = torch.sigmoid(matmul(x, weight))
-    if tid2eid is not None:
-        chosen = tid2eid[tokens].long()
-    else:
-        chosen = (scores + (0 if bias is None else acc(bias))).topk(k, -1).indices
-    return weights_of(scores, chosen, scale), chosen.to(torch.int32), scores
+    return choose(torch.sigmoid(matmul(x, weight)), tokens, bias, tid2eid, k, scale)
 
 
 def _large_logits(model: Any) -> None:
@@ -150,12 +170,18 @@ def _large_logits(model: Any) -> None:
     prepare=_large_logits,
 )
 def softplus_overflow(
-    x: Tensor, tokens: Tensor, *, weight: Weight, bias: Tensor, tid2eid: None, k: int, scale: float
+    x: Tensor,
+    tokens: Tensor,
+    *,
+    weight: Weight,
+    bias: Tensor | None,
+    tid2eid: Tensor | None,
+    k: int,
+    scale: float,
 ) -> Result:
     """softplus overflows for logits above 88."""
     scores = torch.log(1 + torch.exp(matmul(x, weight))).sqrt()
-    chosen = (scores + acc(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return weights_of(scores, chosen, scale), chosen.to(torch.int32), scores
+    return choose(scores, tokens, bias, tid2eid, k, scale)
 
 
 @fault(
