@@ -67,6 +67,9 @@ def test_the_head_has_totals():
     for part in ("L1 CSA", "tokens 0–63", "all ops 10 ms", "reference 18 ms", "! 1 over the limit",
                  "furthest above the floor first"):  # fmt: skip
         assert part in text
+    assert "below the floor" not in text
+    cached = {**TIMING, "sites": [row("a", 1e-6, 1e-3)]}
+    assert "below the floor" in plain(view.head_lines(cached, "gap", 100))
 
 
 def test_the_screen_sorts_and_leads_to_the_op():
