@@ -152,6 +152,7 @@ def table_of(bank: ExpertBank) -> ExpertTable:
     entry = _TABLES.get(key)
     if entry is None:
         table = ExpertTable([bank[expert] for expert in range(len(bank))])
+        owner: weakref.ref[ExpertBank] | ExpertBank
         try:
             owner = weakref.ref(bank, lambda _: _TABLES.pop(key, None))
         except TypeError:  # a list: keep it, so that its id stays its own

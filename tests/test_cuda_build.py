@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda_library, ptxas
@@ -59,6 +62,60 @@ def test_no_kernel_spills(built: dict[str, Path]) -> None:
     assert not spilled, "\n".join(spilled)
 
 
+# ------------------------------------------------------------------------------ bit tricks
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[float]]]:
+    """What tests/cuda_bits.cu prints on the host: rows of numbers by their first word."""
+    program = tmp_path_factory.mktemp("bits") / "bits"
+    source = Path(__file__).with_name("cuda_bits.cu")
+    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O0"]
+    subprocess.run([cuda_library.nvcc()[0], *flags, "-o", program, source], check=True)
+    text = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    rows: dict[str, list[list[float]]] = {}
+    for name, *numbers in map(str.split, text.splitlines()):
+        rows.setdefault(name, []).append([float(number) for number in numbers])
+    return rows
+
+
+def e2m1(code: int) -> float:
+    magnitude = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)[code % 8]
+    return -magnitude if code >= 8 else magnitude
+
+
+def floats(words: list[float], dtype: torch.dtype) -> list[float]:
+    return torch.tensor(words, dtype=torch.int32).short().view(dtype).double().tolist()
+
+
+@needs_nvcc
+def test_four_bit_codes_decode_in_the_order_of_their_columns(bits: dict) -> None:
+    columns = [int(c) for c in bits["columns"][0][1:]][:8]
+    assert columns == [0, 4, 1, 5, 2, 6, 3, 7]
+    seen = set()
+    for name, dtype, factor, order in (
+        ("bf16", torch.bfloat16, 2.0**126, columns),
+        ("fp16", torch.float16, 2.0**14, [0, 2, 4, 6, 1, 3, 5, 7]),
+    ):
+        for word, *halves in bits[name]:
+            codes = [int(word) >> 4 * i & 15 for i in range(8)]
+            seen.update((name, i, code) for i, code in enumerate(codes))
+            want = [e2m1(codes[i]) for i in order]
+            got = [value * factor for value in floats(halves, dtype)]
+            assert got == want
+            assert [math.copysign(1, v) for v in got] == [math.copysign(1, v) for v in want]
+    assert len(seen) == 2 * 8 * 16
+
+
+@needs_nvcc
+def test_e8m0_scales_decode_from_the_smallest_to_nan(bits: dict) -> None:
+    for code, as_float, as_bf16 in bits["e8m0"]:
+        want = 2.0 ** (code - 127) if code < 255 else math.nan
+        assert as_float == as_bf16 == want or (code == 255 and as_float != as_float)
+
+
+# ------------------------------------------------------------------------------ reports, reasons
+
 REPORT = """\
 ptxas info    : Compiling entry function '_Z1fPf' for 'sm_90a'
 ptxas info    : Function properties for _Z1fPf
@@ -111,8 +168,6 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_another_gpu_is_named(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
 ) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     cuda_library._device_reason.cache_clear()

@@ -57,13 +57,13 @@ struct Fp4Chunk {
     static constexpr bool kBlockScale = false;
 
     // x in the order of e2m1_pairs: columns (0, 4), (1, 5) and (2, 6), (3, 7) of every eight.
-    __device__ static void column(const uint4 (&x)[2], uint32_t (&b)[kProducts][2]) {
+    __host__ __device__ static void column(const uint4 (&x)[2], uint32_t (&b)[kProducts][2]) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            b[2 * i][0] = __byte_perm(x[i].x, x[i].z, 0x5410);
-            b[2 * i][1] = __byte_perm(x[i].x, x[i].z, 0x7632);
-            b[2 * i + 1][0] = __byte_perm(x[i].y, x[i].w, 0x5410);
-            b[2 * i + 1][1] = __byte_perm(x[i].y, x[i].w, 0x7632);
+            b[2 * i][0] = select_bytes(x[i].x, x[i].z, 0x5410);
+            b[2 * i][1] = select_bytes(x[i].x, x[i].z, 0x7632);
+            b[2 * i + 1][0] = select_bytes(x[i].y, x[i].w, 0x5410);
+            b[2 * i + 1][1] = select_bytes(x[i].y, x[i].w, 0x7632);
         }
     }
 };
@@ -107,7 +107,7 @@ struct Mxfp4 : Fp4Chunk {
 
     __device__ static void operand(uint2 codes, Scale scale, int, uint32_t (&a)[kProducts][2]) {
         uint32_t bits = e8m0_bits(scale);
-        uint32_t factor = __byte_perm(bits, bits, 0x3232);  // as two bf16
+        uint32_t factor = select_bytes(bits, bits, 0x3232);  // as two bf16
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint32_t pair[4];

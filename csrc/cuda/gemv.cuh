@@ -29,14 +29,14 @@ struct HalfFp4 {
     static constexpr bool kPermuted = true;
     static constexpr float kFactor = 16384;
 
-    __device__ static void operand(uint32_t codes, uint32_t (&a)[4]) {
+    __host__ __device__ static void operand(uint32_t codes, uint32_t (&a)[4]) {
         constexpr uint32_t kSigns = 0x80808080u, kMagnitudes = 0x0E0E0E0Eu;
         uint32_t even = ((codes << 4) & kSigns) | ((codes << 1) & kMagnitudes);
         uint32_t odd = (codes & kSigns) | ((codes >> 3) & kMagnitudes);
-        a[0] = __byte_perm(even, 0, 0x1404);
-        a[1] = __byte_perm(even, 0, 0x3424);
-        a[2] = __byte_perm(odd, 0, 0x1404);
-        a[3] = __byte_perm(odd, 0, 0x3424);
+        a[0] = select_bytes(even, 0, 0x1404);
+        a[1] = select_bytes(even, 0, 0x3424);
+        a[2] = select_bytes(odd, 0, 0x1404);
+        a[3] = select_bytes(odd, 0, 0x3424);
     }
 };
 template <> struct Half<Nvfp4> : HalfFp4 {

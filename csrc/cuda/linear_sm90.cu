@@ -38,8 +38,10 @@ __device__ void write_sums(const Product& p, const float (&sums)[kWarps][16][kCo
         if (n >= p.w.n || token0 + token >= p.m) continue;
         float total = 0;
         for (int c = 0; c < clusters; c++)
-            for (int s = 0; s < split; s++)
-                total += load_from_block(&sums[tile * split + s][row][token], c);
+            for (int s = 0; s < split; s++) {
+                const float* at = &sums[tile * split + s][row][token];
+                total += clusters == 1 ? *at : load_from_block(at, c);
+            }
         total *= factor;
         ((Y*)p.y)[(token0 + token) * p.y_stride + n] = from_float<Y>(total * p.w.global_scale);
     }
@@ -277,7 +279,8 @@ DSV4_EXPORT int dsv4_linear(const void* x, int x_dtype, int64_t m, const dsv4_we
             status = with_policy(w->format, w->k, [&](auto policy) {
                 using Policy = decltype(policy);
                 bool tiles_span_groups = groups > 1 && p.per_group % kTileRows;
-                if (m <= 16 || tiles_span_groups) return few_rows<Policy, Y>(p, stream);
+                bool few = m <= 16 || (m <= 64 && w->n <= 2048);  // too few tiles to fill the GPU
+                if (few || tiles_span_groups) return few_rows<Policy, Y>(p, stream);
                 return tiles<Policy, Y>(p, stream);
             });
         if (status != kUnsupported) return status;

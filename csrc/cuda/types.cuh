@@ -30,6 +30,19 @@ template <class T, int N> __device__ inline void store_vector(T* to, const Vecto
     *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
+// Byte i of the result is byte number (selector >> 4 i & 7) of the eight in low and high.
+__host__ __device__ inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+    return __byte_perm(low, high, selector);
+#else
+    uint64_t both = (uint64_t)high << 32 | low;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; i++)
+        result |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return result;
+#endif
+}
+
 // Weights: read once, never written while the kernel runs, not worth a place in L1.
 __device__ inline uint4 load_stream(const void* from) {
     uint4 v;
