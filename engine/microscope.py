@@ -180,7 +180,7 @@ def block_noise(originals: Tensor, scales: Tensor, e4m3: bool) -> tuple[float, f
 
 def _candidates(ideal: Tensor, e4m3: bool) -> list[Tensor]:
     if not e4m3:
-        power = torch.exp2(torch.floor(torch.log2(ideal)))
+        power = torch.exp2(torch.floor(torch.log2(ideal.clamp(min=2.0**-120))))
         return [power / 2, power, power * 2]
     code = ideal.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).int()
     # Eight codes are a factor of two: -8 ... +5 covers 1/2 to 3/2 from any mantissa.

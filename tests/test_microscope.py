@@ -97,6 +97,19 @@ def test_the_estimate_without_the_original_is_near_the_truth(kind: str):
     assert seen.noise / seen.best_noise == pytest.approx(actual / best, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_blocks_of_zeros_cost_nothing(kind: str):
+    original = torch.zeros(2, 64)
+    original[0, :32] = torch.randn(32)
+    parts = quantize_nvfp4(original) if kind == "nvfp4" else quantize_mxfp4(original)
+    factor = float(parts[2]) if kind == "nvfp4" else 1.0
+    weight = Weight("w", kind, parts[0], parts[1], factor)
+    actual, best = measured_noise(weight, Weight("w", "dense", original))
+    assert 0 < best <= actual < 0.05
+    seen = examine(weight)
+    assert seen.zero_blocks == 0.75 and 0 < seen.best_noise <= seen.noise
+
+
 def test_scales_twice_too_large_are_seen():
     torch.manual_seed(5)
     original = torch.randn(64, 256)
