@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bundles import MANIFEST, capture, micro_model, write
@@ -195,6 +196,13 @@ def test_clones_are_independent_and_keep_what_was_shared() -> None:
     assert copies["b"][0, 0] == -1.0 and base[3] == 3.0
     assert (copies["a"].data_ptr() - a.data_ptr()) % 64 == 0
     assert copies["scalar"] == 7.0 and copies["empty"].shape == (0,)
+    odd = torch.from_numpy(np.arange(200, dtype=np.float32)[1:])  # as mapped files give it
+    (copy,) = clone_tensors({"odd": odd}).values()
+    assert (
+        torch.equal(copy, odd)
+        and odd.data_ptr() % 16
+        and copy.data_ptr() % 64 == odd.data_ptr() % 64
+    )
 
 
 def test_the_standalone_script_needs_nothing_but_torch(

@@ -33,9 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an environment report nor plots, but where the test is about them: both take long."""
     if "private" not in request.node.name:
         without_environment(monkeypatch)
+    if not {"holds", "reports"} & set(request.node.name.split("_")):
+        monkeypatch.setattr("dsv4_bench.workbench.plots.draw_plots", lambda *data: [])
 
 
 @pytest.fixture
