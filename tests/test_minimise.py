@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from dsv4_bench.engine.registry import (
     parse_route,
     reference,
 )
-from dsv4_bench.workbench import layerwise
+from dsv4_bench.workbench import layerwise, trial_store
 from dsv4_bench.workbench.calibration import LogitsError, logits_error
 from dsv4_bench.workbench.ddmin import ddmin, expected_trials
 from dsv4_bench.workbench.minimising import Minimised, minimise
@@ -302,7 +303,11 @@ def test_snapshots_stay_within_their_room() -> None:
 # ------------------------------------------------------------------------------ resuming
 
 
-def test_an_interrupted_search_goes_on(model: Transformer, plant: Plant, tmp_path: Path) -> None:
+def test_an_interrupted_search_goes_on(
+    model: Transformer, plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Somebody may be editing the engine while the tests run; that would be another run.
+    monkeypatch.setattr(trial_store, "_source_files", lambda implementations: [])
     plant("rms_norm", off_by_a_thousandth("rms_norm"))
 
     def search(folder: Path | None, stop_at: int | None = None) -> Minimised:
@@ -347,6 +352,28 @@ def test_other_code_is_another_run(model: Transformer, plant: Plant, tmp_path: P
     plant("moe_sum", lambda *a, **p: reference("moe_sum")(*a, **p) + 0)
     minimise(trials_of(model, "L0/ffn/sum=bug"), "logits", tmp_path)
     assert len(first) == 1 and len(keys()) == 2
+
+
+def test_an_edit_beside_the_kernel_is_another_run(
+    model: Transformer, plant: Plant, tmp_path: Path
+) -> None:
+    """The kernel's own code is the same; a function it calls is not."""
+    file = tmp_path / "plugin.py"
+    kernel = "def kernel(routed, shared, *, dtype):\n    return scaled(routed + shared)\n"
+
+    def key(helper: str) -> tuple[str, str]:
+        file.write_text(kernel + helper)
+        linecache.checkcache(str(file))
+        space: dict[str, Any] = {}
+        exec(compile(file.read_text(), str(file), "exec"), space)
+        plant("moe_sum", space["kernel"])
+        trials = trials_of(model, "L0/ffn/sum=bug")
+        chosen = {"L0/ffn/sum": trials.kernels["L0/ffn/sum"]}
+        return chosen["L0/ffn/sum"].hash, trial_store.run_key(model, chosen, trials.steps, "x")
+
+    first = key("def scaled(x):\n    return x\n")
+    edited = key("def scaled(x):\n    return 2 * x\n")
+    assert first[0] == edited[0] and first[1] != edited[1]
 
 
 # ------------------------------------------------------------------------------ symptoms

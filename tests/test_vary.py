@@ -148,7 +148,9 @@ def test_a_kernel_that_differs_between_repeats(checkpoint: Checkpoint, plant: Pl
     effects = by_variable(varied(checkpoint, "reference", "L0/ffn/sum=bug", only="repeat"))
     assert [effect.verdict for effect in effects["repeat"]] == ["over", "over"]
     assert effects["repeat"][0].first == effects["repeat"][0].first_over
-    assert effects["repeat"][0].first.site == "L0/ffn/sum"  # type: ignore[union-attr]
+    first = effects["repeat"][0].first
+    assert first is not None and first.site == "L0/ffn/sum"
+    assert first.limit < 1e-5  # rounding, which the racing kernel has no part in
 
     steps["size"] = 2.0**-24  # below the rounding of the ops around it
     quiet = varied(checkpoint, "reference", "L0/ffn/sum=bug", only="repeat")

@@ -92,7 +92,7 @@ def _kl(document: dict[str, Any]) -> str:
         return _wrap(f"KL: not measured, the route raises {document['kl_problem']}")
     text = (
         f"KL(reference || route): {kl['total']:.2g} nats a token = {kl['arithmetic']:.2g} from "
-        f"arithmetic + {kl['decisions']:.2g} from flipped decisions; {kl['top1_changed']} of "
+        f"arithmetic and {kl['decisions']:.2g} from flipped decisions; {kl['top1_changed']} of "
         f"{kl['positions']} most likely tokens differ"
     )
     if kl["total"] > 0:
