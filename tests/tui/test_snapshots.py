@@ -64,6 +64,27 @@ def test_help(snapshot: Callable[[str, Any], None]):
     drive(script, size=(100, 30))
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "size"),
+    [
+        ("heat-80x24", "heatmap", (80, 24)),
+        ("heat-200x50", "heatmap", (200, 50)),
+        ("compare-80x24", "compare a.zip b.zip", (80, 24)),
+        ("timing-120x40", "timing", (120, 40)),
+    ],
+)
+def test_screens_over_the_main_one(
+    name: str, line: str, size: tuple[int, int], snapshot: Callable[[str, Any], None]
+):
+    async def script(ui: Driver) -> None:
+        await ui.do("until L2/attn/core", line)
+        await ui.until(lambda: ui.app.screen is not ui.main)
+        await ui.still()
+        snapshot(name, ui.app)
+
+    drive(script, size=size)
+
+
 def test_values_and_an_over_limit_op(snapshot: Callable[[str, Any], None]):
     async def script(ui: Driver) -> None:
         await ui.do("shadow on", "until L2/attn/core", "print o[0,:8]")

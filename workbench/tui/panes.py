@@ -162,6 +162,8 @@ def ready_lines(store: Store) -> list[Line]:
         ("s", "runs the first op"),
         ("l", "runs a whole layer"),
         ("c", "runs until a breakpoint or the end"),
+        ("x", "runs the reference beside every op, and shows the error"),
+        ("a", "runs to the first NaN, error over its limit, or broken promise"),
         ("b", "sets a breakpoint at the selected op"),
         (":", "takes any command, such as  break nan > 0"),
         ("?", "lists all keys"),
