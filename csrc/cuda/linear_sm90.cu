@@ -26,7 +26,7 @@ struct Product {
 
 // Adds up what the warps, and the blocks of a cluster, left in `sums` [warp][row][token], and writes
 // it times `factor`. All threads of the block.
-template <class Policy, class Y, int kColumns>
+template <class Y, int kColumns>
 __device__ void write_sums(const Product& p, const float (&sums)[kWarps][16][kColumns], int split,
                            int64_t token0, float factor) {
     int tiles = kWarps / split, clusters = gridDim.z, tokens = kColumns - 1;
@@ -83,13 +83,14 @@ __global__ void __launch_bounds__(kWarps * 32, 2) skinny_kernel(const Product p,
     }
     float sum[NT][4] = {};
     stream.run(x, part.first, sum);
+    auto& mine = sums[threadIdx.x / 32];
+    const Lane& lane = stream.lane;
 #pragma unroll
     for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            sums[threadIdx.x / 32][stream.lane.group + i / 2 * 8][8 * t + 2 * stream.lane.member + i % 2] =
-                sum[t][i];
-    write_sums<Policy, Y>(p, sums, split, token0, Policy::kFactor);
+            mine[lane.group + i / 2 * 8][8 * t + 2 * lane.member + i % 2] = sum[t][i];
+    write_sums<Y>(p, sums, split, token0, Policy::kFactor);
 }
 
 // The same with T activation rows staged in shared memory; all of them in one group.
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) gemv_kernel(const Product p, i
         for (int i = 0; i < 2 * T; i++)
             sums[threadIdx.x / 32][rows.lane.group + i % 2 * 8][i / 2] =
                 x.restore(out[i / 2][i % 2], i / 2);
-    write_sums<Policy, Y>(p, sums, split, 0, Half<Policy>::kFactor);
+    write_sums<Y>(p, sums, split, 0, Half<Policy>::kFactor);
 }
 
 // Warps that share a tile, at most kWarps in a block and then up to kMostBlocks blocks: enough that a
