@@ -81,9 +81,12 @@ def test_a_bug_is_found_and_explained(call: Call, tmp_path: Path) -> None:
     assert "wrote" in err and "limits" in json.loads((tmp_path / "limits.json").read_text())
 
 
-def test_what_was_not_asked_for_is_listed_and_is_no_failure(call: Call) -> None:
+def test_what_was_not_asked_for_is_listed_and_is_no_failure(call: Call, tmp_path: Path) -> None:
     route = ("--route", "reference", "--route", "*/hc_post=same")
-    code, out, _ = call(*route, *FAST, "--layers", "0", "--sites", "*/hc_post", "--json")
+    target = str(tmp_path / "none.zip")
+    words = ("--layers", "0", "--sites", "*/hc_post", "--json", "--bundle", target)
+    code, out, err = call(*route, *FAST, *words)
+    assert "no bundle is written" in err and not Path(target).exists()
     document = json.loads(out)
     assert (code, document["status"]) == (0, "clean")
     judged = [site["site"] for site in document["sites"] if site["verdict"] == "ok"]

@@ -190,6 +190,8 @@ def _check(
     if args.bundle and report.first is not None:
         progress.close()
         document["bundle"] = _write_bundle(args, loaded, report, baseline)
+    elif args.bundle:
+        output.narrate("nothing was found: no bundle is written")
     return document, check_text(document, len(prompt))
 
 
