@@ -424,14 +424,14 @@ def test_microscope_and_scales_of_the_experts_in_use():
         made = []
         for name, factor in (("w1", gate_scale), ("w2", 1.0), ("w3", 2.0)):
             data, scale, _ = quantize_nvfp4(torch.randn(16, 16))
-            made.append(Weight(f"e{gate_scale}.{name}", "nvfp4", data, scale, factor, factor * 3))
+            made.append(Weight(f"e{gate_scale}.{name}", "nvfp4", data, scale, factor, factor**2))
         return Expert(*made)
 
     bank = [expert(2.0), expert(8.0), expert(4.0)]
     ids = torch.tensor([[0, 2]], dtype=torch.int32)  # the second one is not used
     call = call_of("experts", torch.ones(1, 16), torch.ones(1, 2), ids, bank=bank, limit=10.0)
     found = look(make_probes(["scales"])[0], call)
-    assert (found["gate_up_ratio"].value, found["input_scale_ratio"].value) == (2.0, 2.0)
+    assert (found["gate_up_ratio"].value, found["input_scale_ratio"].value) == (2.0, 4.0)
     found = look(make_probes(["microscope"])[0], call)
     assert sum(found["exponents"].value[1::2]) == 6 * 16 and found["exponents"].value[-2] == 8.0
     assert found["at_top"].detail == "6 nvfp4 matrices"
