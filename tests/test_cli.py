@@ -84,7 +84,7 @@ def is_one_error(err):
         (["generate", "--chunks", "a"], "positive integers", "e.g."),
         (["generate", "--dtype", "float64"], "invalid choice", "--help"),
         (["logits", "--tokens", "x"], "required: -o", "--help"),
-        (["profile"], "required: --layer", "--help"),
+        (["profile"], "which layer", "--layer 12"),
         (["profile", "--layer", "1", "--context", "0"], "at least 1 token", ""),
         (["script"], "required: FILE", "--help"),
         (["kernels", "extra"], "unrecognized arguments: extra", "--help"),

@@ -106,7 +106,8 @@ def _refresh(site: Site) -> bool:
 
 def seconds_of(call: Captured, impl: Implementation, device: torch.device) -> float:
     """Median time of `impl` on a captured op, in-place arguments as they were."""
-    clock, values = make_clock(device), []
+    clock = make_clock(device)
+    values: list[float] = []
     started = time.perf_counter()
     while len(values) < 3 or (len(values) < _REPEATS and time.perf_counter() - started < _SECONDS):
         clock.evict()
