@@ -213,6 +213,16 @@ def test_rows_that_are_wrong_only_together_stay_together(model: Transformer) -> 
     assert found.sizes["rows"] == (16, 5)
 
 
+def test_another_kind_of_wrong_is_not_the_same_bug(model: Transformer) -> None:
+    def factor(x: Tensor, **params: Any) -> Tensor:
+        y = reference("linear")(x, **params)
+        return y * 1.5 if len(x) > 1 else y * torch.nan
+
+    found = minimal(model, "linear", "L1/attn/wq_a", factor)
+    assert found.sizes["rows"] == (16, 2)
+    assert found.call.signature["kind"] == "constant_factor"
+
+
 def test_experts_are_taken_away(model: Transformer) -> None:
     def third(x: Tensor, routing: Tensor, experts: Tensor, **params: Any) -> Tensor:
         y = reference("experts")(x, routing, experts, **params).clone()
