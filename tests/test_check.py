@@ -14,9 +14,19 @@ import dsv4_bench.engine.cpu  # noqa: F401
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation, parse_route, reference
+from dsv4_bench.engine.registry import (
+    IMPLEMENTATIONS,
+    Site,
+    implementation,
+    parse_route,
+    reference,
+    spec_of,
+)
 from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.synthetic import write_checkpoint
+from dsv4_bench.probes.capture import Capture
+from dsv4_bench.probes.judging import Broken, judge_values
+from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.workbench.baseline import Baseline, Scenario, default_chunks, pair_of
 from dsv4_bench.workbench.cache_check import WORDS
@@ -377,27 +387,30 @@ def test_an_output_overwritten_before_it_is_read(baseline: Baseline, plant: Plan
 # -- decisions
 
 
-def test_a_flip_within_rounding_is_no_finding(baseline: Baseline, plant: Plant) -> None:
-    """Equal scores at the cut may go either way; a better score may not be left out."""
+def test_ties_may_go_either_way() -> None:
+    score = torch.tensor([[0.5, 2.0, 1.0, 1.0, 1.0, 0.0]])
+    site = Site("L0/x", spec_of("index_topk"), {"k": 3}, 0)
+    capture = Capture()
+    capture.around(site, (score, torch.tensor([6])))
+    call, limits = capture.calls[0], Limits(torch.float32)
 
-    def later_first(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
-        """Ties go to the higher index."""
-        index = score.flip(1).sort(dim=1, descending=True, stable=True).indices
-        index = (score.shape[1] - 1 - index)[:, : min(k, score.shape[1])]
-        return torch.where(index < visible[:, None], index, -1).int()
+    def broken(*index: int) -> list[Broken]:
+        picked = {"index": torch.tensor([index], dtype=torch.int32)}
+        return judge_values(call, picked, call.truth, limits).broken
 
-    plant("index_topk", later_first)
-    site = "L1/attn/index/topk"
-    report = Checker(baseline.model, parse_route([f"{site}=bug"])).against(baseline)
-    assert report.findings == []
+    assert broken(1, 2, 3) == broken(4, 1, 2) == []
+    assert broken(1, 2, 0)[0].signature.kind == "decision_flip"  # type: ignore[union-attr]
+    assert broken(1, 2, 2) and broken(1, 2, -1)
 
+
+def test_a_better_score_may_not_be_left_out(baseline: Baseline, plant: Plant) -> None:
     def one_worse(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
         """The entry after the last kept one in its place."""
         index = reference("index_topk")(score, visible, k=k + 1)
         return torch.cat((index[:, : k - 1], index[:, k:]), 1) if index.shape[1] > k else index
 
     plant("index_topk", one_worse)
-    found = first_of(baseline, site)
+    found = first_of(baseline, "L1/attn/index/topk")
     assert found.kind == "decision_flip" and "94% of it right" in found.sentence
 
 
