@@ -60,6 +60,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
         "comb_transposed",
         "position_plus_1",
         "worst_entries_kept",
+        "k_and_n_exchanged",  # its output has a shape that the next kernel refuses
         "comb_strides_ignored",
     ],
 )
