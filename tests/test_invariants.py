@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL, MakeCheckpoint
 from torch import Tensor
 
 from dsv4_bench.engine.checkpoint import Checkpoint
@@ -15,8 +16,6 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.invariants import INVARIANTS, check_invariants, check_scales
 from dsv4_bench.workbench.baseline import Baseline
-
-from conftest import SMALL, MakeCheckpoint
 
 Values = dict[str, Tensor]
 
