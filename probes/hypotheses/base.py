@@ -233,6 +233,8 @@ def _fit(
         wrong = before > 0.2 * float(before.max())  # over the limit of the whole tensor only
     allowed = (_LEFT_OVER * before.nan_to_num(posinf=0.0)).clamp(min=limit)
     fits = (after <= allowed) & (~wrong | (after <= 0.3 * before))
+    if bool(wrong.any()) and not bool((wrong & fits).any()):
+        return None  # nothing wrong is explained but what an edge may hold anyway
     if edge and axis == 0 and len(fits) > 2 * edge:
         fits[:edge] = True
         fits[-edge:] = True
