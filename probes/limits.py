@@ -2,7 +2,8 @@
 
 Per op, output and dtype: `honest` is the largest error of the reference, which rounds as any kernel
 in that dtype must; `noise` is how much the float64 result moves when the inputs move by one unit in
-the last place. limit = 2 * honest + noise. The numbers are kept with their evidence.
+the last place. limit = 2 * honest + noise, of the worst row 4 * honest + noise. The numbers are kept
+with their evidence.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.metrics import tensor_and_row_error
 
 MARGIN = 2.0
+# One row scatters more between honest implementations than the whole: where its terms cancel, the
+# order of additions decides. CPU kernels were seen at 3.3 times the reference's worst row.
+ROW_MARGIN = 4.0
 # Below this an error is not told from that of another order of float32 additions.
 FLOOR = {torch.float32: 1.5e-7, torch.bfloat16: 2e-4}
 SCHEMA_VERSION = 1
@@ -41,7 +45,7 @@ class Limit:
         return MARGIN * self.honest + self.noise + floor
 
     def row(self, floor: float) -> float:
-        return MARGIN * self.honest_row + self.noise_row + 4 * floor
+        return ROW_MARGIN * self.honest_row + self.noise_row + 4 * floor
 
 
 class Limits:
@@ -91,12 +95,14 @@ class Limits:
 
     def _row(self, limit: Limit) -> dict[str, Any]:
         totals = {"limit": limit.total(self.floor), "limit_row": limit.row(self.floor)}
-        return {**asdict(limit), "margin": MARGIN, "floor": self.floor, **totals}
+        margins = {"margin": MARGIN, "margin_row": ROW_MARGIN, "floor": self.floor}
+        return {**asdict(limit), **margins, **totals}
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
             "margin": MARGIN,
+            "margin_row": ROW_MARGIN,
             "floor": self.floor,
             "limits": [self._row(limit) for limit in self.table.values()],
         }

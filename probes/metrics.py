@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TYPICAL = 1e-2  # rows below this share of the typical norm are not judged by their own norm
+_TYPICAL = 0.1  # rows below this share of the typical norm (sums that cancel) are judged by it
 
 
 def all_finite(x: Tensor) -> bool:
