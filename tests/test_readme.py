@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".tcss"}
+SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".tcss"}
 FOLDERS = ("engine", "csrc", "probes", "workbench", "tests")
 
 
