@@ -17,10 +17,10 @@ from dsv4_bench.engine.config import Config
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.hypotheses import Explanation, explain
-from dsv4_bench.probes.judging import Broken, Verdict, in_one_order
 from dsv4_bench.probes.limits import Limits, judged
 from dsv4_bench.probes.metrics import masks_differ, relative_error, rows_of
 from dsv4_bench.probes.signatures import Difference, Signature, loose, sharp, words_for_rows
+from dsv4_bench.probes.verdicts import Broken, Verdict, in_one_order
 
 _ATTEMPTS = 2  # hypotheses are tried for so many unexplained findings of an op
 _HISTORY_BYTES = 256 << 20

@@ -18,9 +18,9 @@ from dsv4_bench.engine.config import Config
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import Comparison, compare
 from dsv4_bench.probes.diagnosis import Diagnosis, History
-from dsv4_bench.probes.judging import Broken, Verdict, broken_contract, judge_values
 from dsv4_bench.probes.limits import Limits, judged, move_inputs
 from dsv4_bench.probes.signatures import Signature
+from dsv4_bench.probes.verdicts import Broken, Verdict, broken_contract, judge_values
 
 _SAMPLES = 2  # calls of an op that its limits are learnt from
 _HISTORY_BYTES = 64 << 20  # of earlier outputs, in which a stale one is looked up

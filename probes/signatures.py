@@ -89,8 +89,8 @@ def sharp(d: Difference) -> Signature | None:
 
 
 def loose(d: Difference) -> Signature:
-    """Factors by row, head or column, another order, the places that are wrong, or `unexplained`."""
-    for test in (_factors, _permuted, _support):
+    """Factors by row, head or column, another order, one row for all, wrong places, or `unexplained`."""
+    for test in (_factors, _permuted, _repeated, _support):
         found = test(d)
         if found is not None:
             return found
@@ -277,12 +277,33 @@ def _permuted(d: Difference) -> Signature | None:
         nearest = torch.cdist(ours, truth).argmin(1)
         if len(set(nearest.tolist())) != len(truth):
             continue
-        moved = int((nearest != torch.arange(len(nearest), device=nearest.device)).sum())
+        places = torch.arange(len(nearest), device=nearest.device)
+        moved = int((nearest != places).sum())
         if moved and _same(ours, truth[nearest], d):
+            shifts = ((places - nearest) % len(nearest)).unique()
+            if len(shifts) == 1:
+                by = int(shifts) if int(shifts) <= len(nearest) // 2 else int(shifts) - len(nearest)
+                plural = "s" if abs(by) > 1 else ""
+                return Signature("shifted", f"{d.name} is shifted by {by} {label}{plural}")
             return Signature(
                 "permuted", f"{d.name} has {moved} of {len(truth)} {label}s in another order"
             )
     return None
+
+
+def _repeated(d: Difference) -> Signature | None:
+    """Every row is the same one, where the right rows differ: a row stride that is taken for zero."""
+    if d.truth.dim() < 2 or len(d.truth) < 3:
+        return None
+    ours, truth = d.ours.flatten(1), d.truth.flatten(1)
+    if not bool((ours == ours[:1]).all()):
+        return None
+    if bool((truth == truth[:1]).all()):
+        return None
+    source = int((truth - ours[:1]).norm(dim=1).argmin())
+    same = _same(ours[:1], truth[source : source + 1], d)
+    words = f"reference's row {source}" if same else "same one, which is none of the reference's"
+    return Signature("rows", f"every row of {d.name} is the {words}")
 
 
 # ------------------------------------------------------------------------------ places

@@ -25,9 +25,9 @@ from dsv4_bench.engine.registry import (
 from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.capture import Capture
-from dsv4_bench.probes.judging import Broken, judge_values
 from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.signatures import Signature
+from dsv4_bench.probes.verdicts import Broken, judge_values
 from dsv4_bench.workbench.baseline import Baseline, Scenario, default_chunks, pair_of
 from dsv4_bench.workbench.cache_check import WORDS
 from dsv4_bench.workbench.checking import Checker, CheckReport

@@ -18,8 +18,8 @@ from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.hypotheses import explain
 from dsv4_bench.probes.hypotheses.base import cut, hypotheses_for, try_one
 from dsv4_bench.probes.hypotheses.weights import changed_weights
-from dsv4_bench.probes.judging import judge_values
 from dsv4_bench.probes.signatures import KINDS
+from dsv4_bench.probes.verdicts import judge_values
 from dsv4_bench.workbench.baseline import Baseline
 
 CONFIG = replace(

@@ -12,9 +12,9 @@ from torch import Tensor
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
 from dsv4_bench.engine.registry import Site, reference, spec_of
 from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.probes.judging import Verdict, attempt, judge_memory
 from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.poison import GUARD, PoisonedMemory, guard, poisoned_run
+from dsv4_bench.probes.verdicts import Verdict, attempt, judge_memory
 
 GENERATOR = torch.Generator().manual_seed(0)
 

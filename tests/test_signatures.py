@@ -168,3 +168,23 @@ def test_ulp_histogram_by_hand() -> None:
 
 def test_relative_error_of_nothing_is_absolute() -> None:
     assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
+
+
+@pytest.mark.parametrize("shift", [3, 5, -7])
+def test_any_constant_displacement_is_a_shift(shift: int) -> None:
+    truth = torch.randn(12, 40, generator=torch.Generator().manual_seed(3)).double()
+    found = classify(Difference("y", truth.roll(shift, 1), truth, 1e-6))
+    assert (found.kind, found.detail) == ("shifted", f"y is shifted by {shift} columns")
+
+
+def test_one_row_for_all() -> None:
+    truth = torch.randn(9, 16, generator=torch.Generator().manual_seed(4)).double()
+    found = classify(Difference("y", truth[2:3].expand(9, -1), truth, 1e-6))
+    assert (found.kind, found.detail) == ("rows", "every row of y is the reference's row 2")
+    other = torch.randn(1, 16, generator=torch.Generator().manual_seed(5)).double()
+    assert (
+        "none of the reference's"
+        in classify(Difference("y", other.expand(9, -1), truth, 1e-6)).detail
+    )
+    same = truth[:1].expand(9, -1)
+    assert classify(Difference("y", same * 0.5 + 0.1, same, 1e-6)).kind != "rows"

@@ -23,7 +23,11 @@ from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.diagnosis import Diagnosis
 from dsv4_bench.probes.invariants import Held, check_invariants, check_scales, weights_of
-from dsv4_bench.probes.judging import (
+from dsv4_bench.probes.limits import judged, move_inputs
+from dsv4_bench.probes.metrics import measure, relative_error
+from dsv4_bench.probes.signatures import Signature
+from dsv4_bench.probes.tap import Observer, set_taps
+from dsv4_bench.probes.verdicts import (
     Broken,
     Verdict,
     attempt,
@@ -32,10 +36,6 @@ from dsv4_bench.probes.judging import (
     judge_memory,
     judge_values,
 )
-from dsv4_bench.probes.limits import judged, move_inputs
-from dsv4_bench.probes.metrics import measure, relative_error
-from dsv4_bench.probes.signatures import Signature
-from dsv4_bench.probes.tap import Observer, set_taps
 from dsv4_bench.workbench.baseline import Baseline, Piece, default_chunks
 from dsv4_bench.workbench.cache_check import compare_caches
 from dsv4_bench.workbench.findings import CheckReport, Finding, SiteCheck

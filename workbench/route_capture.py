@@ -10,9 +10,9 @@ from torch import Tensor
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.probes.compare import bits_equal
-from dsv4_bench.probes.judging import broken_contract, raised
 from dsv4_bench.probes.layout import storage_key
 from dsv4_bench.probes.signatures import Signature
+from dsv4_bench.probes.verdicts import broken_contract, raised
 
 
 class RouteCapture(Capture):

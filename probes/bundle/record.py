@@ -12,10 +12,10 @@ from torch import Tensor
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.decisions import spread
-from dsv4_bench.probes.judging import decision_scores, in_one_order
 from dsv4_bench.probes.limits import Limits, judged, move_inputs
 from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
 from dsv4_bench.probes.signatures import Difference, classify
+from dsv4_bench.probes.verdicts import decision_scores, in_one_order
 
 _NOISE_SAMPLES = 2  # noise is measured on the first calls of an op; it hardly varies
 

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from dsv4_bench.engine.config import Config
 from dsv4_bench.probes.capture import Captured
-from dsv4_bench.probes.judging import in_one_order
 from dsv4_bench.probes.limits import Limits, judged
 from dsv4_bench.probes.metrics import rows_of
 from dsv4_bench.probes.signatures import words_for_rows
+from dsv4_bench.probes.verdicts import in_one_order
 
 Values = dict[str, Tensor]
 Predict = Callable[[], Values]
