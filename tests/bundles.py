@@ -109,4 +109,4 @@ def attention(*args, **params):
 
 def without_environment(patch: Any) -> None:
     """No environment report in bundles: it asks a dozen programs for their version."""
-    patch.setattr("dsv4_bench.workbench.bundling.examine_machine", lambda: {"sections": {}})
+    patch.setattr("dsv4_bench.workbench.bundles.bundling.examine_machine", lambda: {"sections": {}})

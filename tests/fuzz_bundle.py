@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.probes.bundle import open_bundle
-from dsv4_bench.workbench.diffing import diff
-from dsv4_bench.workbench.replaying import Replayer
+from dsv4_bench.workbench.bundles.diffing import diff
+from dsv4_bench.workbench.bundles.replaying import Replayer
 
 OBJECTS = 512 << 10  # bytes that Python objects may take beside the files: JSON trees, zip tables
 

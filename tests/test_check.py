@@ -28,11 +28,11 @@ from dsv4_bench.probes.capture import Capture
 from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.signatures import Signature
 from dsv4_bench.probes.verdicts import Broken, judge_values
-from dsv4_bench.workbench.baseline import Baseline, Scenario, default_chunks, pair_of
-from dsv4_bench.workbench.cache_check import WORDS
-from dsv4_bench.workbench.checking import Checker, CheckReport
-from dsv4_bench.workbench.findings import Finding
-from dsv4_bench.workbench.settling import Judged, settle
+from dsv4_bench.workbench.checking.baseline import Baseline, Scenario, default_chunks, pair_of
+from dsv4_bench.workbench.checking.cache_check import WORDS
+from dsv4_bench.workbench.checking.checker import Checker, CheckReport
+from dsv4_bench.workbench.checking.findings import Finding
+from dsv4_bench.workbench.checking.settling import Judged, settle
 
 CONFIG = replace(
     TINY,

@@ -34,10 +34,10 @@ from dsv4_bench.probes.decisions import (
     replayed,
     spread,
 )
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.calibration import tapped
-from dsv4_bench.workbench.checking import Checker
-from dsv4_bench.workbench.decision_split import SplitBaseline
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.calibration import tapped
+from dsv4_bench.workbench.checking.checker import Checker
+from dsv4_bench.workbench.checking.decision_split import SplitBaseline
 
 # ------------------------------------------------------------------------------ by hand
 

@@ -16,7 +16,7 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 from dsv4_bench.probes import bundle
 from dsv4_bench.workbench import cli
-from dsv4_bench.workbench.diffing import diff
+from dsv4_bench.workbench.bundles.diffing import diff
 from dsv4_bench.workbench.loading import load_plugins
 
 WANTED = ("L1/attn/q_rope", "L1/attn/core", "L1/attn/o_rope", "L1/attn/wo_a", "L2/attn/core")

@@ -22,7 +22,7 @@ from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes import bundle
 from dsv4_bench.probes.base import Probe, make_probes
 from dsv4_bench.workbench import cli
-from dsv4_bench.workbench.dumping import Dumper, Selection, parse_layers
+from dsv4_bench.workbench.bundles.dumping import Dumper, Selection, parse_layers
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -38,7 +38,7 @@ def nothing_slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if "private" not in request.node.name:
         without_environment(monkeypatch)
     if not {"holds", "reports"} & set(request.node.name.split("_")):
-        monkeypatch.setattr("dsv4_bench.workbench.plots.draw_plots", lambda *data: [])
+        monkeypatch.setattr("dsv4_bench.workbench.bundles.plots.draw_plots", lambda *data: [])
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_reports_are_self_contained_and_name_the_bug(
 
 
 def test_text_from_the_run_cannot_break_the_reports(call: Call, tmp_path: Path) -> None:
-    from dsv4_bench.workbench.reporting import html_report, markdown_report
+    from dsv4_bench.workbench.bundles.reporting import html_report, markdown_report
 
     assert call(tmp_path / "b", "--sites", "L0/attn/norm")[0] == 0
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
@@ -337,8 +337,8 @@ def test_a_kernel_that_is_wrong_on_the_engines_strided_cache_only(
 ) -> None:
     """Ring and entries packed into one padded buffer, as serving engines do: dumped, then replayed."""
     from dsv4_bench.engine import cache
-    from dsv4_bench.workbench import layerwise
-    from dsv4_bench.workbench.replaying import Replayer
+    from dsv4_bench.workbench.bundles.replaying import Replayer
+    from dsv4_bench.workbench.checking import layerwise
 
     class Packed(cache.LayerCache):
         """A ring whose rows lie in a buffer twice as wide; the other half is NaN."""

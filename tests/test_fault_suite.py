@@ -19,12 +19,12 @@ from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.registry import parse_route, reference
 from dsv4_bench.probes.faults.base import FAULTS, fault, registered_for_a_while
 from dsv4_bench.probes.signatures import Signature
-from dsv4_bench.workbench import blast_radius, fault_suite
-from dsv4_bench.workbench.blast_radius import BlastRadius, Reading, metrics, read
-from dsv4_bench.workbench.checking import Checker
+from dsv4_bench.workbench.checking import blast_radius, fault_suite
+from dsv4_bench.workbench.checking.blast_radius import BlastRadius, Reading, metrics, read
+from dsv4_bench.workbench.checking.checker import Checker
+from dsv4_bench.workbench.checking.fault_suite import Suite
+from dsv4_bench.workbench.checking.findings import CheckReport, Finding
 from dsv4_bench.workbench.cli import main
-from dsv4_bench.workbench.fault_suite import Suite
-from dsv4_bench.workbench.findings import CheckReport, Finding
 
 PLUGIN = '''
 from dsv4_bench.engine.registry import reference

@@ -36,7 +36,7 @@ from dsv4_bench.probes.faults.base import (
 )
 from dsv4_bench.probes.signatures import KINDS
 from dsv4_bench.probes.tap import set_taps
-from dsv4_bench.workbench.fault_suite import CHUNKS, LENGTH, SMALL, prompt
+from dsv4_bench.workbench.checking.fault_suite import CHUNKS, LENGTH, SMALL, prompt
 from dsv4_bench.workbench.loading import load_plugins, read_route
 
 ALL = [pytest.param(f, id=name) for name, f in FAULTS.items()]

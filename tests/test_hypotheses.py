@@ -20,7 +20,7 @@ from dsv4_bench.probes.hypotheses.base import cut, hypotheses_for, try_one
 from dsv4_bench.probes.hypotheses.weights import changed_weights
 from dsv4_bench.probes.signatures import KINDS
 from dsv4_bench.probes.verdicts import judge_values
-from dsv4_bench.workbench.baseline import Baseline
+from dsv4_bench.workbench.checking.baseline import Baseline
 
 CONFIG = replace(
     TINY,

@@ -15,7 +15,7 @@ from dsv4_bench.engine.formats import Weight, quantize_nvfp4
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.invariants import INVARIANTS, check_invariants, check_scales
-from dsv4_bench.workbench.baseline import Baseline
+from dsv4_bench.workbench.checking.baseline import Baseline
 
 Values = dict[str, Tensor]
 

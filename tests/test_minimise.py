@@ -27,13 +27,13 @@ from dsv4_bench.engine.registry import (
     parse_route,
     reference,
 )
-from dsv4_bench.workbench import layerwise, trial_store
-from dsv4_bench.workbench.calibration import LogitsError, logits_error
-from dsv4_bench.workbench.ddmin import ddmin, expected_trials
-from dsv4_bench.workbench.minimising import Minimised, minimise
-from dsv4_bench.workbench.symptoms import Outcome, Says
-from dsv4_bench.workbench.trial_store import TrialStore
-from dsv4_bench.workbench.trials import Snapshots, Trials
+from dsv4_bench.workbench.checking import layerwise, trial_store
+from dsv4_bench.workbench.checking.calibration import LogitsError, logits_error
+from dsv4_bench.workbench.checking.ddmin import ddmin, expected_trials
+from dsv4_bench.workbench.checking.minimising import Minimised, minimise
+from dsv4_bench.workbench.checking.symptoms import Outcome, Says
+from dsv4_bench.workbench.checking.trial_store import TrialStore
+from dsv4_bench.workbench.checking.trials import Snapshots, Trials
 
 # ------------------------------------------------------------------------------ ddmin
 

@@ -18,8 +18,8 @@ from dsv4_bench.engine.registry import IMPLEMENTATIONS, Function, implementation
 from dsv4_bench.probes import bundle
 from dsv4_bench.probes.bundle.machine import machine
 from dsv4_bench.workbench import cli
-from dsv4_bench.workbench.replaying import Replayer
-from dsv4_bench.workbench.shrinking import shrink
+from dsv4_bench.workbench.bundles.replaying import Replayer
+from dsv4_bench.workbench.bundles.shrinking import shrink
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ TOKENS = [(17 * i + 5) % 300 for i in range(40)]
 @pytest.fixture(autouse=True)
 def only_the_calls(monkeypatch):
     """Plots and the environment report take seconds, and are tested elsewhere."""
-    monkeypatch.setattr("dsv4_bench.workbench.plots.draw_plots", lambda *args: [])
-    monkeypatch.setattr("dsv4_bench.workbench.bundling.examine_machine", dict)
+    monkeypatch.setattr("dsv4_bench.workbench.bundles.plots.draw_plots", lambda *args: [])
+    monkeypatch.setattr("dsv4_bench.workbench.bundles.bundling.examine_machine", dict)
 
 
 @pytest.fixture

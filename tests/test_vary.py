@@ -16,9 +16,9 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation, parse_route, reference
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.sequence_rows import aligned, rows_at
-from dsv4_bench.workbench.varying import Effect, Varied, standard_variations, vary
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.sequence_rows import aligned, rows_at
+from dsv4_bench.workbench.checking.varying import Effect, Varied, standard_variations, vary
 
 TOKENS = torch.randint(2, 300, (48,), generator=torch.Generator().manual_seed(1)).tolist()
 CHUNKS = (44, 1, 3)

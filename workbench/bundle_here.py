@@ -11,7 +11,7 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import Site, matches
 from dsv4_bench.probes import bundle
 from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.workbench.bundling import RunFacts, Written, write_bundle
+from dsv4_bench.workbench.bundles.bundling import RunFacts, Written, write_bundle
 from dsv4_bench.workbench.debugger import Debugger
 
 

@@ -11,7 +11,7 @@ import torch
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.probes.bundle import open_bundle
 from dsv4_bench.probes.error_map import error_map
-from dsv4_bench.workbench.diffing import diff
+from dsv4_bench.workbench.bundles.diffing import diff
 from dsv4_bench.workbench.heat import Request, area_of
 
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_nonsense(args)
     layers = _parse_layers(args.layers)
 
-    from dsv4_bench.workbench.heap import keep_freed_memory
+    from dsv4_bench.workbench.checking.heap import keep_freed_memory
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
 
     keep_freed_memory()
@@ -162,8 +162,8 @@ def _check(
     asked: set[str] | None,
     progress: Progress,
 ) -> tuple[dict[str, Any], str]:
-    from dsv4_bench.workbench.checking import Checker, default_chunks
-    from dsv4_bench.workbench.decision_split import SplitBaseline
+    from dsv4_bench.workbench.checking.checker import Checker, default_chunks
+    from dsv4_bench.workbench.checking.decision_split import SplitBaseline
 
     model = loaded.model
     checker = Checker(
@@ -196,7 +196,7 @@ def _check(
 
 
 def _write_bundle(args: argparse.Namespace, loaded: Loaded, report: Any, baseline: Any) -> Any:
-    from dsv4_bench.workbench.finding_bundle import write_finding
+    from dsv4_bench.workbench.checking.finding_bundle import write_finding
 
     written = write_finding(Path(args.bundle), loaded, report, baseline)
     output.narrate(f"wrote {written['path']} ({output.bytes_text(written['bytes'])})")
@@ -215,11 +215,11 @@ def _minimise(
 ) -> tuple[dict[str, Any], str]:
     from dsv4_bench.engine.demo import cache_folder
     from dsv4_bench.engine.generate import split
-    from dsv4_bench.workbench import layerwise
-    from dsv4_bench.workbench.checking import default_chunks
-    from dsv4_bench.workbench.minimising import minimise
-    from dsv4_bench.workbench.symptoms import Says, Symptom
-    from dsv4_bench.workbench.trials import Trials
+    from dsv4_bench.workbench.checking import layerwise
+    from dsv4_bench.workbench.checking.checker import default_chunks
+    from dsv4_bench.workbench.checking.minimising import minimise
+    from dsv4_bench.workbench.checking.symptoms import Says, Symptom
+    from dsv4_bench.workbench.checking.trials import Trials
 
     model = loaded.model
     chunks = common.parse_chunks(args.chunks) or default_chunks(len(prompt))
@@ -280,8 +280,8 @@ def _answer_tokens(loaded: Loaded, text: str) -> tuple[int, ...]:
 def _vary(
     args: argparse.Namespace, loaded: Loaded, prompt: list[int], progress: Progress
 ) -> tuple[dict[str, Any], str]:
-    from dsv4_bench.workbench.checking import default_chunks
-    from dsv4_bench.workbench.varying import standard_variations, vary
+    from dsv4_bench.workbench.checking.checker import default_chunks
+    from dsv4_bench.workbench.checking.varying import standard_variations, vary
 
     chunks = common.parse_chunks(args.chunks) or default_chunks(len(prompt))
     result = vary(loaded.model, standard_variations(prompt, chunks, args.repeats), progress)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dsv4_bench.probes.bundle import open_bundle
-    from dsv4_bench.workbench.diffing import diff
+    from dsv4_bench.workbench.bundles.diffing import diff
     from dsv4_bench.workbench.loading import load_plugins
 
     load_plugins(args.plugin)

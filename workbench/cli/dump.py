@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     forwards = parse_forwards(args.forward)
 
     from dsv4_bench.probes.base import make_probes
-    from dsv4_bench.workbench.dumping import Dumper, Selection, parse_layers
+    from dsv4_bench.workbench.bundles.dumping import Dumper, Selection, parse_layers
+    from dsv4_bench.workbench.bundles.reporting import left_out_line
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
-    from dsv4_bench.workbench.reporting import left_out_line
 
     loaded = load_model(common.engine_options(args))
     model = loaded.model

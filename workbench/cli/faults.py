@@ -82,7 +82,7 @@ def _described(fault: Any) -> dict[str, Any]:
 def _blast(faults: list[Any], args: argparse.Namespace) -> int:
     """Knock-outs belong to the blast radius of everything, though they are no faults."""
     from dsv4_bench.probes.faults.base import select_faults
-    from dsv4_bench.workbench.blast_radius import HEADER, BlastRadius, row
+    from dsv4_bench.workbench.checking.blast_radius import HEADER, BlastRadius, row
 
     file = Path(args.blast)
     if not file.parent.is_dir():
@@ -111,7 +111,7 @@ def _harm(found: dict[str, Any]) -> float:
 
 
 def _score(faults: list[Any], args: argparse.Namespace) -> int:
-    from dsv4_bench.workbench import fault_suite
+    from dsv4_bench.workbench.checking import fault_suite
 
     started = time.monotonic()
     document: dict[str, Any] = {"status": "passed", "score": None, "faults": [], "clean": []}

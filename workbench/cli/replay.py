@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise DSV4Error("-o needs --minimise", "replay writes nothing else")
 
     from dsv4_bench.probes.bundle import open_bundle
+    from dsv4_bench.workbench.bundles.replaying import Replayer, require_calls
     from dsv4_bench.workbench.loading import load_plugins
-    from dsv4_bench.workbench.replaying import Replayer, require_calls
 
     load_plugins(args.plugin)
     bundle = open_bundle(Path(args.bundle))
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     report = replayer.run(entries)
     document: dict[str, Any] = report.to_dict()
     if args.minimise:
-        from dsv4_bench.workbench.shrinking import minimise
+        from dsv4_bench.workbench.bundles.shrinking import minimise
 
         target = Path(args.out) if args.out else None
         document["minimised"] = minimise(replayer, entries, report, target, output.narrate)

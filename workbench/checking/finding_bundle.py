@@ -11,10 +11,10 @@ from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.probes.bundle import examine
 from dsv4_bench.probes.capture import Capture, Captured
-from dsv4_bench.workbench.baseline import Baseline, Scenario
-from dsv4_bench.workbench.bundling import RunFacts, write_bundle
-from dsv4_bench.workbench.calibration import tapped
-from dsv4_bench.workbench.findings import CheckReport
+from dsv4_bench.workbench.bundles.bundling import RunFacts, write_bundle
+from dsv4_bench.workbench.checking.baseline import Baseline, Scenario
+from dsv4_bench.workbench.checking.calibration import tapped
+from dsv4_bench.workbench.checking.findings import CheckReport
 from dsv4_bench.workbench.loading import Loaded
 
 

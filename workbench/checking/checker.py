@@ -36,11 +36,11 @@ from dsv4_bench.probes.verdicts import (
     judge_memory,
     judge_values,
 )
-from dsv4_bench.workbench.baseline import Baseline, Piece, default_chunks
-from dsv4_bench.workbench.cache_check import compare_caches
-from dsv4_bench.workbench.findings import CheckReport, Finding, SiteCheck
-from dsv4_bench.workbench.route_capture import RouteCapture
-from dsv4_bench.workbench.settling import Judged, settle
+from dsv4_bench.workbench.checking.baseline import Baseline, Piece, default_chunks
+from dsv4_bench.workbench.checking.cache_check import compare_caches
+from dsv4_bench.workbench.checking.findings import CheckReport, Finding, SiteCheck
+from dsv4_bench.workbench.checking.route_capture import RouteCapture
+from dsv4_bench.workbench.checking.settling import Judged, settle
 
 __all__ = ["Baseline", "CheckReport", "Checker", "Finding", "default_chunks"]
 

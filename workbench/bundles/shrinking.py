@@ -22,7 +22,7 @@ from dsv4_bench.probes.bundle import BundleCall, CallEntry, Writer, judge
 from dsv4_bench.probes.bundle.record import describe_wrong
 from dsv4_bench.probes.bundle.values import ExpertSubset
 from dsv4_bench.probes.capture import Captured
-from dsv4_bench.workbench.replaying import Replayer, ReplayReport
+from dsv4_bench.workbench.bundles.replaying import Replayer, ReplayReport
 
 Arguments = dict[str, Any]
 

@@ -23,8 +23,8 @@ from dsv4_bench.engine.registry import OPS, RouteEntry, implementation, matches,
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.faults.base import PREFIX, Fault, forget, registered_for_a_while
-from dsv4_bench.workbench.baseline import Baseline, Piece
-from dsv4_bench.workbench.checking import Checker, CheckReport
+from dsv4_bench.workbench.checking.baseline import Baseline, Piece
+from dsv4_bench.workbench.checking.checker import Checker, CheckReport
 
 Progress = Callable[[str, int, int], None]
 

@@ -26,10 +26,10 @@ from dsv4_bench.probes.compare import bits_equal
 from dsv4_bench.probes.decisions import differing_rows, row_moves, spread
 from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
 from dsv4_bench.probes.noise import HonestErrors, Noise, sampled_sites
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.calibration import MARGIN, Progress, tapped
-from dsv4_bench.workbench.layerwise import Chosen, Streams
-from dsv4_bench.workbench.sequence_rows import Rows, aligned, aligned_choices, fitted
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.calibration import MARGIN, Progress, tapped
+from dsv4_bench.workbench.checking.layerwise import Chosen, Streams
+from dsv4_bench.workbench.checking.sequence_rows import Rows, aligned, aligned_choices, fitted
 
 _NOISE_RUNS = 2
 _LONGER = 37  # tokens that the longer companion has more

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dsv4_bench.workbench.calibration import Calibration, LogitsError
+from dsv4_bench.workbench.checking.calibration import Calibration, LogitsError
 
 
 class Symptom(Protocol):

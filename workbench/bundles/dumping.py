@@ -32,14 +32,14 @@ from dsv4_bench.probes.metrics import relative_error
 from dsv4_bench.probes.observation import Watch
 from dsv4_bench.probes.readings import Call, Reading
 from dsv4_bench.probes.tap import set_taps
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.bundling import (
+from dsv4_bench.workbench.bundles.bundling import (
     DEFAULT_MAX_BYTES,
     REPORT_BYTES,
     RunFacts,
     Written,
     finish,
 )
+from dsv4_bench.workbench.checking import layerwise
 
 Progress = Callable[[str, int, int], None]
 Streams = list[Tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsv4_bench.probes.signatures import Signature
-from dsv4_bench.workbench.findings import Finding
+from dsv4_bench.workbench.checking.findings import Finding
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Trials: the model with some sites on a route's kernels and the rest on the reference
 
 A trial begins at the first layer that an earlier trial has not already run in the same way, from the
-streams that entered it then (workbench/layerwise.py). What it costs is known before it runs.
+streams that entered it then (workbench/checking/layerwise.py). What it costs is known before it runs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import RouteEntry, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.tap import Observer
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.calibration import tapped
-from dsv4_bench.workbench.layerwise import Streams
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.calibration import tapped
+from dsv4_bench.workbench.checking.layerwise import Streams
 
 SNAPSHOT_BYTES = 1 << 30
 Sites = frozenset[str]

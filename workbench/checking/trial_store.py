@@ -19,8 +19,8 @@ import dsv4_bench.engine
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation
 from dsv4_bench.engine.step import Step
-from dsv4_bench.workbench.calibration import Calibration
-from dsv4_bench.workbench.symptoms import Outcome
+from dsv4_bench.workbench.checking.calibration import Calibration
+from dsv4_bench.workbench.checking.symptoms import Outcome
 
 TRIALS, CALIBRATION = "trials.jsonl", "calibration.json"
 

@@ -98,8 +98,8 @@ def finish(
     limits: Limits | None,
 ) -> Written:
     """Add readings, reports and plots to a writer that has its calls, and publish it."""
-    from dsv4_bench.workbench.plots import draw_plots
-    from dsv4_bench.workbench.reporting import html_report, markdown_report
+    from dsv4_bench.workbench.bundles.plots import draw_plots
+    from dsv4_bench.workbench.bundles.reporting import html_report, markdown_report
 
     writer.sort_calls(list(model.sites))
     writer.left_out += facts.left_out

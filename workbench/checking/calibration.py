@@ -19,7 +19,7 @@ from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.metrics import masks_differ, tensor_and_row_error
 from dsv4_bench.probes.noise import Amplitudes, Noise
 from dsv4_bench.probes.tap import Observer, set_taps
-from dsv4_bench.workbench import layerwise
+from dsv4_bench.workbench.checking import layerwise
 
 MARGIN = 2.0
 NOISE_RUNS = 3  # the first says what a near tie is, the others what noise does with ties settled

@@ -1,6 +1,6 @@
 """`check --minimise`: the smallest set of sites whose kernels together break the output
 
-Delta debugging (workbench/ddmin.py) over whole ops first, then over the layers of what is left, then
+Delta debugging (workbench/checking/ddmin.py) over whole ops first, then over the layers of what is left, then
 over single sites. What it finds is 1-minimal: with any one of its sites back on the reference the
 output is right. So a fault that needs two kernels is found as that pair.
 """
@@ -22,18 +22,18 @@ from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.probes.capture import Capture
 from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.noise import HonestErrors, sampled_sites
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.calibration import (
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.calibration import (
     Calibration,
     LogitsError,
     Progress,
     calibrate,
     logits_error,
 )
-from dsv4_bench.workbench.ddmin import ddmin, expected_trials
-from dsv4_bench.workbench.symptoms import LogitsOff, Outcome, Symptom, Top1Changed
-from dsv4_bench.workbench.trial_store import TrialStore, run_key
-from dsv4_bench.workbench.trials import Sites, Timer, Trials
+from dsv4_bench.workbench.checking.ddmin import ddmin, expected_trials
+from dsv4_bench.workbench.checking.symptoms import LogitsOff, Outcome, Symptom, Top1Changed
+from dsv4_bench.workbench.checking.trial_store import TrialStore, run_key
+from dsv4_bench.workbench.checking.trials import Sites, Timer, Trials
 
 MAX_SETS = 4  # independent faults looked for, one after another
 

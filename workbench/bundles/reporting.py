@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dsv4_bench.workbench.bundles.plots import Plot
 from dsv4_bench.workbench.cli.output import bytes_text, table
-from dsv4_bench.workbench.plots import Plot
 
 Row = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]

@@ -17,9 +17,9 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.decisions import KLMeter, Record, Replay
-from dsv4_bench.workbench import layerwise
-from dsv4_bench.workbench.baseline import Baseline, Piece
-from dsv4_bench.workbench.calibration import tapped
+from dsv4_bench.workbench.checking import layerwise
+from dsv4_bench.workbench.checking.baseline import Baseline, Piece
+from dsv4_bench.workbench.checking.calibration import tapped
 
 _PASS_TOKENS = 12  # tokens whose check takes as long as what a forward pass costs by itself
 
