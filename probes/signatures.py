@@ -281,7 +281,7 @@ def _permuted(d: Difference) -> Signature | None:
         moved = int((nearest != places).sum())
         if moved and _same(ours, truth[nearest], d):
             shifts = ((places - nearest) % len(nearest)).unique()
-            if len(shifts) == 1:
+            if len(shifts) == 1 and len(nearest) > 4:  # two exchanged are no shift
                 by = int(shifts) if int(shifts) <= len(nearest) // 2 else int(shifts) - len(nearest)
                 plural = "s" if abs(by) > 1 else ""
                 return Signature("shifted", f"{d.name} is shifted by {by} {label}{plural}")
