@@ -27,6 +27,7 @@ check: lint types test
 bench: $(STAMP)
 	$(BIN)/python tests/bench_cpu.py
 	$(BIN)/python tests/bench_engine.py
+	$(BIN)/python tests/bench_check.py
 
 screenshots: $(STAMP)
 	$(BIN)/python tests/tui/screenshots.py docs

@@ -160,14 +160,13 @@ def time_layer(
     run_layer(model, kept, given)
     values: list[float] = []
     started = time.perf_counter()
-    cache = kept.cache.layers[given.layer]
+    layer, cache = model.layers[given.layer], kept.cache.layers[given.layer]
     while len(values) < effort.least or (
         len(values) < effort.most and time.perf_counter() - started < effort.seconds
     ):
         cache.restore(given.cache)
         clock.evict()
-        layer = model.layers[given.layer]
-        values.append(clock.seconds(lambda layer=layer: layer(given.x, cache, kept.step)))  # type: ignore[misc]
+        values.append(clock.seconds(lambda: layer(given.x, cache, kept.step)))
     cache.restore(given.cache)
     middle, spread = statistics.median(values), _middle_half(values)
     return {"seconds": middle, "spread": spread, "repeats": len(values)}
