@@ -18,5 +18,7 @@ $python -m $module.export --weights "$folder/weights" --out "$folder/checkpoint"
 $python -m $module.export --weights "$folder/weights-stage1" --out "$folder/rounded"
 for name in checkpoint rounded; do
     $python -m $module.evaluate "$folder/$name" --documents "${DOCUMENTS:-20}" --needles "${NEEDLES:-4}" \
-        --device "${DEVICE:-cuda}" --json "$folder/$name.json"
+        --device "${DEVICE:-cuda}" --json "$folder/$name.json" > "$folder/$name.log" 2>&1 &
+    running="$running $!"
 done
+for process in $running; do wait "$process"; done
