@@ -80,7 +80,7 @@ def _digest(*parts: bytes) -> str:
 class Build:
     """One shared object to make: `compiler *flags -o library *sources`, run in the source folder.
 
-    `sources` are paths below `csrc()`, and every header in their folders and in `common` counts as
+    `sources` are paths below `root`, and every header in their folders and in `common` counts as
     included. `arch` is what the code is for (an ISA, an SM); it is part of the key even where the
     flags do not show it. `compiler` None stands for a machine without one: then only a build made
     earlier can be found. Files are read once, here, and compiled from that copy: what was hashed
@@ -92,12 +92,13 @@ class Build:
     flags: tuple[str, ...]
     arch: str
     compiler: str | None
+    root: Path = field(default_factory=csrc)
     files: dict[str, bytes] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        root = csrc()
+        root = self.root
         folders = {root / "common", *((root / source).parent for source in self.sources)}
-        headers = [p for d in folders for p in d.iterdir() if p.suffix in _HEADERS]
+        headers = [p for d in folders if d.is_dir() for p in d.iterdir() if p.suffix in _HEADERS]
         paths = {p.relative_to(root).as_posix() for p in headers}.union(self.sources)
         files = {name: (root / name).read_bytes() for name in sorted(paths)}
         object.__setattr__(self, "files", files)
@@ -120,6 +121,12 @@ class Build:
     @property
     def folder(self) -> Path:
         return cache_dir() / f"{self.name}-{self.key}"
+
+    def identity(self) -> str:
+        """The name of the build that runs here: `name` and key; without a compiler, of what was found."""
+        if self.compiler is None and (found := self.find()) is not None:
+            return found.parent.name
+        return f"{self.name}-{self.key}"
 
     def find(self) -> Path | None:
         """The library if it is built; without a compiler, one that any compiler made."""

@@ -91,8 +91,8 @@ def _device_reason() -> str | None:
     return None if (major, minor) == (9, 0) else f"needs sm_90a, this is sm_{major}{minor}"
 
 
-def unavailable(name: str, context: Context, dtypes: Iterable[torch.dtype]) -> str | None:
-    """Why source `name` cannot serve `context` with activations of `dtypes`, or None; builds nothing."""
+def unsuitable(context: Context, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why no kernel for sm_90a and activations of `dtypes` can serve `context`, or None."""
     if reason := _device_reason():
         return reason
     if context.device != "cuda":
@@ -100,6 +100,13 @@ def unavailable(name: str, context: Context, dtypes: Iterable[torch.dtype]) -> s
     if context.dtype not in dtypes:
         known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"needs {known}, this is {str(context.dtype).removeprefix('torch.')}"
+    return None
+
+
+def unavailable(name: str, context: Context, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why source `name` cannot serve `context` with activations of `dtypes`, or None; builds nothing."""
+    if reason := unsuitable(context, dtypes):
+        return reason
     if nvcc()[0] is None and cuda_build(name).find() is None:
         return "nvcc not found and not built"
     return None
@@ -122,9 +129,13 @@ class Library:
         self._describe: Callable[[int], bytes] | None = None
         _LIBRARIES[name] = self
 
+    def path(self) -> Path:
+        """The shared object, built now if need be."""
+        return library_path(self.name)
+
     def load(self) -> None:
         """Build if need be, and load."""
-        library = ctypes.CDLL(str(library_path(self.name)))  # drops the GIL during a call
+        library = ctypes.CDLL(str(self.path()))  # drops the GIL during a call
         describe = library.dsv4_error_string
         describe.argtypes, describe.restype = (I,), ctypes.c_char_p
         table: dict[str, Callable[..., int]] = {}
@@ -165,10 +176,7 @@ def sm90(
         return unavailable(library.name, context, dtypes)
 
     def code() -> str:
-        target = cuda_build(library.name)
-        if target.compiler is None and (found := target.find()) is not None:
-            return found.parent.name
-        return f"{target.name}-{target.key}"
+        return cuda_build(library.name).identity()
 
     return implementation(op=op, name="sm90", requires=requires, code=code)
 
@@ -178,9 +186,9 @@ def sm90(
 _ALIGNMENT = 16  # bytes: the widest load
 
 
-def wrong(op: str, text: str) -> NoReturn:
+def wrong(op: str, text: str, name: str = "sm90") -> NoReturn:
     """Raise DSV4Error for arguments of `op` that the kernel must not be given."""
-    raise DSV4Error(f"{op} (sm90): {text}", "the reference implementation may accept it")
+    raise DSV4Error(f"{op} ({name}): {text}", "the reference implementation may accept it")
 
 
 def dense(x: Tensor) -> Tensor:

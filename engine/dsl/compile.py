@@ -1,0 +1,125 @@
+"""A compiler command for CuTe-DSL sources: kernels in Python -> a shared object with a C ABI.
+
+    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC -o OUT.so SOURCE.py
+    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC --version
+
+SOURCE.py has a function `exports()`: name -> (host function, example arguments). Each becomes
+`int dsv4_<name>(arguments..., void* stream)`, status 0 or a cudaError_t. The DSL compiles and writes
+object files; nvcc adds the functions that load the kernels at their first call. Needs
+nvidia-cutlass-dsl and nvcc, no GPU. What ptxas says about every kernel is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ARCH = "sm_90a"
+_WRAPPER = re.compile(r"cute_dsl_(\w+)_wrapper\(\1_Kernel_Module_t \*module, (.*?)\) \{")
+
+_HEAD = """\
+#include <cuda_runtime.h>
+#define DSV4_EXPORT extern "C" __attribute__((visibility("default")))
+DSV4_EXPORT const char* dsv4_error_string(int status) {
+    return cudaGetErrorString((cudaError_t)status);
+}
+"""
+_EXPORT = """\
+#include "{name}.h"
+DSV4_EXPORT int dsv4_{name}({parameters}) {{
+    static {name}_Kernel_Module_t kernels;
+    static const bool loaded = ({name}_Kernel_Module_Load(&kernels), true);
+    return loaded ? cute_dsl_{name}_wrapper(&kernels, {arguments}) : -1;
+}}
+"""
+
+
+def glue(name: str, header: str) -> str:
+    """The exported C function of `name`, from the header that the DSL wrote."""
+    found = _WRAPPER.search(header)
+    if found is None or found.group(1) != name:
+        raise SystemExit(f"error: the DSL's header of {name} has no wrapper:\n{header}")
+    parameters = found.group(2)
+    arguments = ", ".join(re.split(r"[ *]+", part)[-1] for part in parameters.split(","))
+    return _EXPORT.format(name=name, parameters=parameters, arguments=arguments)
+
+
+def load(source: Path) -> Any:
+    """The module in `source`."""
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module  # the DSL looks functions up in their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_exports(source: Path) -> list[str]:
+    """Write <name>.o and <name>.h into the current folder for each export; their names."""
+    # The DSL reads these when it is imported; it knows no other way to compile for an absent GPU.
+    os.environ.update(
+        CUTE_DSL_ARCH=ARCH, CUTE_DSL_COMPILER_OPT="remarks{ptx}", CUTE_DSL_DISABLE_FILE_CACHING="1"
+    )
+    import cutlass.cute as cute
+
+    names = []
+    for name, (function, arguments) in load(source).exports().items():
+        compiled = cute.compile(function, *arguments)
+        compiled.export_to_c(file_path=".", file_name=name, function_prefix=name)
+        names.append(name)
+    return names
+
+
+def runtime() -> Path:
+    """The static library that the DSL's object files call."""
+    name = "libcuda_dialect_runtime_static.a"
+    files = [file for package in packages() for file in metadata.files(package) or ()]
+    found = [Path(str(file.locate())) for file in files if file.name == name]
+    if not found:
+        raise SystemExit(f"error: cannot find {name} among the files of {', '.join(packages())}")
+    return found[0]
+
+
+def packages() -> list[str]:
+    """The DSL's installed distributions."""
+    names = (str(d.metadata["Name"]) for d in metadata.distributions())
+    return sorted({name for name in names if name.startswith("nvidia-cutlass-dsl")})
+
+
+def versions(nvcc: str) -> str:
+    """Everything that decides what comes out."""
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    return "\n".join([*(f"{p} {metadata.version(p)}" for p in packages()), done.stdout])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nvcc", required=True)
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("-o", dest="output", type=Path)
+    parser.add_argument("source", type=Path, nargs="?")
+    args = parser.parse_args()
+    if args.version:
+        print(versions(args.nvcc))
+        return 0
+    if args.source is None or args.output is None:
+        parser.error("a source and -o are needed")
+    names = compile_exports(args.source)
+    Path("glue.cu").write_text(
+        _HEAD + "".join(glue(name, Path(f"{name}.h").read_text()) for name in names)
+    )
+    objects = [f"{name}.o" for name in names]
+    flags = ["--shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static", "-std=c++17"]
+    command = [args.nvcc, *flags, "-o", str(args.output), "glue.cu", *objects, str(runtime())]
+    return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
