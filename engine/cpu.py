@@ -19,6 +19,7 @@ from dsv4_bench.engine.cpu_library import (
     cpu,
     floats,
     pack,
+    plain_kv,
     run,
     same_dtype,
     typed,
@@ -61,7 +62,7 @@ def _matmul(op: str, x: Tensor, weight: Weight, groups: int, out_dtype: torch.dt
 # ------------------------------------------------------------------------------ attention
 
 
-@cpu("attention")
+@cpu("attention", requires=plain_kv)
 def attention(
     q: Tensor,
     window: Tensor,

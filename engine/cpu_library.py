@@ -206,7 +206,14 @@ def run(op: str, *args: Any, bad_index: str = "") -> None:
     assert status == 0, f"{op}: unknown kernel status {status}"
 
 
-def cpu(op: str) -> Callable[[Function], Function]:
+def plain_kv(context: Context) -> str | None:
+    """`requires`, for an op on pools of keys: these kernels take no packed entries."""
+    return "takes no packed KV entries" if context.kv == "fp8" else requires(context)
+
+
+def cpu(
+    op: str, requires: Callable[[Context], str | None] = requires
+) -> Callable[[Function], Function]:
     """Register the decorated function as implementation `cpu` of `op`."""
     return implementation(op=op, name="cpu", requires=requires, code=code)
 

@@ -15,6 +15,7 @@ from dsv4_bench.engine.cpu_library import (
     activation,
     cpu,
     floats,
+    plain_kv,
     run,
     typed,
     wrong,
@@ -198,7 +199,7 @@ def embed(tokens: Tensor, *, weight: Weight, hc: int, dtype: torch.dtype) -> Ten
     return out
 
 
-@cpu("cache_write")
+@cpu("cache_write", requires=plain_kv)
 def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
     op = "cache_write"
     rows, kind = activation(op, rows)
@@ -226,7 +227,7 @@ def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
         cache.copy_(target)
 
 
-@cpu("gather_swa")
+@cpu("gather_swa", requires=plain_kv)
 def gather_swa(ring: Tensor, kv: Tensor) -> Tensor:
     op = "gather_swa"
     (ring, ring_kind), (kv, kv_kind) = activation(op, ring), activation(op, kv)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,10 +31,14 @@ KERNEL_ORDER = {"cpu": ("cpu",), "cuda": ("sm90", "cutedsl", "cublaslt")}
 
 @dataclass(frozen=True)
 class Context:
-    """What a run looks like to an implementation that has to say whether it can serve it."""
+    """What a run looks like to an implementation that has to say whether it can serve it.
+
+    `kv` is how the cache holds keys: "dtype" as `dtype`, "fp8" as packed entries (kv_entry.py).
+    """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    kv: str = "dtype"
 
 
 @dataclass(frozen=True)
@@ -240,9 +244,11 @@ class Site:
     """A place in the forward pass with a stable path; calling it runs its op on its route.
 
     `params` are the op's keyword arguments that never change (weights, constants); `use` binds
-    them. `tap`, when set, takes over the call; see probes/tap.py.
+    them. `tap`, when set, takes over the call; see probes/tap.py. `switches` counts the changes of
+    implementation at all sites.
     """
 
+    switches: ClassVar[int] = 0
     __slots__ = ("_run", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")
 
     def __init__(self, path: str, spec: OpSpec, params: dict[str, Any], layer: int | None) -> None:
@@ -270,6 +276,7 @@ class Site:
 
     def put_back(self, impl: Implementation, stamp: Stamp) -> None:
         """Use `impl` with a stamp it had before: undoes a `use`."""
+        Site.switches += 1
         self.impl, self.stamp = impl, stamp
         self._run = with_constants(impl.function, self.params)
 
