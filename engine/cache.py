@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.config import CSA_RATIO, Config
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import DSV4Error, did_you_mean
+from dsv4_bench.engine.kv_entry import packed_bytes
 from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.tokens import check_token_ids
+
+KV_FORMATS = ("dtype", "fp8")  # keys in the activations' dtype, or packed; see kv_entry.py
 
 
 class CompressorState:
@@ -30,24 +33,33 @@ class LayerCache:
 
     ring [b*window, hd]: position p is in slot p % window. entries [b, capacity, hd] and, in CSA
     layers, index_entries [b, capacity, id]: entry j in row j. Rows past the last entry are unused.
+    With `kv` "fp8", ring and entries are packed: uint8, and bytes of an entry in place of hd.
     """
 
     def __init__(
-        self, config: Config, layer: int, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: Config,
+        layer: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv: str = "dtype",
     ) -> None:
         self.ratio = config.ratio(layer)
-        self.ring = torch.zeros(
-            batch * config.sliding_window, config.head_dim, dtype=dtype, device=device
-        )
+        width, stored = config.head_dim, dtype
+        if kv == "fp8":
+            width, stored = packed_bytes(width, config.qk_rope_head_dim), torch.uint8
+        rows = batch * config.sliding_window
+        self.ring = torch.zeros(rows, width, dtype=stored, device=device)
         self.entries: Tensor | None = None
         self.index_entries: Tensor | None = None
         self.state: CompressorState | None = None
         self.index_state: CompressorState | None = None
         if self.ratio:
-            self.entries = self.ring.new_zeros(batch, 0, config.head_dim)
+            self.entries = self.ring.new_zeros(batch, 0, width)
             self.state = CompressorState(batch, self.ratio, config.head_dim, device)
         if self.ratio == CSA_RATIO:
-            self.index_entries = self.ring.new_zeros(batch, 0, config.index_head_dim)
+            self.index_entries = self.ring.new_zeros(batch, 0, config.index_head_dim, dtype=dtype)
             self.index_state = CompressorState(batch, self.ratio, config.index_head_dim, device)
 
     def reserve(self, length: int) -> None:
@@ -88,7 +100,10 @@ class LayerCache:
 
 
 class Cache:
-    """The caches of all layers and the length of every sequence."""
+    """The caches of all layers and the length of every sequence.
+
+    `kv` is one of KV_FORMATS; raises DSV4Error for another, or heads that cannot be packed.
+    """
 
     def __init__(
         self,
@@ -96,12 +111,15 @@ class Cache:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kv: str = "dtype",
     ) -> None:
+        if kv not in KV_FORMATS:
+            raise DSV4Error(f"unknown KV format {kv!r}", did_you_mean(kv, KV_FORMATS))
         self.config = config
         self.device = torch.device(device)
         self.lengths = [0] * batch
         self.layers = [
-            LayerCache(config, layer, batch, dtype, self.device)
+            LayerCache(config, layer, batch, dtype, self.device, kv)
             for layer in range(config.num_hidden_layers)
         ]
 

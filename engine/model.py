@@ -106,7 +106,7 @@ class Compressor:
         if len(pooled):
             positions, rows = step.new_entries(self.ratio, entries.shape[1])
             # An entry stands at the position of the first token of its window.
-            new = self.rope(self.norm(pooled.to(entries.dtype)), positions)
+            new = self.rope(self.norm(pooled.to(u.dtype)), positions)
             self.write(new, rows, entries.flatten(0, 1))
 
 
@@ -273,11 +273,13 @@ class Transformer:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kv: str = "dtype",
     ) -> None:
         self.checkpoint = checkpoint
         self.config: Config = checkpoint.config
         self.dtype = dtype
         self.device = torch.device(device)
+        self.kv = kv  # how a cache holds keys, one of cache.KV_FORMATS
         self.route: list[RouteEntry] = []
         self.sites: dict[str, Site] = {}
         root = Builder(self, "", "", None)
@@ -293,7 +295,7 @@ class Transformer:
 
     @property
     def context(self) -> Context:
-        return Context(self.device.type, self.dtype)
+        return Context(self.device.type, self.dtype, self.kv)
 
     def set_route(self, entries: list[RouteEntry]) -> None:
         """Use `entries` from now on; raises, changing nothing, if one of them cannot be served."""
@@ -301,7 +303,7 @@ class Transformer:
         self.route = list(entries)
 
     def new_cache(self, batch: int = 1) -> Cache:
-        return Cache(self.config, batch, self.dtype, self.device)
+        return Cache(self.config, batch, self.dtype, self.device, self.kv)
 
     def schedule(self, step: Step) -> list[str]:
         """The paths of the sites that `step` runs, in order."""
