@@ -8,6 +8,7 @@
 #pragma once
 
 #include "dispatch.cuh"
+#include "hopper.cuh"
 
 namespace dsv4 {
 
@@ -173,15 +174,6 @@ template <class Body> inline int with_policy(int32_t format, int64_t k, Body bod
     if (format == DSV4_FP8_F32 && k % Fp8<float>::kChunk == 0) return body(Fp8<float>{});
     if (format == DSV4_DENSE_BF16 && k % Bf16::kChunk == 0) return body(Bf16{});
     return kUnsupported;
-}
-
-// c += a b: a [16, 16] weights, b [16, 8] activations, both bf16, c float32.
-__device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 }  // namespace dsv4
