@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,17 +12,21 @@ from torch import Tensor
 
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import Site
-from dsv4_bench.probes.layout import clone_tensors
+from dsv4_bench.probes.layout import clone_tensors, storage_key
 
 
 @dataclass
 class Captured:
-    """One op: its arguments, those it writes in place as copies from before, and its outputs."""
+    """One op: its arguments, those it writes in place as copies from before, and its outputs.
+
+    `cached` names the arguments that lie in the model's cache.
+    """
 
     site: Site
     args: tuple[Any, ...]
     before: dict[str, Tensor]
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    cached: frozenset[str] = frozenset()
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -75,11 +79,27 @@ def _double(name: str, value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
-class Capture:
-    """A tap's observer that keeps every op it wants, as it runs on its route."""
+def within(arguments: Mapping[str, Any], stored: Iterable[Tensor]) -> frozenset[str]:
+    """The names of the arguments that share memory with one of `stored`."""
+    memory = {storage_key(tensor) for tensor in stored}
+    return frozenset(
+        n for n, a in arguments.items() if isinstance(a, Tensor) and storage_key(a) in memory
+    )
 
-    def __init__(self, wanted: Callable[[Site], bool] = lambda site: True) -> None:
+
+class Capture:
+    """A tap's observer that keeps every op it wants, as it runs on its route.
+
+    `stored` gives the tensors of the model's cache, so that a capture can tell them from activations.
+    """
+
+    def __init__(
+        self,
+        wanted: Callable[[Site], bool] = lambda site: True,
+        stored: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> None:
         self.wanted = wanted
+        self.stored = stored
         self.calls: list[Captured] = []
 
     def wants(self, site: Site) -> bool:
@@ -92,8 +112,9 @@ class Capture:
         tensors = clone_tensors({n: a for n, a in bound.items() if isinstance(a, Tensor)})
         kept = tuple(tensors.get(name, a) for name, a in bound.items())
         before = {name: tensors[name] for name in site.spec.mutates}
+        cached = within(bound, self.stored())
         result = site.run(args)
         outputs = dict(site.spec.name_outputs(result))
         outputs.update(clone_tensors({name: bound[name] for name in site.spec.mutates}))
-        self.calls.append(Captured(site, kept, before, outputs))
+        self.calls.append(Captured(site, kept, before, outputs, cached))
         return result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dsv4_bench.engine.cache import LayerCache
 from dsv4_bench.engine.errors import DSV4Error
@@ -18,8 +20,13 @@ from dsv4_bench.workbench.debugger import Debugger
 class _Told(Capture):
     """A Capture that says which op runs, so that a death is laid at its door."""
 
-    def __init__(self, wanted: Callable[[Site], bool], tell: Callable[[Site], None]) -> None:
-        super().__init__(wanted)
+    def __init__(
+        self,
+        wanted: Callable[[Site], bool],
+        stored: Callable[[], Iterable[Tensor]],
+        tell: Callable[[Site], None],
+    ) -> None:
+        super().__init__(wanted, stored)
         self.tell = tell
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
@@ -72,8 +79,11 @@ def capture_layer(debugger: Debugger, layer: int, pattern: str) -> list[Captured
             f"no site of this layer matches {pattern!r}",
             f"the session stands in {sites[0].path.partition('/')[0]}; `goto` another layer",
         )
+    caches: list[LayerCache] = []
     observer = _Told(
-        lambda site: matches(site.path, pattern), lambda s: debugger.tell_running(s, s.impl)
+        lambda site: matches(site.path, pattern),
+        lambda: [tensor for cache in caches for tensor in cache.tensors().values()],
+        lambda s: debugger.tell_running(s, s.impl),
     )
     before = [(site, site.tap, site.stamp.launches) for site in sites]
     try:
@@ -86,6 +96,7 @@ def capture_layer(debugger: Debugger, layer: int, pattern: str) -> list[Captured
         else:
             cache = LayerCache(model.config, layer, len(step.starts), model.dtype, model.device)
             cache.restore(snapshot.cache)
+            caches.append(cache)
             model.layers[layer](snapshot.x, cache, step)
     except DSV4Error:
         raise

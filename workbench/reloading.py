@@ -23,13 +23,14 @@ from dsv4_bench.engine.build import csrc
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
-from dsv4_bench.probes.capture import Captured
+from dsv4_bench.probes.capture import Captured, within
 from dsv4_bench.workbench.debugger import Debugger, Held
 from dsv4_bench.workbench.loading import load_plugins
 from dsv4_bench.workbench.timing.clock import make_clock
+from dsv4_bench.workbench.timing.sites import Effort, interleave, prepared
 
 _COMPILED = {"cpu": "cpu", "sm90": "cuda"}  # implementation -> its folder below csrc
-_REPEATS, _SECONDS = 30, 0.2  # of the timing after a reload
+_EFFORT = Effort(seconds=0.2, least=3, most=30)  # of the timing after a reload
 
 
 def sources(impl: Implementation, plugins: Iterable[str] = ()) -> list[Path]:
@@ -106,13 +107,8 @@ def _refresh(site: Site) -> bool:
 
 def seconds_of(call: Captured, impl: Implementation, device: torch.device) -> float:
     """Median time of `impl` on a captured op, in-place arguments as they were."""
-    clock = make_clock(device)
-    values: list[float] = []
-    started = time.perf_counter()
-    while len(values) < 3 or (len(values) < _REPEATS and time.perf_counter() - started < _SECONDS):
-        clock.evict()
-        values.append(clock.seconds(lambda: call.run(impl.function)))
-    return statistics.median(values)
+    timed = {impl.name: prepared(call, impl, make_clock(device))}
+    return statistics.median(interleave(timed, _EFFORT)[impl.name])
 
 
 class Reloader:
@@ -165,7 +161,9 @@ class Reloader:
             )
             return {**attempt, "error": text, "took": time.perf_counter() - started}
         record = debugger.records[site.path]
-        call = Captured(site, held.args, held.call.before)
+        cache = [t for layer in debugger.cache.layers for t in layer.tensors().values()]
+        cached = within(held.call.inputs, cache)
+        call = Captured(site, held.args, held.call.before, cached=cached)
         with torch.inference_mode():
             seconds = seconds_of(call, site.impl, debugger.model.device)
         own = record.own_error

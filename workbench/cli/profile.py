@@ -92,23 +92,25 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
     from dsv4_bench.workbench.timing.capturing import parse_layers, sequences
-    from dsv4_bench.workbench.timing.profile import Request, profile
+    from dsv4_bench.workbench.timing.profile import Request, count, profile
     from dsv4_bench.workbench.timing.sites import Effort
 
     loaded = load_model(common.engine_options(args))
-    count = len(loaded.model.layers)
-    layers = tuple(parse_layers(args.layer, count)) if args.layer is not None else ()
+    layers: tuple[int, ...] = ()
+    if args.layer is not None:
+        layers = tuple(parse_layers(args.layer, len(loaded.model.layers)))
     fed = sequences(prompt_tokens(loaded, args.prompt, tokens), args.context, args.batch)
-    effort = Effort(0.0, 1, 1) if args.under == "ncu" else Effort(args.seconds)
     request = Request(
         layers,
         args.sites or "",
         args.phase,
-        effort,
+        Effort(args.seconds),
         args.ceilings,
         args.kernels,
-        args.under == "ncu",
+        args.under == "nsys",
     )
+    if args.under == "ncu":
+        return {"ops": count(loaded.model, fed, request, _say)}
     document = profile(loaded.model, fed, request, _say)
     _clear()
     return {**document, "notes": loaded.notes}

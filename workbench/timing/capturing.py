@@ -86,7 +86,7 @@ def capture_pass(
         model.forward(cache.step([t[:cached] for t in tokens]), cache, last_only=True)
     step = cache.step([t[cached:] for t in tokens])
     kept = Pass(step, cache)
-    observer = Capture(wanted)
+    observer = Capture(wanted, lambda: [t for c in cache.layers for t in c.tensors().values()])
     x = torch.empty(0)
     for name, sites, run in _parts(model, wanted):
         say(f"capture {name}")

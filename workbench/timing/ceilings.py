@@ -113,15 +113,14 @@ def measure(device: torch.device) -> Ceilings:
     clock = make_clock(device)
 
     def best(call: Callable[[], Any]) -> float:
-        call()
-        return min(clock.seconds(call) for _ in range(_ROUNDS))
+        timed = clock.prepare(lambda: call)
+        return min(timed.sample() for _ in range(_ROUNDS))
 
     read = size / best(_reader(source))
     copy = 2 * size / best(lambda: target.copy_(source))
     one = torch.zeros(1, device=device)
-    launch = (
-        statistics.median(clock.seconds(lambda: one.add_(1)) for _ in range(20)) if gpu else 0.0
-    )
+    node = clock.prepare(lambda: lambda: one.add_(1), [one])
+    launch = statistics.median(node.sample() for _ in range(20)) if gpu else 0.0
     return Ceilings(
         device=device_name(device),
         threads=0 if gpu else torch.get_num_threads(),
@@ -135,8 +134,14 @@ def measure(device: torch.device) -> Ceilings:
 
 
 def _reader(source: torch.Tensor) -> Callable[[], Any]:
-    """A pass that reads `source`: our own read loop on the CPU, else a sum."""
-    if source.device.type == "cpu":
+    """A pass that reads `source`: our own read loop, else a sum."""
+    if source.device.type == "cuda":
+        from dsv4_bench.engine import cuda_timing
+
+        if cuda_timing.available():
+            sink = torch.zeros(1, dtype=torch.int32, device=source.device)
+            return lambda: cuda_timing.read_pass(source, sink)
+    else:
         import dsv4_bench.engine.cpu as cpu
 
         try:

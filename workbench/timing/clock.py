@@ -1,75 +1,84 @@
-"""How long one call takes: on the CPU by the wall clock, on a GPU by events, caches emptied before"""
+"""How long one call takes: on the CPU by the wall clock, on a GPU inside a CUDA graph, caches emptied before"""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 _L2_DEFAULT = 2 << 20  # bytes of a core's own cache where the system does not say
-_GPU_SCRATCH = 256 << 20  # more than four times the L2 of a Hopper GPU
+
+Call = Callable[[], Any]
+
+
+class Timed(Protocol):
+    """One call, ready to be timed again and again.
+
+    `how`: ``wall`` (the wall clock), ``graph`` (inside a CUDA graph), ``stream`` (between two events,
+    launched ahead of the GPU), ``waits`` (the same of a call that waits for the GPU on its way, so
+    that its launches are part of the time).
+    """
+
+    how: str
+
+    def sample(self) -> float:
+        """Seconds of one call whose inputs come from memory, except what was to be warm."""
+        ...
 
 
 class Clock(Protocol):
-    """Measures single calls. `evict` empties the fast caches, so that inputs come from memory."""
+    """Prepares calls for timing."""
 
-    def seconds(self, call: Callable[[], Any]) -> float: ...
-    def evict(self) -> None: ...
+    def prepare(self, make: Callable[[], Call], warm: Sequence[Tensor] = ()) -> Timed:
+        """`make` gives the call, with arguments of its own where they are written in place.
+
+        `warm`: tensors that the op before has just written, and that are in the cache therefore.
+        """
+        ...
 
 
 class CpuClock:
-    """perf_counter around the call; eviction writes four times the cores' L2."""
+    """perf_counter around the call; before it, four times the cores' L2 is written over."""
 
     @cached_property
-    def _scratch(self) -> torch.Tensor:
+    def _scratch(self) -> Tensor:
         return torch.zeros(4 * l2_bytes() * torch.get_num_threads() // 4, dtype=torch.float32)
 
     def evict(self) -> None:
         self._scratch.add_(1.0)
 
-    def seconds(self, call: Callable[[], Any]) -> float:
+    def prepare(self, make: Callable[[], Call], warm: Sequence[Tensor] = ()) -> Timed:
+        make()()
+        return _WallTimed(self, make)
+
+
+class _WallTimed:
+    how = "wall"
+
+    def __init__(self, clock: CpuClock, make: Callable[[], Call]) -> None:
+        self.clock = clock
+        self.make = make
+
+    def sample(self) -> float:
+        call = self.make()
+        self.clock.evict()
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
 
 
-class CudaClock:
-    """CUDA events around the call, less what an empty pair reads.
-
-    The eviction is a long kernel, so that the call is queued behind it and its launch is not part
-    of the time; a call that waits for the device itself shows that wait.
-    """
-
-    def __init__(self) -> None:
-        self._scratch = torch.zeros(_GPU_SCRATCH // 4, dtype=torch.float32, device="cuda")
-        self._empty = 0.0
-        self._empty = statistics.median(self._pair(lambda: None) for _ in range(20))
-
-    def evict(self) -> None:
-        self._scratch.add_(1.0)
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        return max(self._pair(call) - self._empty, 1e-9)
-
-    def _pair(self, call: Callable[[], Any]) -> float:
-        torch.cuda.synchronize()
-        self.evict()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        torch.cuda.synchronize()
-        return before.elapsed_time(after) / 1e3
-
-
 def make_clock(device: torch.device) -> Clock:
     """The clock for `device`."""
-    return CudaClock() if device.type == "cuda" else CpuClock()
+    if device.type == "cuda":
+        from dsv4_bench.workbench.timing.cuda_clock import CudaClock
+
+        return CudaClock()
+    return CpuClock()
 
 
 def l2_bytes() -> int:

@@ -14,6 +14,7 @@ from dsv4_bench.workbench.timing.sites import SiteTime
 
 SCHEMA_VERSION = 1
 _SAME = ("phase", "context", "batch", "dtype", "layers")  # of two documents that may be compared
+_WAITS = {"waits": " w"}  # marks a time that has launches and waits for the GPU in it
 _ERROR_FLOOR = 1e-7  # relative L2 below which an error is float32 rounding, not a regression
 
 
@@ -32,6 +33,10 @@ def totals(rows: list[SiteTime]) -> dict[str, float]:
 def report(document: dict[str, Any]) -> str:
     """Markdown: the machine's ceilings, one row a site, the layers whole; fit for an issue."""
     parts = [_head(document), "", _ceilings(Ceilings(**document["ceilings"])), "", _table(document)]
+    if any("waits" in site["how"].values() for site in document["sites"]):
+        parts.append(
+            "w: waits for the GPU on its way, so that launches from Python are in its time"
+        )
     if document["whole"]:
         parts += ["", *map(_whole, document["whole"])]
     if document["kernels_shown"]:
@@ -44,11 +49,16 @@ def report(document: dict[str, Any]) -> str:
 def _head(document: dict[str, Any]) -> str:
     layers = ", ".join(f"L{n} ({kind})" for n, kind in document["layers"].items()) or "no layer"
     batch = f"{document['batch']} x " if document["batch"] > 1 else ""
+    where = "inside a CUDA graph, " if _in_graphs(document) else ""
     return (
         f"{layers}, {document['phase']}, {batch}{document['context']} tokens, {document['dtype']} on "
-        f"{document['ceilings']['device']}; microseconds, median of interleaved runs on captured "
-        "inputs, caches emptied before each"
+        f"{document['ceilings']['device']}; microseconds {where}median of interleaved runs on captured "
+        "inputs, weights and KV cache from memory"
     )
+
+
+def _in_graphs(document: dict[str, Any]) -> bool:
+    return any("graph" in site["how"].values() for site in document["sites"])
 
 
 def _ceilings(found: Ceilings) -> str:
@@ -92,8 +102,8 @@ def _row(site: dict[str, Any], one_layer: bool) -> tuple[str, ...]:
     )
     return (
         path,
-        _us(site["seconds"]["reference"]),
-        _us(site["seconds"][kernel]) if compared else "",
+        _us(site["seconds"]["reference"]) + _WAITS.get(site["how"]["reference"], ""),
+        _us(site["seconds"][kernel]) + _WAITS.get(site["how"][kernel], "") if compared else "",
         f"{site['spread'][kernel] / site['seconds'][kernel]:.0%}",
         kernel if compared else "",
         f"{site['speedup']:.2f}x" if site["speedup"] else "",
@@ -105,12 +115,18 @@ def _row(site: dict[str, Any], one_layer: bool) -> tuple[str, ...]:
 
 
 def _whole(entry: dict[str, Any]) -> str:
-    share = entry["sites"] / entry["seconds"]
-    return (
+    parts = entry["sites"] + entry["between"]
+    text = (
         f"L{entry['layer']} run whole on its route: {_us(entry['seconds'])} us "
-        f"(+-{entry['spread'] / entry['seconds']:.0%}); its sites alone add up to "
-        f"{_us(entry['sites'])} us, {share:.0%} of it"
+        f"(+-{entry['spread'] / entry['seconds']:.0%}); its sites add up to {_us(entry['sites'])} us "
+        f"and the code between them to {_us(entry['between'])}, together "
+        f"{parts / entry['seconds']:.1%} of it"
     )
+    if not entry["comparable"]:
+        text += " (not timed in the same way: some of it waits for the GPU)"
+    if entry["how"] == "graph":
+        text += f"; launched from Python, {_us(entry['eager'])} us"
+    return text
 
 
 def _kernels(document: dict[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 
 _FORMATS = {".png", ".svg", ".pdf"}
 
@@ -16,6 +17,8 @@ def check_path(path: Path) -> None:
         raise DSV4Error(f"--plot {path}: not a picture", f"one of {', '.join(sorted(_FORMATS))}")
     if not path.parent.is_dir():
         raise DSV4Error(f"no such folder: {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CannotAnswer("--plot needs matplotlib, which is not installed here")
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site, matches, select_sites
@@ -16,10 +18,12 @@ from dsv4_bench.workbench.timing import document as documents
 from dsv4_bench.workbench.timing.capturing import Pass, capture_pass
 from dsv4_bench.workbench.timing.ceilings import Ceilings, ceilings
 from dsv4_bench.workbench.timing.clock import Clock, make_clock
+from dsv4_bench.workbench.timing.layers import time_layer
 from dsv4_bench.workbench.timing.nsys import MEASURE
-from dsv4_bench.workbench.timing.sites import Effort, SiteTime, time_layer, time_site
+from dsv4_bench.workbench.timing.sites import Effort, SiteTime, run_counted, run_recorded, time_site
 
 Say = Callable[[str], None]
+_RECORDED = 5  # runs of every op that nsys records
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Request:
     effort: Effort
     fresh_ceilings: bool = False
     kernels_shown: bool = False
-    counted: bool = False  # by ncu: the profiler is switched on around every call that is timed
+    recorded: bool = False  # by nsys, which gets runs of every op for itself
 
 
 def wanted(model: Transformer, request: Request) -> Callable[[Site], bool]:
@@ -66,29 +70,47 @@ def profile(
     kept = capture_pass(model, wanted(model, request), tokens, request.phase, say)
     clock, judge = make_clock(model.device), Judge(model.dtype)
     rows = []
-    with site_range(MEASURE):  # what nsys waits for
-        for number, call in enumerate(kept.calls):
-            say(f"{call.site.path} ({number + 1} of {len(kept.calls)})")
-            rows.append(
-                time_site(model, call, clock, ceiling, judge, request.effort, request.counted)
-            )
+    for number, call in enumerate(kept.calls):
+        say(f"{call.site.path} ({number + 1} of {len(kept.calls)})")
+        alone = not request.recorded  # one profiler at a time
+        rows.append(time_site(model, call, clock, ceiling, judge, request.effort, alone))
     whole = _whole(model, kept, rows, clock, request)
+    if request.recorded:
+        with torch.inference_mode(), site_range(MEASURE):  # what nsys waits for
+            run_recorded(model, kept.calls, _RECORDED)
     return _document(model, tokens, request, ceiling, rows, whole)
+
+
+def count(model: Transformer, tokens: list[list[int]], request: Request, say: Say) -> int:
+    """Run the ops of `request` for ncu, which looks on; how many ops. Nothing is timed."""
+    kept = capture_pass(model, wanted(model, request), tokens, request.phase, say)
+    with torch.inference_mode():
+        run_counted(model, kept.calls)
+    return len(kept.calls)
 
 
 def _whole(
     model: Transformer, kept: Pass, rows: list[SiteTime], clock: Clock, request: Request
 ) -> list[dict[str, Any]]:
-    """Every layer of which all ops were timed, run whole; with the sum of its sites' times."""
+    """Every layer of which all ops were timed, run whole; with the sum of its sites' times.
+
+    `comparable`: all of them were timed in the same way, so that the sum means something.
+    """
     found = []
     for given in kept.layers:
         own = [row for row in rows if row.layer == given.layer]
-        used = {model.sites[row.site].impl.name for row in own}
         if len(own) != sum(f"L{given.layer}/" in path for path in model.schedule(kept.step)):
             continue  # only some of its sites were asked for
-        alone = sum(row.seconds[model.sites[row.site].impl.name] for row in own)
+        names = [model.sites[row.site].impl.name for row in own]
+        alone = sum(row.seconds[name] for row, name in zip(own, names, strict=True))
         entry = time_layer(model, kept, given, clock, request.effort)
-        found.append({"layer": given.layer, "sites": alone, "routes": sorted(used), **entry})
+        ways = {row.how[name] for row, name in zip(own, names, strict=True)}
+        comparable = ways == {entry["how"]} == {entry["between_how"]}
+        routes = sorted(set(names))
+        found.append(
+            {"layer": given.layer, "sites": alone, "routes": routes, **entry}
+            | {"comparable": comparable}
+        )
     return found
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,9 +16,8 @@ from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, choose
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.judge import Judge
 from dsv4_bench.probes.nvtx import site_range
-from dsv4_bench.workbench.timing.capturing import LayerInput, Pass, run_layer
 from dsv4_bench.workbench.timing.ceilings import Ceilings
-from dsv4_bench.workbench.timing.clock import Clock
+from dsv4_bench.workbench.timing.clock import Call, Clock, Timed
 from dsv4_bench.workbench.timing.kernels import Kernels, kernels_of
 
 
@@ -36,7 +34,8 @@ class Effort:
 class SiteTime:
     """Seconds by implementation: median and the middle half's width; the kernel's own error.
 
-    `floor` is what this machine needs at least (see ceilings.py), `bound` what that comes from.
+    `how` says how each was timed (see clock.Timed). `floor` is what this machine needs at least (see
+    ceilings.py), `bound` what that comes from.
     """
 
     site: str
@@ -45,6 +44,7 @@ class SiteTime:
     kernel: str
     seconds: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
     repeats: int = 0
     bytes: int = 0
     flops: int = 0
@@ -80,34 +80,30 @@ def time_site(
     ceiling: Ceilings,
     judge: Judge,
     effort: Effort,
-    counted: bool = False,
     with_kernels: bool = True,
 ) -> SiteTime:
     """Reference and the route's kernel, interleaved on the same inputs; `judge` has the limits.
 
-    `counted`: ncu watches; its profiler is started and stopped around the timed calls. The kernels
-    inside each implementation are listed `with_kernels`, which takes a run of torch's profiler.
+    The kernels inside each implementation are listed `with_kernels`, which takes a run of torch's
+    profiler.
     """
     site = call.site
-    kernel, note = site.impl, site.stamp.note
-    if kernel.name == "reference":
-        kernel, note = choose(site.op, "kernel", model.context)
-    row = SiteTime(site.path, site.op, site.layer, kernel.name, note=note)
-    reference = IMPLEMENTATIONS[site.op]["reference"]
-    contenders = list({impl.name: impl for impl in (reference, kernel)}.values())
+    contenders, note = _contenders(model, call)
+    row = SiteTime(site.path, site.op, site.layer, contenders[-1].name, note=note)
     with torch.inference_mode():
         results = {impl.name: call.run(impl.function) for impl in contenders}  # warm-up too
-        with torch.cuda.profiler.profile() if counted else nullcontext():
-            samples = _interleave(call, contenders, clock, effort)
-        if with_kernels and not counted:  # one profiler at a time
+        timed = {impl.name: prepared(call, impl, clock) for impl in contenders}
+        samples = interleave(timed, effort)
+        if with_kernels:
             for impl in contenders:
-                row.kernels[impl.name] = kernels_of(_caller(call, impl), model.device)
-        if kernel.name != "reference":
+                row.kernels[impl.name] = kernels_of(caller(call, impl), model.device)
+        if row.kernel != "reference":
             _judge(row, call, judge, results)
     row.repeats = len(samples["reference"])
     for name, values in samples.items():
         row.seconds[name] = statistics.median(values)
-        row.spread[name] = _middle_half(values)
+        row.spread[name] = middle_half(values)
+        row.how[name] = timed[name].how
     cost = site.spec.cost(call.args, site.params, tuple(results["reference"].values()))
     dtype = str(model.dtype).removeprefix("torch.")
     row.bytes, row.flops = cost.bytes, cost.flops
@@ -116,24 +112,67 @@ def time_site(
     return row
 
 
-def _interleave(
-    call: Captured, contenders: list[Implementation], clock: Clock, effort: Effort
-) -> dict[str, list[float]]:
-    """Samples by implementation, taking turns, so that a change of clocks meets all of them."""
-    samples: dict[str, list[float]] = {impl.name: [] for impl in contenders}
+def _contenders(model: Transformer, call: Captured) -> tuple[list[Implementation], str]:
+    """The reference, then the kernel of the route (or the best one) if that is another; its note."""
+    site = call.site
+    kernel, note = site.impl, site.stamp.note
+    if kernel.name == "reference":
+        kernel, note = choose(site.op, "kernel", model.context)
+    reference = IMPLEMENTATIONS[site.op]["reference"]
+    return list({impl.name: impl for impl in (reference, kernel)}.values()), note
+
+
+def run_recorded(model: Transformer, calls: Sequence[Captured], repeats: int) -> None:
+    """Reference and kernel of every op as Python calls them, for a profiler that records all of it.
+
+    Each call lies in the NVTX range of its site, and in one named like the implementation.
+    """
+    for call in calls:
+        for impl in _contenders(model, call)[0]:
+            for _ in range(repeats):
+                run = caller(call, impl)
+                with site_range(call.site.path, call.site.layer), site_range(impl.name):
+                    run()
+
+
+def run_counted(model: Transformer, calls: Sequence[Captured]) -> None:
+    """The kernel of every op once, for a profiler that is started before it and stopped after."""
+    for call in calls:
+        impl = _contenders(model, call)[0][-1]
+        caller(call, impl)()  # builds and tables are not counted
+        run = caller(call, impl)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        with site_range(call.site.path, call.site.layer), site_range(impl.name):
+            run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def prepared(call: Captured, impl: Implementation, clock: Clock) -> Timed:
+    """The op on `impl`, ready to be timed: weights and cache cold, what the ops before wrote warm."""
+    names = call.site.spec.parameters
+    warm = [
+        value
+        for name, value in zip(names, call.args, strict=False)
+        if isinstance(value, Tensor) and name not in call.cached
+    ]
+    return clock.prepare(lambda: caller(call, impl), warm)
+
+
+def interleave(timed: dict[str, Timed], effort: Effort) -> dict[str, list[float]]:
+    """Samples by name, taking turns, so that a change of clocks meets all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     started = time.perf_counter()
     for repeat in range(effort.most):
-        for impl in contenders:
-            run = _caller(call, impl)
-            clock.evict()
-            with site_range(call.site.path, call.site.layer), site_range(impl.name):
-                samples[impl.name].append(clock.seconds(run))
+        for name, one in timed.items():
+            samples[name].append(one.sample())
         if repeat + 1 >= effort.least and time.perf_counter() - started > effort.seconds:
             break
     return samples
 
 
-def _caller(call: Captured, impl: Implementation) -> Callable[[], Any]:
+def caller(call: Captured, impl: Implementation) -> Call:
     """The op as a function of nothing; in-place arguments are fresh copies, made beforehand."""
     site, spec = call.site, call.site.spec
     inputs: dict[str, Any] = {**call.inputs, **{n: t.clone() for n, t in call.before.items()}}
@@ -152,27 +191,7 @@ def _judge(
         row.verdict = comparison.verdict
 
 
-@torch.inference_mode()
-def time_layer(
-    model: Transformer, kept: Pass, given: LayerInput, clock: Clock, effort: Effort
-) -> dict[str, float]:
-    """A whole layer as the engine runs it, on the route it has: median seconds and spread."""
-    run_layer(model, kept, given)
-    values: list[float] = []
-    started = time.perf_counter()
-    layer, cache = model.layers[given.layer], kept.cache.layers[given.layer]
-    while len(values) < effort.least or (
-        len(values) < effort.most and time.perf_counter() - started < effort.seconds
-    ):
-        cache.restore(given.cache)
-        clock.evict()
-        values.append(clock.seconds(lambda: layer(given.x, cache, kept.step)))
-    cache.restore(given.cache)
-    middle, spread = statistics.median(values), _middle_half(values)
-    return {"seconds": middle, "spread": spread, "repeats": len(values)}
-
-
-def _middle_half(values: list[float]) -> float:
+def middle_half(values: list[float]) -> float:
     """Width of the middle half; 0 of a single value."""
     if len(values) < 2:
         return 0.0

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT [FLASH_FOLDER]
+# Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder.
+set -uo pipefail
+out=$1
+flash=${2:-$out/flash}
+mkdir -p "$out"
+out=$(realpath "$out")
+bench=(python3 -m dsv4_bench.workbench)
+
+step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
+    local seconds=$1 name=$2 started=$SECONDS
+    shift 2
+    timeout "$seconds" "$@" >"$out/$name.json" 2>"$out/$name.err"
+    echo "$name: exit $?, $((SECONDS - started)) s"
+    tail -n 4 "$out/$name.err"
+}
+
+[[ -d $flash ]] || timeout 100 python3 tests/flash_layers.py "$flash"
+
+step 40 demo "${bench[@]}" profile --layer 3 --json --ceilings \
+    --trace "$out/demo_trace.json" --plot "$out/demo.png"
+step 60 flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 --json --seconds 0.2
+step 40 flash_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --json --seconds 0.2
+step 40 flash_prefill "${bench[@]}" profile "$flash" --layer 1 --context 1024 --phase prefill --json --seconds 0.2
+(cd "$out" && step 60 ncu "${bench[@]}" profile "$flash" --layer 1 --context 511 --ncu --json)
+(cd "$out" && step 60 ncu_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --ncu --json)
+step 40 reload python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
