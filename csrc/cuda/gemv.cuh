@@ -74,14 +74,15 @@ struct HalfRows {
         : at((uint4*)memory), zero(at + rows * vectors), peak((uint32_t*)(at + rows * vectors + 2)),
           vectors(vectors) {}
 
-    // The exponent that a row was multiplied by 2 to the power of.
-    __device__ int exponent(int row) const { return 141 - (int)(peak[row] >> 23); }
+    // The exponent that a row is multiplied by 2 to the power of.
+    __device__ static int exponent_of(uint32_t peak) { return 141 - (int)(peak >> 23); }
+    __device__ int exponent(int row) const { return exponent_of(peak[row]); }
 
     // Undoes it; in two factors, as one may be out of range.
-    __device__ float restore(float x, int row) const {
-        int e = exponent(row);
+    __device__ static float undo(float x, int e) {
         return x * power(-(e / 2)) * power(-(e - e / 2));
     }
+    __device__ float restore(float x, int row) const { return undo(x, exponent(row)); }
     __device__ static float power(int e) { return __uint_as_float((uint32_t)(127 + e) << 23); }
 };
 
