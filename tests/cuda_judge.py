@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from verified import measured
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.numerics import double_precision
@@ -70,7 +71,9 @@ def judge(op: str, *args: Any, **params: Any) -> dict[str, Tensor]:
         what = f"{op}.{name}"
         assert (value.shape, value.dtype) == (honest[name].shape, honest[name].dtype), what
         if name in OPS[op].discrete:
-            assert torch.equal(value, honest[name]), what
+            equal = torch.equal(value, honest[name])
+            measured(op, "sm90", float(not equal), 0.0)
+            assert equal, what
             continue
         assert not masks_differ(value, truth[name]).any(), f"{what}: NaN or infinities differ"
         error, row = tensor_and_row_error(value, truth[name])
@@ -78,6 +81,7 @@ def judge(op: str, *args: Any, **params: Any) -> dict[str, Tensor]:
         floor = FLOOR[value.dtype]
         shape = list(value.shape)
         print(f"{what} {shape}: {error:.2e} (row {row:.2e}), honest {fair:.2e} ({fair_row:.2e})")
+        measured(op, "sm90", error, MARGIN * fair + floor)
         assert error <= MARGIN * fair + floor, f"{what}: {error:.2e}, honest {fair:.2e}"
         assert row <= MARGIN * fair_row + 4 * floor, f"{what} row: {row:.2e}, {fair_row:.2e}"
     return got

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_cpu_kernels import make_weight, oracle_weight, same, shapes_of, views
 from torch import Tensor
+from verified import measured
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
+from dsv4_bench.probes.metrics import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -47,8 +49,13 @@ def dtype(request):
     return request.param
 
 
+_ran = ""  # the op that `kernel` ran last, which is the one that `close` and `equal` judge
+
+
 def kernel(op: str, *args: Any, **params: Any) -> Any:
     """The kernel's result; an error that it left on the device surfaces here."""
+    global _ran
+    _ran = op
     result = IMPLEMENTATIONS[op]["sm90"].function(*args, **params)
     torch.cuda.synchronize()
     return result
@@ -63,8 +70,10 @@ def truth(op: str, *args: Any, **params: Any) -> Any:
 
 def close(got: Tensor, want: Tensor, what: str = "", limit: float | None = None) -> None:
     """`got` equals float64 `want`, rounded once to got's dtype."""
-    rounded = want.to(got.dtype)
-    same(got.cpu(), rounded.cpu(), LIMIT[got.dtype] if limit is None else limit, what)
+    got, rounded = got.cpu(), want.to(got.dtype).cpu()
+    limit = LIMIT[got.dtype] if limit is None else limit
+    measured(_ran, "sm90", relative_error(got, rounded), limit)
+    same(got, rounded, limit, what)
 
 
 def on_gpu(weight: Weight) -> Weight:
@@ -390,6 +399,7 @@ def equal(op: str, *args: Any, **params: Any) -> None:
     want = OPS[op].reference(*args, **params)
     got = kernel(op, *args, **params)
     assert got.dtype == want.dtype
+    measured(op, "sm90", relative_error(got, want), 0.0)
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -414,6 +424,7 @@ def test_cache_write(d, cache_dtype, dtype):
         part = slice(8, None) if strided else slice(0, d)
         OPS["cache_write"].reference(rows, slots, theirs[:, part])
         kernel("cache_write", rows, slots, ours[:, part])
+        measured("cache_write", "sm90", relative_error(ours, theirs), 0.0)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
