@@ -20,7 +20,8 @@ if [[ " $* " == *" test "* ]]; then
     timeout 240 "${pytest[@]}" tests/test_cuda*.py \
         --junitxml="$out/junit.xml" >"$out/test.log" 2>&1
     grep -E "^E  |^FAILED|passed|failed" "$out/test.log" | tail -40
-    PYTHONPATH=tests:$PYTHONPATH python3 tests/gpu_record.py "$out/junit.xml" "$out/gpu_tests.json"
+    python3 tests/gpu_record.py "$out/junit.xml" --tests "$out/gpu_tests.json" --verified "$out/verified.json" \
+        --commit "${DSV4_COMMIT:-$(git rev-parse --short HEAD)}"
 fi
 if [[ " $* " == *" sanitize "* ]]; then
     for tool in memcheck racecheck initcheck synccheck; do
