@@ -34,6 +34,7 @@ class LayerCache:
     ring [b*window, hd]: position p is in slot p % window. entries [b, capacity, hd] and, in CSA
     layers, index_entries [b, capacity, id]: entry j in row j. Rows past the last entry are unused.
     With `kv` "fp8", ring and entries are packed: uint8, and bytes of an entry in place of hd.
+    `version` counts how often tensors were replaced by others; what is written in place does not count.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LayerCache:
         kv: str = "dtype",
     ) -> None:
         self.ratio = config.ratio(layer)
+        self.version = 0
         width, stored = config.head_dim, dtype
         if kv == "fp8":
             width, stored = packed_bytes(width, config.qk_rope_head_dim), torch.uint8
@@ -74,6 +76,7 @@ class LayerCache:
             grown = pool.new_zeros(pool.shape[0], max(needed, 2 * pool.shape[1], 16), pool.shape[2])
             grown[:, : pool.shape[1]] = pool
             setattr(self, name, grown)
+            self.version += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything stored, by name; the live tensors, not copies."""
@@ -93,6 +96,7 @@ class LayerCache:
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Go back to `snapshot`, which stays usable."""
+        self.version += 1
         for name, tensor in snapshot.items():
             owner, _, field = name.rpartition(".")
             target = getattr(self, owner) if owner else self
@@ -134,12 +138,15 @@ class Cache:
             if not len(piece):
                 raise DSV4Error(f"sequence {b}: no tokens", "a prompt needs at least one token")
             check_token_ids(piece, self.config.vocab_size)
-        for layer in self.layers:
-            longest = (start + len(p) for start, p in zip(self.lengths, tokens, strict=True))
-            layer.reserve(max(longest))
+        self.reserve(max(start + len(p) for start, p in zip(self.lengths, tokens, strict=True)))
         flat = torch.tensor([t for piece in tokens for t in piece], device=self.device)
         lengths = tuple(len(piece) for piece in tokens)
         return Step(flat, tuple(self.lengths), lengths, self.config.sliding_window)
+
+    def reserve(self, length: int) -> None:
+        """Make room in every layer for sequences of `length` tokens."""
+        for layer in self.layers:
+            layer.reserve(length)
 
     def advance(self, step: Step) -> None:
         """Count `step`'s tokens as cached; call it once all layers have run."""
@@ -152,6 +159,11 @@ class Cache:
         self.lengths = list(snapshot["lengths"])  # type: ignore[call-overload]
         for layer, saved in zip(self.layers, snapshot["layers"], strict=True):  # type: ignore[call-overload]
             layer.restore(saved)
+
+    @property
+    def version(self) -> int:
+        """Changes when a layer's tensors are replaced by others."""
+        return sum(layer.version for layer in self.layers)
 
     @property
     def nbytes(self) -> int:

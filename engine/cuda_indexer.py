@@ -5,8 +5,6 @@ Contracts are those of the references in `ops`. Nothing here synchronises with t
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,7 @@ def index_score(
         kind,
         weights.data_ptr(),
         weights_kind,
-        step.sequence.data_ptr(),
+        None if step.is_decode else step.sequence.data_ptr(),
         step.positions.data_ptr(),
         ratio,
         n,
@@ -67,7 +65,7 @@ def index_score(
         total,
         scale,
         _tokens_per_block(step, total, available),
-        max(1, 2 * available // max(n, 1)),
+        available,
         score.data_ptr(),
     )
     return score
@@ -115,10 +113,10 @@ def compressor(
         wrong(op, f"states {list(kv_state.shape)}, {list(score_state.shape)}, not {list(state)}")
     kv, score, ape = floats(op, kv), floats(op, score), floats(op, ape)
     states = [_writable(op, kv_state), _writable(op, score_state)]
-    windows = _windows(step.starts, step.lengths, ratio)
+    windows = step.closed(ratio)
     overlap = slots == 2 * ratio
     pooled = kv.new_empty(sum(windows), width // 2 if overlap else width)
-    sequences = _sequences(step.starts, step.lengths, ratio, kv.device)
+    sequences = step.sequence_table(ratio)
     COMPRESSOR.call(
         op,
         kv,
@@ -139,25 +137,6 @@ def compressor(
         if written is not given:
             given.copy_(written)
     return pooled
-
-
-def _windows(starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int) -> list[int]:
-    """How many windows of each sequence close in this step."""
-    return [(a % ratio + b) // ratio for a, b in zip(starts, lengths, strict=True)]
-
-
-@lru_cache(maxsize=16)
-def _sequences(
-    starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int, device: torch.device
-) -> Tensor:
-    """[b, 4] int64: start, length, first row of the inputs, first row of the output."""
-    table, row, window = [], 0, 0
-    for start, length, closed in zip(
-        starts, lengths, _windows(starts, lengths, ratio), strict=True
-    ):
-        table.append((start, length, row, window))
-        row, window = row + length, window + closed
-    return torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _writable(op: str, state: Tensor) -> Tensor:

@@ -174,11 +174,12 @@ class Attention:
         if self.ratio:
             assert cache.state is not None and cache.entries is not None
             self.compressor(u, cache.state, cache.entries, step)
+            capacity = cache.entries.shape[1]
             if self.ratio == CSA_RATIO:
                 selected = self.indexer(u, qr, cache, step)  # [n, topk] local entries
+                entry_index = step.pool_rows(selected, capacity)
             else:
-                selected = step.all_visible(self.ratio)  # [n, T]
-            entry_index = step.pool_rows(selected, cache.entries.shape[1])
+                entry_index = step.all_rows(self.ratio, capacity)  # [n, T]
             entries = cache.entries.flatten(0, 1)  # [b*capacity, hd]
 
         if step.is_decode:  # the new token overwrites the one that leaves the window

@@ -249,6 +249,8 @@ class Site:
     """
 
     switches: ClassVar[int] = 0
+    # What goes around every op that runs from the next `use` on: NVTX ranges while something records.
+    wrap: ClassVar[Callable[[Site, Function], Function] | None] = None
     __slots__ = ("_run", "impl", "layer", "op", "params", "path", "spec", "stamp", "tap")
 
     def __init__(self, path: str, spec: OpSpec, params: dict[str, Any], layer: int | None) -> None:
@@ -278,7 +280,8 @@ class Site:
         """Use `impl` with a stamp it had before: undoes a `use`."""
         Site.switches += 1
         self.impl, self.stamp = impl, stamp
-        self._run = with_constants(impl.function, self.params)
+        run = with_constants(impl.function, self.params)
+        self._run = run if Site.wrap is None else Site.wrap(self, run)
 
     def __repr__(self) -> str:
         return f"Site({self.path}, {self.op}={self.stamp.implementation})"

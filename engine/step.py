@@ -6,7 +6,7 @@ Sequences of different lengths lie one after another in one token axis `n`; ther
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Step:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     window: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether a compressor returns a row for every sequence, zeros where no window closes."""
+        return False
 
     @property
     def is_decode(self) -> bool:
@@ -96,6 +101,14 @@ class Step:
         """[n] int64: how many entries each token may see, (p + 1) // ratio."""
         return (self.positions + 1) // ratio
 
+    def closed(self, ratio: int) -> list[int]:
+        """Rows that a compressor returns for each sequence: its windows that close in this step."""
+        return _closed(self.starts, self.lengths, ratio)
+
+    def sequence_table(self, ratio: int) -> Tensor:
+        """[b, 4] int64: first position, tokens, first row in n, first row of `closed` (-1 if none)."""
+        return _sequence_table(self.starts, self.lengths, ratio, self.tokens.device)
+
     def new_entries(self, ratio: int, capacity: int) -> tuple[Tensor, Tensor]:
         """Of the entries that close in this step: position of the first token [m], and row [m] in a
         pool of `capacity` rows a sequence. Both int64."""
@@ -107,13 +120,29 @@ class Step:
         device = self.tokens.device
         return torch.cat(positions).to(device), torch.cat(slots).to(device)
 
-    def all_visible(self, ratio: int) -> Tensor:
-        """[n, T] int32 local indices of every visible entry, -1 elsewhere: what HCA attends to."""
+    def all_rows(self, ratio: int, capacity: int) -> Tensor:
+        """[n, T] int32 pool rows of every visible entry, -1 elsewhere: what HCA attends to."""
         columns = torch.arange(self.entries(ratio), device=self.tokens.device)
         index = columns.expand(len(self.tokens), -1)
-        return torch.where(index < self.visible(ratio)[:, None], index, -1).int()
+        visible = index < self.visible(ratio)[:, None]
+        return self.pool_rows(torch.where(visible, index, -1), capacity)
 
     def pool_rows(self, index: Tensor, capacity: int) -> Tensor:
         """Local entry indices [n, k] -> rows [n, k] int32 in a pool of `capacity` rows a sequence."""
         base = (self.sequence * capacity)[:, None]
         return torch.where(index >= 0, index + base, -1).int()
+
+
+def _closed(starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int) -> list[int]:
+    return [(a % ratio + b) // ratio for a, b in zip(starts, lengths, strict=True)]
+
+
+@lru_cache(maxsize=16)  # the layers of a step ask for the same one
+def _sequence_table(
+    starts: tuple[int, ...], lengths: tuple[int, ...], ratio: int, device: torch.device
+) -> Tensor:
+    table, row, window = [], 0, 0
+    for start, length, closed in zip(starts, lengths, _closed(starts, lengths, ratio), strict=True):
+        table.append((start, length, row, window if closed else -1))
+        row, window = row + length, window + closed
+    return torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)

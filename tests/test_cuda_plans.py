@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_bench.engine.cuda_attention import shares
-from dsv4_bench.engine.cuda_indexer import _sequences, _tokens_per_block
+from dsv4_bench.engine.cuda_indexer import _tokens_per_block
 from dsv4_bench.engine.step import Step
 
 PROCESSORS = 132
@@ -44,5 +44,6 @@ def test_tokens_of_a_block() -> None:
 
 def test_table_of_sequences() -> None:
     """Start, length, first row of the inputs, first window of the output."""
-    table = _sequences((5, 0, 126), (3, 1, 131), 4, torch.device("cpu"))
-    assert table.tolist() == [[5, 3, 0, 0], [0, 1, 3, 1], [126, 131, 4, 1]]
+    step = step_of((5, 0, 126), (3, 1, 131))
+    assert step.closed(4) == [1, 0, 33]
+    assert step.sequence_table(4).tolist() == [[5, 3, 0, 0], [0, 1, 3, -1], [126, 131, 4, 1]]

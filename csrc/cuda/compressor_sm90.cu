@@ -10,7 +10,7 @@ constexpr int kBatch = 8;  // loads in flight
 
 // What one sequence brings: tokens at `row` of the inputs, whose first position is `start`.
 struct Sequence {
-    int64_t start, length, row, window;  // window: row of its first entry in the output
+    int64_t start, length, row, window;  // window: row of its first entry in the output, -1 for none
 };
 
 // Without overlap a window pools its own columns [0, d); with it, columns [0, d) of the window before
@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) compressor_kernel(Problem p) {
         if (blockIdx.z + 1 < windows) pool(p, b, channel, blockIdx.z + 1);
         return;
     }
+    if (windows == 0 && sequence.window >= 0) p.pooled[sequence.window * p.dim + channel] = 0;
     for (int64_t window = 0; window < 2 && window < windows; window++) pool(p, b, channel, window);
     Column(p, b, channel).keep();
     if (p.overlap) Column(p, b, p.dim + channel).keep();
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kThreads) compressor_kernel(Problem p) {
 using namespace dsv4;
 
 // Pools every window that closes -> pooled [windows, dim], and keeps the open one in the states
-// [batch, ratio or 2 * ratio, width]. sequences [batch, 4]: start, length, first row, first window;
-// most_windows: of any sequence.
+// [batch, ratio or 2 * ratio, width]. sequences [batch, 4]: start, length, first row, first window (a
+// sequence with one whose window stays open gets a row of zeros); most_windows: of any sequence.
 DSV4_EXPORT int dsv4_compressor(const float* kv, const float* score, const float* ape,
                                 float* kv_state, float* score_state, const int64_t* sequences,
                                 int64_t batch, int64_t ratio, int64_t width, int overlap,

@@ -36,7 +36,8 @@ def compressor(
 
     kv_state, score_state [b, ratio or 2*ratio, w] float32, in place: slots [0, ratio) the previous
     window (ratio 4 only), then the open window, slot = position % ratio; score is kept with ape
-    added; unused slots hold 0 and -inf. Returns pooled [m, d] float32, sequence by sequence.
+    added; unused slots hold 0 and -inf. Returns pooled [m, d] float32, sequence by sequence; of a
+    padded step [b, d], with zeros for a sequence whose window stays open.
     """
     ratio, width = ape.shape
     overlap = kv_state.shape[1] == 2 * ratio
@@ -62,6 +63,8 @@ def compressor(
         else:
             pool_kv, pool_score = closed_kv, closed_score
         pooled.append((pool_score.softmax(1) * pool_kv).sum(1))  # [windows, d]
+        if step.padded and not windows:
+            pooled.append(kv.new_zeros(1, pooled[-1].shape[1]))
         rest = all_kv.shape[0] - windows * ratio
         kv_state[b, current] = 0
         score_state[b, current] = -torch.inf

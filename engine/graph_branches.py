@@ -1,0 +1,215 @@
+"""Sites of a layer side by side in a CUDA graph: each waits only for those that made what it reads.
+
+A tap's observer for the time of a capture. Which site needs which is read off the tensors: a site
+comes after those that wrote storages it reads or writes, and after those that read what it writes.
+Torch operations between two sites are captured behind the first of them, and what they make counts
+as that site's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.graph_nodes import CapturedNodes
+from dsv4_bench.engine.registry import Site
+
+
+class Observer(Protocol):
+    """Launches of its own beside the sites, on a branch that is joined at the end of the graph.
+
+    Called while capturing, with that branch as the current stream; nothing may synchronise.
+    """
+
+    def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+        """The site has run; its tensors stay valid for the life of the graph."""
+
+    def layer_done(self, layer: int) -> None:
+        """All sites of the layer have run."""
+
+
+class Clock(Protocol):
+    """Launches of its own right before and after a site, in the site's chain: device time stamps."""
+
+    def start(self, site: Site) -> None: ...
+    def stop(self, site: Site) -> None: ...
+
+
+@dataclass
+class _Work:
+    """What a stream holds up to one site. `covers` has a bit for it and for all it comes after."""
+
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+    number: int
+    covers: int
+
+
+def _mark(stream: torch.cuda.Stream, number: int, before: Iterable[_Work]) -> _Work:
+    covers = 1 << number
+    for work in before:
+        covers |= work.covers
+    event = torch.cuda.Event()
+    event.record(stream)
+    return _Work(stream, event, number, covers)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def storages(tensors: Iterable[Any]) -> set[int]:
+    """The addresses of the memory behind `tensors`; what is no tensor is left out."""
+    return {_storage(t) for t in tensors if isinstance(t, Tensor)}
+
+
+class Branches:
+    """Runs the sites of a capture that began on the current stream; `sites` lists path, first node, nodes.
+
+    `side_by_side` False keeps them in one chain. `failed` is the site that raised, if one did.
+    """
+
+    def __init__(
+        self, observer: Observer | None, clock: Clock | None, side_by_side: bool = True
+    ) -> None:
+        self.observer, self.clock, self.side_by_side = observer, clock, side_by_side
+        self.origin = torch.cuda.current_stream()
+        self.nodes = CapturedNodes(self.origin.cuda_stream)
+        self.sites: list[tuple[str, int, int]] = []
+        self.failed: Site | None = None
+        self._streams = [self.origin]
+        self._beside = torch.cuda.Stream() if observer else None
+        self._kept: list[Any] = []  # so that no memory is used twice between two joins
+        self._begin(self.origin, set())
+
+    def _begin(self, stream: torch.cuda.Stream, given: set[int]) -> None:
+        """Only `stream` holds work, and the memory at the addresses `given` is ready."""
+        self._first = self._last = _mark(stream, 0, ())
+        self._works = 1
+        self._tails = {stream: self._last}
+        self._writers = dict.fromkeys(given, self._last)
+        self._readers: dict[int, list[_Work]] = {}
+        self._followed: list[_Work] = []  # sites with torch operations behind them
+        self._count = self.nodes.count()
+
+    @contextmanager
+    def part(self, given: Iterable[Any], layer: int | None = None) -> Iterator[None]:
+        """A layer, or what else shall be joined at its end; `given` are the tensors it starts from."""
+        self._begin(self._last.stream, storages(given))
+        yield
+        self._join()
+        if self.observer is not None and layer is not None:
+            self._observe(lambda observer: observer.layer_done(layer))
+
+    def _join(self) -> None:
+        """Everything comes together on the stream of the last site, which is the current one."""
+        self._look_behind()
+        last = self._last
+        for tail in self._tails.values():
+            if not last.covers >> tail.number & 1:
+                last.stream.wait_event(tail.event)
+        if self.observer is None:
+            self._kept.clear()
+        self._begin(last.stream, set())
+
+    def finish(self) -> None:
+        """All branches come together where the capture began."""
+        torch.cuda.set_stream(self.origin)
+        self.origin.wait_stream(self._last.stream)
+        if self._beside is not None:
+            self.origin.wait_stream(self._beside)
+
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        """Run the op on a stream of its own or on that of the site it waits for."""
+        try:
+            return self._run(site, args)
+        except Exception:
+            self.failed = self.failed or site
+            raise
+
+    def _run(self, site: Site, args: tuple[Any, ...]) -> Any:
+        self._look_behind()
+        bound = site.spec.bind(args, {})
+        reads, writes = storages(args), storages(bound[name] for name in site.spec.mutates)
+        needs = self._needs(reads, writes)
+        stream = self._stream(needs)
+        torch.cuda.set_stream(stream)
+        if self.clock is not None:
+            self.clock.start(site)
+        first = self.nodes.count()
+        result = site.run(args)
+        self.sites.append((site.path, first, self.nodes.count() - first))
+        if self.clock is not None:
+            self.clock.stop(site)
+        self._ran(_mark(stream, self._works, needs), reads, writes | _made(result))
+        self._kept.append((args, result))
+        if self.observer is not None:
+            self._observe(lambda observer: observer.after(site, args, result))
+        return result
+
+    def _look_behind(self) -> None:
+        """Whether torch launched something behind the last site."""
+        if self.nodes.count() > self._count:
+            self._last.event.record(self._last.stream)
+            self._followed.append(self._last)
+
+    def _ran(self, work: _Work, reads: set[int], writes: set[int]) -> None:
+        self._works += 1
+        self._last = self._tails[work.stream] = work
+        for address in reads:
+            self._readers.setdefault(address, []).append(work)
+        for address in writes:
+            self._writers[address], self._readers[address] = work, []
+        self._count = self.nodes.count()
+
+    def _needs(self, reads: set[int], writes: set[int]) -> list[_Work]:
+        """The works that a site with these storages comes after, without those that others cover."""
+        if not self.side_by_side:
+            return [self._last]
+        found = [self._first]
+        for address in reads:
+            known = self._writers.get(address)
+            found += self._followed if known is None else [known]
+        for address in writes:
+            found += self._readers.get(address, [])
+        needs = list({work.number: work for work in found}.values())
+        return [
+            work
+            for work in needs
+            if not any(o is not work and o.covers >> work.number & 1 for o in needs)
+        ]
+
+    def _stream(self, needs: list[_Work]) -> torch.cuda.Stream:
+        """A stream that holds nothing but what `needs` cover, made to wait for all of them."""
+        covered = 0
+        for work in needs:
+            covered |= work.covers
+        fit = [tail for tail in self._tails.values() if covered >> tail.number & 1]
+        stream = max(fit, key=lambda tail: tail.number).stream if fit else self._unused()
+        for work in needs:
+            if work.stream is not stream:
+                stream.wait_event(work.event)
+        return stream
+
+    def _unused(self) -> torch.cuda.Stream:
+        for stream in self._streams:
+            if stream not in self._tails:
+                return stream
+        self._streams.append(torch.cuda.Stream())
+        return self._streams[-1]
+
+    def _observe(self, call: Callable[[Observer], None]) -> None:
+        assert self.observer is not None and self._beside is not None
+        self._beside.wait_event(self._last.event)
+        with torch.cuda.stream(self._beside):
+            call(self.observer)
+        self._count = self.nodes.count()
+
+
+def _made(result: Any) -> set[int]:
+    return storages(result if isinstance(result, tuple) else (result,))
