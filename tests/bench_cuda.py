@@ -1,6 +1,6 @@
 """Times the CUDA kernels beside torch's own, per op and shape, as a share of the memory or MMA floor.
 
-    python tests/bench_cuda.py [GLOB ...] [--json OUT.json]
+    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile]
 
 Method: every case is a list of calls on different buffers, more than 256 MB together (the L2 holds
 60), random data, captured as one CUDA graph; time of a replay over its calls, median of nine. A call
@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-TABLES = ["bench_cuda_linear", "bench_cuda_attention"]
+TABLES = ["bench_cuda_linear", "bench_cuda_attention", "bench_cuda_kv"]
 NODE_US, BYTES_PER_US, FLOPS_PER_US = 1.75, 4.62e6, 690e6
 COLD_BYTES = 256 << 20
+COMPILED = "compiled"  # in the name of a peer that torch.compile takes seconds to make: --compile
 
 Call = Callable[[], Any]
 
@@ -159,12 +160,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("patterns", nargs="*", help="globs of '<op> <shape>'")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile", action="store_true", help="peers under torch.compile too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no CUDA device", file=sys.stderr)
         return 3
     report = {**describe_device(), "rows": []}
     for case in cases(args.patterns):
+        if not args.compile:
+            case.peers = {k: v for k, v in case.peers.items() if COMPILED not in k}
         try:
             row = measure(case)
         except Exception as error:  # one broken case must not cost the others

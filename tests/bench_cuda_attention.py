@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from bench_cuda import Call, Case
+from bench_peers import peers_of
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
@@ -40,7 +41,8 @@ def case(
 
     args, params = arguments()
     cost = OPS[op].cost(args, params, function(*args, **params))
-    return Case(op, shape, cost.bytes, cost.flops, make, {}, published, least, aim, copies)
+    peers = peers_of(op, arguments)
+    return Case(op, shape, cost.bytes, cost.flops, make, peers, published, least, aim, copies)
 
 
 # ------------------------------------------------------------------------------ hyper-connections

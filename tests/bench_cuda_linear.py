@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from bench_cuda import Call, Case
+from bench_peers import Arguments, peers_of
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.formats import Weight
@@ -87,7 +88,7 @@ def linear_case(kind: str, n: int, k: int, m: int) -> Case:
         rows = x[:m]
         return lambda: torch._scaled_mm(rows, w.T, one, one, out_dtype=BF16, use_fast_accum=True)
 
-    peers = {"bf16": {"cuBLAS bf16": cublas}, "fp8": {"cuBLAS fp8": cublas_fp8}}.get(kind, {})
+    peers = {"cuBLAS bf16": cublas, "cuBLAS fp8": cublas_fp8}  # fp8: one scale a tensor
     least, aim = GOALS.get((kind, n, k), (None, None)) if m == 1 else (None, None)
     size = int(n * k * BYTES[kind]) + 2 * m * (n + k)
     published = PUBLISHED.get((kind, n, k, m), {})
@@ -173,43 +174,53 @@ def shared_case(kind: str, n: int) -> Case:
 # ------------------------------------------------------------------------------ small ops
 
 
-def gate_case(n: int) -> Case:
+def small(
+    op: str,
+    shape: str,
+    size: int,
+    flops: int,
+    arguments: Callable[[], Arguments],
+    **published: float,
+) -> Case:
     def make(_: int) -> Call:
+        args, params = arguments()
+        return run(op, *args, **params)
+
+    return Case(op, shape, size, flops, make, peers_of(op, arguments), published)
+
+
+def gate_case(n: int) -> Case:
+    def arguments() -> Arguments:
         x = torch.randn(n, D, device=CUDA, dtype=BF16)
         tokens = torch.zeros(n, dtype=torch.int64, device=CUDA)
         bias = torch.randn(EXPERTS, device=CUDA)
-        w = weight("bf16", EXPERTS, D)
-        return run("gate", x, tokens, weight=w, bias=bias, tid2eid=None, k=TOP, scale=1.5)
+        constants = {"weight": weight("bf16", EXPERTS, D), "k": TOP, "scale": 1.5}
+        return (x, tokens), {**constants, "bias": bias, "tid2eid": None}
 
-    return Case("gate", f"{n} tokens", 2 * EXPERTS * D + 2 * n * D, 2 * n * EXPERTS * D, make)
+    flops = 2 * n * EXPERTS * D
+    return small("gate", f"{n} tokens", 2 * EXPERTS * D + 2 * n * D, flops, arguments)
 
 
 def norm_case(n: int) -> Case:
     gain = torch.randn(D, device=CUDA, dtype=BF16)
 
-    def make(_: int) -> Call:
-        x = torch.randn(n, D, device=CUDA, dtype=BF16)
-        return run("rms_norm", x, weight=gain, eps=1e-6)
+    def arguments() -> Arguments:
+        return (torch.randn(n, D, device=CUDA, dtype=BF16),), {"weight": gain, "eps": 1e-6}
 
-    def torch_norm(_: int) -> Call:
-        x = torch.randn(n, D, device=CUDA, dtype=BF16)
-        return lambda: torch.nn.functional.rms_norm(x, (D,), gain, 1e-6)
-
-    size = 4 * n * D
-    return Case("rms_norm", f"{n}x{D}", size, 4 * n * D, make, {"torch rms_norm": torch_norm})
+    return small("rms_norm", f"{n}x{D}", 4 * n * D, 4 * n * D, arguments)
 
 
 def rope_case(n: int) -> Case:
     freqs = 1 / 10000 ** (torch.arange(32, device=CUDA) / 32)
-    published = {1: 1.21, 8: 1.29, 64: 2.92, 1024: 34.1}.get(n)
+    published = {1: 1.21, 8: 1.29, 64: 2.92, 1024: 34.1}[n]
 
-    def make(_: int) -> Call:
+    def arguments() -> Arguments:
         q = torch.randn(n, 64, 512, device=CUDA, dtype=BF16)
         positions = torch.randint(0, 100000, (n,), device=CUDA)
-        return run("rope", q, positions, freqs=freqs, inverse=False)
+        return (q, positions), {"freqs": freqs, "inverse": False}
 
-    peers = {"SGLang norm+rope": published} if published else {}
-    return Case("rope", f"{n}x64x512", 4 * n * 64 * 512, 0, make, published=peers)
+    peer = {"SGLang norm+rope": published}
+    return small("rope", f"{n}x64x512", 4 * n * 64 * 512, 0, arguments, **peer)
 
 
 def cases() -> Iterator[Case]:
