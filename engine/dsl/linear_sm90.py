@@ -1,11 +1,13 @@
-"""CuTe-DSL kernel of op linear for many rows: y = x W^T on wgmma, with TMA and clusters, for sm_90a.
+"""CuTe-DSL kernels of op linear for many rows: y = x W^T on wgmma, with TMA and clusters, for sm_90a.
 
 A cluster of two blocks multiplies 2 x 128 weight rows with the same 256 activation rows, which each
 block reads half of and multicasts. In a block one warp feeds a ring of shared-memory stages, 64
 columns each, and two warpgroups multiply 64 weight rows each; the product leaves through shared memory
 and bulk-tensor stores. Blocks are persistent: the next tile's loads run under this one's stores.
+bfloat16 weights are multiplied from shared memory; coded ones are decoded into registers, which wgmma
+takes as its first operand, while the products before are under way.
 
-Needs nvidia-cutlass-dsl; `engine/dsl/build.py` compiles it ahead of time, on any machine.
+Needs nvidia-cutlass-dsl; `compile.py` compiles it ahead of time, on any machine.
 """
 
 from __future__ import annotations
@@ -14,103 +16,263 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass import BFloat16, Float32, Int32, Uint8, Uint16, Uint32, Uint64
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
 from cutlass.utils import LayoutEnum, SmemAllocator
 from cutlass.utils import hopper_helpers as hopper
 
 ROWS, TOKENS, COLUMNS = 128, 256, 64  # of a tile: weight rows, activation rows, contracted columns
 CLUSTER = 2  # blocks along the weight rows; they share the activations
-STAGES = 4
 CHUNK = 32  # activation rows that leave at a time
+SHARED, LEAVING = (
+    226 * 1024,
+    32 * 1024,
+)  # bytes a block: for everything but barriers, for chunks on their way out
 GROUP = 8  # tiles of activation rows whose weights are read once from L2
 WARPGROUP = 128  # threads
 MULTIPLIERS = 2  # warpgroups that multiply; one more loads
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
+PRODUCTS = COLUMNS // 16  # of a step
+THREAD = pipeline.Agent.Thread
+
+
+# ------------------------------------------------------------------------------ decoding
+
+
+@cute.jit
+def product_of_pairs(a: Uint32, b: Uint32) -> Uint32:
+    """Two bfloat16 products."""
+    return cute.arch.inline_ptx(  # the instruction takes no immediate
+        "{ .reg .b32 b; mov.b32 b, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, b; }",
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
+
+
+@cute.jit
+def e4m3_pair(codes: Uint16) -> Uint32:
+    """Two e4m3 as two bfloat16, exactly, NaN included."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 h; .reg .b16 l, u; .reg .f32 a, b;"
+        " cvt.rn.f16x2.e4m3x2 h, {$r0}; mov.b32 {l, u}, h;"
+        " cvt.f32.f16 a, l; cvt.f32.f16 b, u; cvt.rn.bf16x2.f32 {$w0}, b, a; }",
+        write_only_types=[Uint32],
+        read_only_args=[codes],
+    )
+
+
+@cute.jit
+def e2m1_pair(word: Uint32, shifted: Uint32, selector: Uint32) -> Uint32:
+    """Byte `selector` % 8 of `word` as two bfloat16, times 2^-126; `shifted` is word << 4.
+
+    Exponent and mantissa of the code keep their meaning at the bottom of bfloat16's fields.
+    """
+    x = Uint32(cute.arch.prmt(word, shifted, selector))
+    return (x & Uint32(0x80008000)) | ((x >> 6) & Uint32(0x01C001C0))
+
+
+@cute.jit
+def e8m0_pair(code: Uint32) -> Uint32:
+    """2^(code - 127) as two equal bfloat16: code 0 is a subnormal, 255 is NaN."""
+    bits = code << 7
+    if code == 0:
+        bits = Uint32(0x0040)
+    if code == 255:
+        bits = Uint32(0x7FC0)
+    return bits | (bits << 16)
+
+
+# ------------------------------------------------------------------------------ formats
+
+
+class Nvfp4:
+    """e2m1 codes with an e4m3 scale every 16 columns. The product is 2^-7 of what it stands for."""
+
+    bits, scale_type, scale_columns = 4, Uint32, COLUMNS
+    swizzle = warpgroup.SmemLayoutAtomKind.K_SW32
+    factor = 128.0
+
+    @staticmethod
+    def scale_tensor(scale: cute.Pointer, n: Int32, k: Int32) -> cute.Tensor:
+        steps = k // COLUMNS
+        return cute.make_tensor(scale, cute.make_layout((n, steps), stride=(steps, 1)))
+
+    @staticmethod
+    def read_scale(scales: cute.Tensor, row: Int32, step: Int32):
+        return Uint32(scales[row, step])
+
+    @staticmethod
+    def factors(raw: Uint32) -> list:
+        """The scale of each product, times 2^119."""
+        up = Float32(2.0**119)
+        return [
+            cute.arch.inline_ptx(
+                "{ .reg .b32 h; .reg .b16 p, l, u; .reg .f32 a; mov.b32 {l, u}, {$r0};"
+                f" mov.b16 p, {'lu'[i // 2]}; cvt.rn.f16x2.e4m3x2 h, p; mov.b32 {{l, u}}, h;"
+                f" cvt.f32.f16 a, {'lu'[i % 2]}; mul.f32 a, a, {{$r1}};"
+                " cvt.rn.bf16x2.f32 {$w0}, a, a; }",
+                write_only_types=[Uint32],
+                read_only_args=[raw, up],
+            )
+            for i in range(PRODUCTS)
+        ]
+
+    @staticmethod
+    def operand(
+        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
+    ) -> tuple:
+        """The thread's four columns of product `i` in a weight row: two pairs of bfloat16."""
+        both = Uint64(codes[row, i, stage])
+        selector = Uint32(0x40) + Uint32(member % 4) * Uint32(0x1111)
+        pairs = []
+        for word in (Uint32(both), Uint32(both >> 32)):
+            pairs.append(product_of_pairs(e2m1_pair(word, word << 4, selector), factor))
+        return tuple(pairs)
+
+
+class Mxfp4(Nvfp4):
+    """e2m1 codes with an e8m0 scale every 32 columns."""
+
+    scale_type = Uint16
+    factor = 1.0
+
+    @staticmethod
+    def factors(raw: Uint32) -> list:
+        pairs = [e8m0_pair(raw & 0xFF), e8m0_pair(raw >> 8)]
+        return [pairs[i // 2] for i in range(PRODUCTS)]
+
+    @staticmethod
+    def operand(
+        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
+    ) -> tuple:
+        # The scale may reach 2^127: 2^126 is a product of its own.
+        up = Uint32(0x7E807E80)
+        return tuple(
+            product_of_pairs(pair, factor)
+            for pair in Nvfp4.operand(codes, row, i, stage, member, up)
+        )
+
+
+class Fp8:
+    """e4m3 codes with an e8m0 scale every 128 x 128."""
+
+    bits, scale_type = 8, Uint8
+    swizzle = warpgroup.SmemLayoutAtomKind.K_SW64
+    factor = 1.0
+
+    @staticmethod
+    def scale_tensor(scale: cute.Pointer, n: Int32, k: Int32) -> cute.Tensor:
+        across = cute.ceil_div(k, 128)
+        layout = cute.make_layout((cute.ceil_div(n, 128), across), stride=(across, 1))
+        return cute.make_tensor(scale, layout)
+
+    @staticmethod
+    def read_scale(scales: cute.Tensor, row: Int32, step: Int32):
+        return Uint32(scales[row // 128, step * COLUMNS // 128])
+
+    @staticmethod
+    def factors(raw: Uint32) -> list:
+        return [e8m0_pair(raw)] * PRODUCTS
+
+    @staticmethod
+    def operand(
+        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
+    ) -> tuple:
+        pair = 8 * i + member % 4
+        low, high = codes[row, pair, stage], codes[row, pair + 4, stage]
+        return tuple(product_of_pairs(e4m3_pair(Uint16(c)), factor) for c in (low, high))
+
+
+# ------------------------------------------------------------------------------ the kernel
 
 
 class TallLinear:
-    """y [m, n] = factor * x [m, k] W^T, W [n, k]; x and W bfloat16, y of `out_dtype`; k, n multiples of 8."""
+    """y [m, n] = factor * x [m, k] W^T, W [n, k] as stored; x bfloat16, y of `out_dtype`.
 
-    def __init__(self, out_dtype: type[cutlass.Numeric]) -> None:
-        self.dtype = cutlass.BFloat16
+    `coded` is the weights' format, None for bfloat16. n is a multiple of 8; k of 8, coded of 64.
+    """
+
+    def __init__(self, coded: type | None, out_dtype: type[cutlass.Numeric]) -> None:
+        self.coded = coded
         self.out_dtype = out_dtype
-        self.buffers = 64 // out_dtype.width  # chunks in flight on their way out: 32 KB
+        self.buffers = LEAVING // (ROWS * CHUNK * out_dtype.width // 8)
+        self.stored = BFloat16 if coded is None else Uint8
+        self.width = COLUMNS if coded is None else COLUMNS * coded.bits // 8  # of a stage
+        self.stage_bytes = ROWS * self.width * self.stored.width // 8 + TOKENS * COLUMNS * 2
+        self.stages = (SHARED - LEAVING) // self.stage_bytes
+
+    def weight_layout(self) -> cute.ComposedLayout:
+        """The stages of stored weights [rows, width, stage] in shared memory."""
+        tile = (ROWS, TOKENS, COLUMNS)
+        if self.coded is None:
+            return hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, BFloat16, self.stages)
+        atom = warpgroup.make_smem_layout_atom(self.coded.swizzle, Uint8)
+        return cute.tile_to_shape(atom, (ROWS, self.width, self.stages), order=(0, 1, 2))
 
     @cute.jit
     def __call__(
         self,
         w: cute.Pointer,
+        scale: cute.Pointer,
         x: cute.Pointer,
         y: cute.Pointer,
-        n: cutlass.Int32,
-        m: cutlass.Int32,
-        k: cutlass.Int32,
-        factor: cutlass.Float32,
-        processors: cutlass.Int32,
+        n: Int32,
+        m: Int32,
+        k: Int32,
+        factor: Float32,
+        processors: Int32,
         stream: cuda.CUstream,
     ) -> None:
-        """Launches on `processors` multiprocessors; every pointer is 16-byte aligned."""
+        """Launches on `processors` multiprocessors; all pointers but `scale` are 16-byte aligned."""
         columns = cute.assume(k, divby=8)
-        weight = cute.make_tensor(w, cute.make_layout((n, columns), stride=(columns, 1)))
+        width = columns
+        scales = None
+        if cutlass.const_expr(self.coded is not None):
+            width = cute.assume(k * self.coded.bits // 8, divby=16)
+            scales = self.coded.scale_tensor(scale, n, k)
+        weight = cute.make_tensor(w, cute.make_layout((n, width), stride=(width, 1)))
         rows = cute.make_tensor(x, cute.make_layout((m, columns), stride=(columns, 1)))
         out = cute.make_tensor(y, cute.make_layout((n, m), stride=(1, cute.assume(n, divby=8))))
-        row_major, column_major = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
-        layout_w = hopper.make_smem_layout_a(row_major, (ROWS, TOKENS, COLUMNS), self.dtype, STAGES)
-        layout_x = hopper.make_smem_layout_a(row_major, (TOKENS, ROWS, COLUMNS), self.dtype, STAGES)
+
+        layout_w = self.weight_layout()
+        layout_x = hopper.make_smem_layout_a(
+            LayoutEnum.ROW_MAJOR, (TOKENS, ROWS, COLUMNS), BFloat16, self.stages
+        )
         layout_y = hopper.make_smem_layout_epi(
-            self.out_dtype, column_major, (ROWS, CHUNK), self.buffers
+            self.out_dtype, LayoutEnum.COL_MAJOR, (ROWS, CHUNK), self.buffers
         )
-        load, multicast = (
-            cpasync.CopyBulkTensorTileG2SOp(),
-            cpasync.CopyBulkTensorTileG2SMulticastOp(),
-        )
+        one = (None, None, 0)
         load_w, from_w = cpasync.make_tiled_tma_atom(
-            load, weight, cute.slice_(layout_w, (None, None, 0)), (ROWS, COLUMNS)
+            cpasync.CopyBulkTensorTileG2SOp(),
+            weight,
+            cute.slice_(layout_w, one),
+            (ROWS, self.width),
         )
         load_x, from_x = cpasync.make_tiled_tma_atom(
-            multicast,
+            cpasync.CopyBulkTensorTileG2SMulticastOp(),
             rows,
-            cute.slice_(layout_x, (None, None, 0)),
+            cute.slice_(layout_x, one),
             (TOKENS, COLUMNS),
             num_multicast=CLUSTER,
         )
         store_y, to_y = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(),
-            out,
-            cute.slice_(layout_y, (None, None, 0)),
-            (ROWS, CHUNK),
-        )
-        major = cute.nvgpu.OperandMajorMode.K
-        mma = hopper.make_trivial_tiled_mma(
-            self.dtype, self.dtype, major, major, cutlass.Float32, (MULTIPLIERS, 1, 1), (64, TOKENS)
+            cpasync.CopyBulkTensorTileS2GOp(), out, cute.slice_(layout_y, one), (ROWS, CHUNK)
         )
 
         @cute.struct
         class Storage:
-            barriers: cute.struct.MemRange[cutlass.Int64, 2 * STAGES]
-            w: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_w)], 1024]
-            x: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_x)], 1024]
+            barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            w: cute.struct.Align[cute.struct.MemRange[self.stored, cute.cosize(layout_w)], 1024]
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(layout_x)], 1024]
             y: cute.struct.Align[cute.struct.MemRange[self.out_dtype, cute.cosize(layout_y)], 1024]
 
         self.storage = Storage
-        row_tiles = cute.ceil_div(n, ROWS * CLUSTER)
-        token_tiles = cute.ceil_div(m, TOKENS)
+        row_tiles, token_tiles = cute.ceil_div(n, ROWS * CLUSTER), cute.ceil_div(m, TOKENS)
         clusters = min(row_tiles * token_tiles, processors // CLUSTER)
         self.kernel(
-            load_w,
-            from_w,
-            layout_w,
-            load_x,
-            from_x,
-            layout_x,
-            store_y,
-            to_y,
-            layout_y,
-            mma,
-            row_tiles,
-            token_tiles,
-            factor,
+            *(load_w, from_w, layout_w, load_x, from_x, layout_x, store_y, to_y, layout_y),
+            *(scales, n, row_tiles, token_tiles, factor),
         ).launch(
             grid=(clusters * CLUSTER, 1, 1),
             block=((1 + MULTIPLIERS) * WARPGROUP, 1, 1),
@@ -131,41 +293,72 @@ class TallLinear:
         store_y: cute.CopyAtom,
         to_y: cute.Tensor,
         layout_y: cute.ComposedLayout,
-        mma: cute.TiledMma,
-        row_tiles: cutlass.Int32,
-        token_tiles: cutlass.Int32,
-        factor: cutlass.Float32,
-    ):
+        scales: cute.Tensor | None,
+        n: Int32,
+        row_tiles: Int32,
+        token_tiles: Int32,
+        factor: Float32,
+    ) -> None:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         if warp == 0:
             for atom in (load_w, load_x, store_y):
                 cpasync.prefetch_descriptor(atom)
-
         storage = SmemAllocator().allocate(self.storage)
         sw = storage.w.get_tensor(layout_w.outer, swizzle=layout_w.inner)
         sx = storage.x.get_tensor(layout_x.outer, swizzle=layout_x.inner)
         sy = storage.y.get_tensor(layout_y.outer, swizzle=layout_y.inner)
-
-        thread = pipeline.Agent.Thread
         feed = pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.barriers.data_ptr(),
-            num_stages=STAGES,
-            producer_group=pipeline.CooperativeGroup(thread),
+            num_stages=self.stages,
+            producer_group=pipeline.CooperativeGroup(THREAD),
             # One arrival a multiplying warp of both blocks: the activations go to both.
-            consumer_group=pipeline.CooperativeGroup(thread, CLUSTER * MULTIPLIERS * 4),
-            tx_count=(ROWS + TOKENS) * COLUMNS * self.dtype.width // 8,
+            consumer_group=pipeline.CooperativeGroup(THREAD, CLUSTER * MULTIPLIERS * 4),
+            tx_count=self.stage_bytes,
             cta_layout_vmnk=cute.make_layout((1, CLUSTER, 1, 1)),
             defer_sync=True,
         )
         pipeline.pipeline_init_arrive(cluster_shape_mn=(CLUSTER, 1), is_relaxed=True)
-
-        gw = cute.local_tile(from_w, (ROWS, COLUMNS), (None, None))
+        gw = cute.local_tile(from_w, (ROWS, self.width), (None, None))
         gx = cute.local_tile(from_x, (TOKENS, COLUMNS), (None, None))
         gy = cute.local_tile(to_y, (ROWS, TOKENS), (None, None))
-        alone = cute.make_layout(1)
+        pipeline.pipeline_init_wait(cluster_shape_mn=(CLUSTER, 1))
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
+            if warp == 0:
+                self.load(feed, load_w, gw, sw, load_x, gx, sx, row_tiles, token_tiles)
+        else:
+            cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
+            self.multiply(
+                feed,
+                sw,
+                sx,
+                sy,
+                store_y,
+                gy,
+                scales,
+                n,
+                cute.size(gx, mode=[3]),
+                row_tiles,
+                token_tiles,
+                factor,
+            )
+
+    @cute.jit
+    def place(self, tile: Int32, row_tiles: Int32, token_tiles: Int32) -> tuple:
+        """Weight and activation tile of a cluster's tile; GROUP tiles of activations share the weights."""
+        group = tile // (GROUP * row_tiles)
+        within = tile - group * GROUP * row_tiles
+        size = cutlass.min(GROUP, token_tiles - group * GROUP)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        return within // size * CLUSTER + rank, group * GROUP + within % size
+
+    @cute.jit
+    def load(self, feed, load_w, gw, sw, load_x, gx, sx, row_tiles, token_tiles) -> None:
+        """What the loading warp does: the stages of all tiles of this block."""
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         to_sw, of_gw = cpasync.tma_partition(
-            load_w, 0, alone, cute.group_modes(sw, 0, 2), cute.group_modes(gw, 0, 2)
+            load_w, 0, cute.make_layout(1), cute.group_modes(sw, 0, 2), cute.group_modes(gw, 0, 2)
         )
         to_sx, of_gx = cpasync.tma_partition(
             load_x,
@@ -174,163 +367,170 @@ class TallLinear:
             cute.group_modes(sx, 0, 2),
             cute.group_modes(gx, 0, 2),
         )
-        steps = cute.size(gw, mode=[3])
-        first = cute.arch.block_idx()[0] // CLUSTER
-        stride = cute.arch.grid_dim()[0] // CLUSTER
-        tiles = row_tiles * token_tiles
-        pipeline.pipeline_init_wait(cluster_shape_mn=(CLUSTER, 1))
-
-        if warp < 4:
-            cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
-            if warp == 0:
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, STAGES)
-                for tile in cutlass.range(first, tiles, stride, unroll=1):
-                    row, token = self.place(tile, row_tiles, token_tiles)
-                    of_row = of_gw[(None, row * CLUSTER + rank, None)]
-                    of_token = of_gx[(None, token, None)]
-                    for step in cutlass.range(steps, unroll=1):
-                        feed.producer_acquire(state)
-                        barrier = feed.producer_get_barrier(state)
-                        cute.copy(
-                            load_w,
-                            of_row[(None, step)],
-                            to_sw[(None, state.index)],
-                            tma_bar_ptr=barrier,
-                        )
-                        cute.copy(
-                            load_x,
-                            of_token[(None, step)],
-                            to_sx[(None, state.index)],
-                            tma_bar_ptr=barrier,
-                            mcast_mask=cutlass.Int16((1 << CLUSTER) - 1),
-                        )
-                        feed.producer_commit(state)
-                        state.advance()
-                feed.producer_tail(state)
-        else:
-            cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
-            self.multiply(
-                feed,
-                mma,
-                sw,
-                sx,
-                sy,
-                gy,
-                store_y,
-                warp,
-                rank,
-                first,
-                stride,
-                row_tiles,
-                token_tiles,
-                steps,
-                factor,
-            )
-
-    @cute.jit
-    def place(self, tile, row_tiles, token_tiles):
-        """Coordinates of a cluster's tile; GROUP tiles of activation rows go over all weight rows together."""
-        group = tile // (GROUP * row_tiles)
-        within = tile - group * GROUP * row_tiles
-        size = cutlass.min(GROUP, token_tiles - group * GROUP)
-        return within // size, group * GROUP + within % size
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
+        for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
+            row, token = self.place(tile, row_tiles, token_tiles)
+            for step in cutlass.range(cute.size(gx, mode=[3]), unroll=1):
+                feed.producer_acquire(state)
+                barrier = feed.producer_get_barrier(state)
+                cute.copy(
+                    load_w,
+                    of_gw[(None, row, step)],
+                    to_sw[(None, state.index)],
+                    tma_bar_ptr=barrier,
+                )
+                cute.copy(
+                    load_x,
+                    of_gx[(None, token, step)],
+                    to_sx[(None, state.index)],
+                    tma_bar_ptr=barrier,
+                    mcast_mask=cutlass.Int16((1 << CLUSTER) - 1),
+                )
+                feed.producer_commit(state)
+                state.advance()
+        feed.producer_tail(state)
 
     @cute.jit
     def multiply(
-        self,
-        feed,
-        mma,
-        sw,
-        sx,
-        sy,
-        gy,
-        store_y,
-        warp,
-        rank,
-        first,
-        stride,
-        row_tiles,
-        token_tiles,
-        steps,
-        factor,
-    ):
+        self, feed, sw, sx, sy, store_y, gy, scales, n, steps, row_tiles, token_tiles, factor
+    ) -> None:
         """What the multiplying warpgroups do: all products of a tile, then its way out."""
+        source = (
+            warpgroup.OperandSource.SMEM if self.coded is None else warpgroup.OperandSource.RMEM
+        )
+        k_major, shape = OperandMajorMode.K, (MULTIPLIERS, 1, 1)
+        mma = hopper.make_trivial_tiled_mma(
+            BFloat16, BFloat16, k_major, k_major, Float32, shape, (64, TOKENS), source
+        )
         member = cute.arch.thread_idx()[0] - WARPGROUP
         part = mma.get_slice(cute.make_layout(MULTIPLIERS, stride=WARPGROUP)(member // WARPGROUP))
-        a = mma.make_fragment_A(part.partition_A(sw))
         b = mma.make_fragment_B(part.partition_B(sx))
-        sums = cute.make_rmem_tensor(part.partition_shape_C((ROWS, TOKENS)), cutlass.Float32)
-
-        atom = hopper.get_smem_store_op(LayoutEnum.COL_MAJOR, self.out_dtype, cutlass.Float32)
-        narrow = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), self.out_dtype)
-        leave = cute.make_tiled_copy_S(atom, cute.make_tiled_copy_C_atom(narrow, mma))
-        mine = leave.get_slice(member)
-        to_sy, from_sums = mine.partition_D(sy), leave.retile(sums)
-        chunk = cute.make_rmem_tensor(cute.shape(mine.partition_S(sy))[:3], cutlass.Float32)
-        rounded = cute.make_rmem_tensor(chunk.shape, self.out_dtype)
-        together = pipeline.NamedBarrier(barrier_id=1, num_threads=MULTIPLIERS * WARPGROUP)
-        leaving = pipeline.PipelineTmaStore.create(
-            num_stages=self.buffers,
-            producer_group=pipeline.CooperativeGroup(
-                pipeline.Agent.Thread, MULTIPLIERS * WARPGROUP
-            ),
-        )
-
-        reading = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, STAGES)
-        freeing = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, STAGES)
+        sums = cute.make_rmem_tensor(part.partition_shape_C((ROWS, TOKENS)), Float32)
+        reading = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        freeing = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
         for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
             row, token = self.place(tile, row_tiles, token_tiles)
             mma.set(warpgroup.Field.ACCUMULATE, False)
-            for step in cutlass.range(steps, unroll=1):
-                feed.consumer_wait(reading)
-                warpgroup.fence()
-                for i in cutlass.range_constexpr(cute.size(a, mode=[2])):
-                    at = (None, None, i, reading.index)
-                    cute.gemm(mma, sums, a[at], b[at], sums)
-                    mma.set(warpgroup.Field.ACCUMULATE, True)
-                warpgroup.commit_group()
-                reading.advance()
-                if step > 0:  # the step before has been multiplied
-                    warpgroup.wait_group(1)
-                    feed.consumer_release(freeing)
-                    freeing.advance()
+            if cutlass.const_expr(self.coded is None):
+                a = mma.make_fragment_A(part.partition_A(sw))
+                reading, freeing = self.products(feed, mma, a, b, sums, reading, freeing, steps)
+            else:
+                a = cute.make_rmem_tensor(part.partition_shape_A((ROWS, COLUMNS)), BFloat16)
+                reading, freeing = self.coded_products(
+                    feed, mma, a, b, sums, reading, freeing, steps, sw, scales, member, row, n
+                )
             warpgroup.wait_group(0)
             feed.consumer_release(freeing)
             freeing.advance()
+            self.leave(mma, sums, factor, sy, store_y, gy[(None, None, row, token)], member)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-            of_tile = cute.zipped_divide(
-                gy[(None, None, row * CLUSTER + rank, token)], (ROWS, CHUNK)
-            )
-            from_sy, to_gy = cpasync.tma_partition(
-                store_y, 0, cute.make_layout(1), cute.group_modes(sy, 0, 2), of_tile
-            )
-            for i in cutlass.range_constexpr(TOKENS // CHUNK):
-                for j in cutlass.range_constexpr(cute.size(chunk)):
-                    chunk[j] = from_sums[i * cute.size(chunk) + j] * factor
-                rounded.store(chunk.load().to(self.out_dtype))
-                buffer = i % self.buffers
-                cute.copy(leave, rounded, to_sy[(None, None, None, buffer)])
-                cute.arch.fence_proxy("async.shared", space="cta")
-                together.arrive_and_wait()
-                if warp == 4:
-                    cute.copy(store_y, from_sy[(None, buffer)], to_gy[(None, (0, i))])
-                    leaving.producer_commit()
-                    leaving.producer_acquire()
-                together.arrive_and_wait()
-        leaving.producer_tail()
+    @cute.jit
+    def products(self, feed, mma, a, b, sums, reading, freeing, steps) -> tuple:
+        """sums = the tile's product, but for the last step's, which is under way."""
+        for step in cutlass.range(steps, unroll=1):
+            feed.consumer_wait(reading)
+            warpgroup.fence()
+            for i in cutlass.range_constexpr(PRODUCTS):
+                at = (None, None, i, reading.index)
+                cute.gemm(mma, sums, a[at], b[at], sums)
+                mma.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+            reading.advance()
+            if step > 0:  # the step before has been multiplied
+                warpgroup.wait_group(1)
+                feed.consumer_release(freeing)
+                freeing.advance()
+        return reading, freeing
+
+    @cute.jit
+    def coded_products(
+        self, feed, mma, a, b, sums, reading, freeing, steps, sw, scales, member, tile_row, n
+    ) -> tuple:
+        """The same from codes, decoded product by product behind those under way."""
+        words = cute.recast_tensor(
+            a, Uint32
+        )  # of a product: rows r and r + 8, then again 8 columns on
+        codes = cute.recast_tensor(sw, Uint64 if self.coded.bits == 4 else Uint16)
+        in_tile = member // 32 * 16 + member % 32 // 4
+        rows = [in_tile, in_tile + 8]
+        stored = [cutlass.min(tile_row * ROWS + r, n - 1) for r in rows]
+        low = self.coded.read_scale(scales, stored[0], 0)
+        high = self.coded.read_scale(scales, stored[1], 0)
+        for step in cutlass.range(steps, unroll=1):
+            factors = [self.coded.factors(low), self.coded.factors(high)]
+            ahead = cutlass.min(step + 1, steps - 1)
+            low = self.coded.read_scale(scales, stored[0], ahead)
+            high = self.coded.read_scale(scales, stored[1], ahead)
+            feed.consumer_wait(reading)
+            for i in cutlass.range_constexpr(PRODUCTS):
+                pairs = [
+                    self.coded.operand(codes, rows[h], i, reading.index, member, factors[h][i])
+                    for h in range(2)
+                ]
+                # Product i of the step before has been multiplied: its registers are free.
+                warpgroup.wait_group(PRODUCTS - 1)
+                for j in cutlass.range_constexpr(4):
+                    words[4 * i + j] = pairs[j % 2][j // 2]
+                warpgroup.fence()
+                cute.gemm(mma, sums, a[(None, None, i)], b[(None, None, i, reading.index)], sums)
+                mma.set(warpgroup.Field.ACCUMULATE, True)
+                warpgroup.commit_group()
+            reading.advance()
+            if step > 0:
+                feed.consumer_release(freeing)
+                freeing.advance()
+        return reading, freeing
+
+    @cute.jit
+    def leave(self, mma, sums, factor, sy, store_y, of_tile, member) -> None:
+        """Write a tile's sums times `factor`, CHUNK activation rows at a time."""
+        atom = hopper.get_smem_store_op(LayoutEnum.COL_MAJOR, self.out_dtype, Float32)
+        narrow = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), self.out_dtype)
+        store = cute.make_tiled_copy_S(atom, cute.make_tiled_copy_C_atom(narrow, mma))
+        mine = store.get_slice(member)
+        to_sy, from_sums = mine.partition_D(sy), store.retile(sums)
+        chunk = cute.make_rmem_tensor(cute.shape(mine.partition_S(sy))[:3], Float32)
+        rounded = cute.make_rmem_tensor(chunk.shape, self.out_dtype)
+        together = pipeline.NamedBarrier(barrier_id=1, num_threads=MULTIPLIERS * WARPGROUP)
+        chunks = cute.zipped_divide(of_tile, (ROWS, CHUNK))
+        from_sy, to_gy = cpasync.tma_partition(
+            store_y, 0, cute.make_layout(1), cute.group_modes(sy, 0, 2), chunks
+        )
+        for i in cutlass.range_constexpr(TOKENS // CHUNK):
+            buffer = i % self.buffers
+            for j in cutlass.range_constexpr(cute.size(chunk)):
+                chunk[j] = from_sums[i * cute.size(chunk) + j] * factor
+            rounded.store(chunk.load().to(self.out_dtype))
+            cute.copy(store, rounded, to_sy[(None, None, None, buffer)])
+            cute.arch.fence_proxy("async.shared", space="cta")
+            together.arrive_and_wait()
+            if member < 32:
+                cute.copy(store_y, from_sy[(None, buffer)], to_gy[(None, (0, i))])
+                cute.arch.cp_async_bulk_commit_group()
+                # What the next chunk overwrites has been read.
+                cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
+            together.arrive_and_wait()
 
 
 def exports() -> dict[str, tuple[TallLinear, list[object]]]:
     """What is compiled: name -> (host function, arguments to compile it for)."""
     found = {}
-    for name, out_dtype in (("bf16", cutlass.BFloat16), ("f32", cutlass.Float32)):
-        pointers = [
-            make_ptr(dtype, 16, cute.AddressSpace.gmem, assumed_align=16)
-            for dtype in (cutlass.BFloat16, cutlass.BFloat16, out_dtype)
-        ]
-        sizes = [cutlass.Int32(8)] * 3
-        found[f"linear_bf16_{name}"] = (
-            TallLinear(out_dtype),
-            [*pointers, *sizes, cutlass.Float32(1), cutlass.Int32(2), cuda.CUstream(0)],
-        )
+    for kind, coded in (("bf16", None), ("nvfp4", Nvfp4), ("mxfp4", Mxfp4), ("fp8", Fp8)):
+        for name, out_dtype in (("bf16", BFloat16), ("f32", Float32)):
+            kernel = TallLinear(coded, out_dtype)
+            scale_type = Uint8 if coded is None else coded.scale_type
+            pointers = [
+                make_ptr(dtype, 16, cute.AddressSpace.gmem, assumed_align=align)
+                for dtype, align in (
+                    (kernel.stored, 16),
+                    (scale_type, scale_type.width // 8),
+                    (BFloat16, 16),
+                    (out_dtype, 16),
+                )
+            ]
+            rest = [Int32(64)] * 3 + [Float32(1), Int32(2), cuda.CUstream(0)]
+            found[f"linear_{kind}_{name}"] = (kernel, pointers + rest)
     return found
