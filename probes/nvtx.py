@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
-from dsv4_bench.engine.registry import Site
-from dsv4_bench.probes.tap import set_taps
+from dsv4_bench.engine.registry import Function, Site
+from dsv4_bench.engine.step import Step
 
 DOMAIN = "dsv4"
 LAYER = 10**9  # payload = layer * LAYER + position of the first token
@@ -82,27 +81,53 @@ def site_range(
     return nullcontext() if domain is None else _Range(domain, path, payload(layer, position))
 
 
-class Annotator:
-    """A tap's observer that puts every op into a range, with the position of the pass's first token.
+class _Pass:
+    """Where the forward pass that is running begins: the position of its first token.
 
-    It counts the tokens that the passes before brought, so it must see a sequence from its start.
+    Passes that follow one another count themselves, by the tokens that each embeds; whoever runs
+    them in another order says where one begins.
     """
 
     def __init__(self) -> None:
         self.position = 0
-        self._tokens = 0  # of the pass that is going on
+        self._tokens = 0  # of this pass, once it has embedded them
 
-    def wants(self, site: Site) -> bool:
-        return True
+    def begin(self, position: int) -> None:
+        self.position, self._tokens = position, 0
 
-    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
-        if site.op == "embed":  # a pass begins
-            self.position += self._tokens
-            self._tokens = len(args[0])
-        with site_range(site.path, site.layer, self.position):
-            return site.run(args)
+    def embed(self, count: int) -> None:
+        self.position += self._tokens
+        self._tokens = count
 
 
-def annotate(sites: Iterable[Site]) -> int:
-    """Put every op of `sites` into a range, if something records; the number of sites."""
-    return set_taps(sites, Annotator()) if _domain() is not None else 0
+_pass = _Pass()
+
+
+def begin(step: Step) -> Step:
+    """The ops that run from now on belong to `step`: its first sequence says where they stand."""
+    _pass.begin(step.starts[0])
+    return step
+
+
+def _ranged(site: Site, function: Function) -> Function:
+    """`function` in a range with the site's path, and in one named like the implementation."""
+    name = site.impl.name
+
+    def run(*args: Any) -> Any:
+        if site.op == "embed":
+            _pass.embed(len(args[0]))
+        with site_range(site.path, site.layer, _pass.position), site_range(name):
+            return function(*args)
+
+    return run
+
+
+def annotate() -> bool:
+    """From now on put every op into a range, if something records; whether it does.
+
+    It holds for models that are built later, on any route, with or without an observer.
+    """
+    if _domain() is None:
+        return False
+    Site.wrap = staticmethod(_ranged)
+    return True

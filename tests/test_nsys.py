@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +12,13 @@ import subprocess
 import sys
 
 import pytest
+from conftest import SMALL
 
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.config import with_layers
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes import nvtx
 from dsv4_bench.workbench import cli
 from dsv4_bench.workbench.cli import output
@@ -210,7 +217,7 @@ def test_ranges_cost_nothing_where_nothing_records(monkeypatch):
     nvtx._domain.cache_clear()
     with nvtx.site_range("L1/attn/core", 1, 5):
         pass
-    assert nvtx._domain() is None and nvtx.annotate([]) == 0
+    assert nvtx._domain() is None and not nvtx.annotate() and Site.wrap is None
 
 
 def test_payload_reads_as_layer_and_token():
@@ -232,19 +239,72 @@ def test_a_real_recording(make_checkpoint, tmp_path):
     assert (tmp_path / document["recorded"]["report"]).exists()
 
 
+def test_ranges_are_named_by_site_and_route_and_count_the_tokens(model, monkeypatch):
+    """Passes count themselves; a step that is begun says where it stands, and what was is kept."""
+    opened = []
+    monkeypatch.setattr(nvtx, "_domain", lambda: object())
+    monkeypatch.setattr(
+        nvtx, "site_range", lambda *place: opened.append(place) or contextlib.nullcontext()
+    )
+    monkeypatch.setattr(Site, "wrap", None)
+    assert nvtx.annotate()
+    monkeypatch.setattr(nvtx, "_pass", nvtx._Pass())
+    for site in model.sites.values():
+        site.use(site.impl)
+    cache = model.new_cache()
+    for tokens in ([1, 2, 3], [4]):
+        model.forward(cache.step([tokens]), cache)
+    step = nvtx.begin(cache.step([[5, 6]]))
+    model.layers[1](model.embed(step.tokens), cache.layers[1], step)
+    assert [p[2] for p in opened if p[0] == "embed"] == [0, 3, 4]
+    assert [p for p in opened if p[0] == "L1/attn/core"] == [
+        ("L1/attn/core", 1, position) for position in (0, 3, 4)
+    ]
+    assert opened[1] == ("reference",) and len(opened) % 2 == 0
+
+
+@pytest.fixture
+def model(make_checkpoint):
+    model = Transformer(Checkpoint(make_checkpoint()))
+    yield model
+    Site.wrap = None
+
+
+EVERY_COMMAND = """
+import sys
+from dsv4_bench.probes.nvtx import site_range
+from dsv4_bench.workbench import cli
+common = ["--tokens", "T", "--chunks", "4,1"]
+for words in (["generate", "--max-new-tokens", "2"], ["check"],
+              ["dump", "--layers", "2", "--quick", "-o", "d.zip"],
+              ["script", "session", "--max-new-tokens", "0"]):
+    with site_range(words[0]):
+        assert cli.main([words[0], *words[1:2 if words[0] == "script" else 1], sys.argv[1],
+                         *words[2 if words[0] == "script" else 1:], *common]) in (0, 1)
+"""
+
+
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
-def test_any_command_is_annotated_while_nsys_records(make_checkpoint, tmp_path):
-    """`generate` under nsys started by hand: every site, with layer and position."""
-    words = [sys.executable, "-m", "dsv4_bench.workbench", "generate", str(make_checkpoint())]
-    tokens = tmp_path / "tokens.json"
-    tokens.write_text("[1, 2, 3, 4, 5]")
+def test_every_command_is_annotated_while_nsys_records(make_checkpoint, tmp_path):
+    """nsys started by hand: every site that runs, with layer, position and route."""
+    (tmp_path / "T").write_text("[1, 2, 3, 4, 5]")
+    (tmp_path / "session").write_text("continue\n")
     tool = ["nsys", "profile", "--trace=nvtx", "--sample=none", "--cpuctxsw=none"]
     tool += ["--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0", "--output=all"]
-    words += ["--tokens", str(tokens), "--max-new-tokens", "3"]
-    done = subprocess.run(tool + words, cwd=tmp_path, capture_output=True, text=True)
+    small = make_checkpoint(config=with_layers(SMALL, 3))
+    child = [sys.executable, "-c", EVERY_COMMAND, str(small)]
+    done = subprocess.run(tool + child, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     nsys.export(tmp_path / "all.nsys-rep", tmp_path / "all.sqlite")
-    ranges = nsys.read(tmp_path / "all.sqlite").ranges
-    payloads = [r.payload for r in ranges if r.name == "L2/attn/core"]
-    assert payloads == [2 * nvtx.LAYER + position for position in (0, 5, 6)]
-    assert [r.payload for r in ranges if r.name == "embed"] == [-1, -6, -7]
+    found = collections.defaultdict(set)
+    for item in nsys.read(tmp_path / "all.sqlite").ranges:
+        chain = [item]
+        while chain[-1].parent is not None:
+            chain.append(chain[-1].parent)
+        if len(chain) > 1 and chain[1].name == "L2/attn/core":
+            command = chain[2].name if len(chain) > 2 else "session"  # its worker is a process
+            found[command].add((chain[1].payload - 2 * nvtx.LAYER, item.name))
+    both = {(position, route) for position in (0, 4) for route in ("cpu", "reference")}
+    kernel = {(0, "cpu"), (4, "cpu")}
+    assert found["generate"] == kernel | {(5, "cpu")} and found["session"] == kernel
+    assert found["check"] == both and found["dump"] >= kernel

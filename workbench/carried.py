@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Site, Stamp
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.metrics import masks_differ, relative_error
 from dsv4_bench.workbench.snapshots import LayerSnapshot, take
 
@@ -114,6 +115,7 @@ class ReferenceRun:
             self._snapshots[layer] = take(self._x, self.cache, layer)
             group = f"L{layer}/" if layer < len(model.layers) else "head/"
         sites = [site for path, site in model.sites.items() if path.startswith(group)]
+        nvtx.begin(self._step)
         with self._on_reference(sites):
             if layer == EMBED:
                 self._x = model.embed(self._step.tokens)

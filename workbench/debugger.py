@@ -22,6 +22,7 @@ from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, Site
 from dsv4_bench.engine.step import Step
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.base import Probe
 from dsv4_bench.probes.compare import Comparison, bits_equal
 from dsv4_bench.probes.observation import Observation
@@ -356,6 +357,8 @@ class Debugger:
         Raises what the op raises, and TypeError if it does not return what its contract says.
         """
         site, call = held.call.site, held.call
+        assert self.step is not None
+        nvtx.begin(self.step)  # a reference run may have been elsewhere meanwhile
         seconds, result = self._timed(lambda: site.run(held.args))
         outputs = _named_outputs(site, result)
         held.result = result

@@ -19,6 +19,7 @@ from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import RouteEntry, parse_route
 from dsv4_bench.engine.tokens import check_token_ids
+from dsv4_bench.probes import nvtx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_PROMPT = (
@@ -111,6 +112,7 @@ def load_model(options: dict[str, Any]) -> Loaded:
     route = read_route(options.get("route") or ["kernel"])
     checkpoint = Checkpoint(resolve_checkpoint(options.get("checkpoint")))
     checkpoint.require_complete()
+    nvtx.annotate()
     model = Transformer(checkpoint, dtype, device)
     model.set_route(route)
     loaded = Loaded(model, load_tokenizer(checkpoint.folder), layout_words(checkpoint))

@@ -14,6 +14,7 @@ from dsv4_bench.engine.generate import split
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 from dsv4_bench.engine.step import Step
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.probes.limits import Limits
 from dsv4_bench.probes.tap import set_taps
@@ -151,7 +152,7 @@ class Baseline:
         capture = Capture()
         set_taps(sites, capture)
         try:
-            return part(x, cache, step), capture.calls
+            return part(x, cache, nvtx.begin(step)), capture.calls
         finally:
             set_taps(sites, None)
 

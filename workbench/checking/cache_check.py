@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4_bench.engine.cache import Cache, LayerCache
 from dsv4_bench.engine.config import CSA_RATIO, Config
 from dsv4_bench.engine.model import Transformer
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.invariants import Held
 from dsv4_bench.probes.metrics import masks_differ, relative_error
 
@@ -38,7 +39,7 @@ def compare_caches(model: Transformer, tokens: Sequence[int], cache: Cache) -> d
     """`cache` holds `tokens`, fed in pieces; one prefill of them on the model's route must give the
     same rows. By the path of the site that wrote them."""
     whole = model.new_cache()
-    step = whole.step([list(tokens)])
+    step = nvtx.begin(whole.step([list(tokens)]))
     x = model.embed(step.tokens)
     limit = LIMIT.get(model.dtype, LIMIT[torch.float32])
     found = {}

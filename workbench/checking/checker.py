@@ -19,6 +19,7 @@ from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation, RouteEntry
 from dsv4_bench.engine.step import Step
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.decisions import Record, Replay
 from dsv4_bench.probes.diagnosis import Diagnosis
@@ -144,7 +145,7 @@ class Checker:
         sites = self.model.sites.values()
         set_taps(sites, observer)
         try:
-            return piece.part(x, cache, step), capture
+            return piece.part(x, cache, nvtx.begin(step)), capture
         finally:
             set_taps(sites, None)
 

@@ -16,6 +16,7 @@ from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Implementation
 from dsv4_bench.engine.step import Step
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.decisions import KLMeter, Record, Replay
 from dsv4_bench.workbench.checking import layerwise
 from dsv4_bench.workbench.checking.baseline import Baseline, Piece
@@ -42,7 +43,7 @@ class _Follower:
         assert self.step is not None
         self.replay.follow(record)
         with tapped(self.model, self.replay):
-            self.x = piece.part(self.x, self.cache, self.step)
+            self.x = piece.part(self.x, self.cache, nvtx.begin(self.step))
         if piece.ends:
             self.cache.advance(self.step)
         return self.x

@@ -9,6 +9,7 @@ import torch
 
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.model import Transformer
+from dsv4_bench.probes import nvtx
 from dsv4_bench.probes.bundle import examine
 from dsv4_bench.probes.capture import Capture, Captured
 from dsv4_bench.workbench.bundles.bundling import RunFacts, write_bundle
@@ -51,7 +52,7 @@ def _captured(model: Transformer, scenario: Scenario, path: str, number: int) ->
     capture = Capture(lambda site: site.path == path)
     for tokens in scenario.steps()[: number + 1]:
         capture.calls.clear()
-        step = cache.step(tokens)
+        step = nvtx.begin(cache.step(tokens))
         try:
             with tapped(model, capture):
                 model.forward(step, cache)

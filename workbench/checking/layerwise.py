@@ -21,6 +21,7 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, RouteEntry, Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.engine.tokens import check_token_ids
+from dsv4_bench.probes import nvtx
 
 Streams = list[Tensor]  # one tensor [n, hc, d] for each forward call
 
@@ -69,15 +70,15 @@ def run_part(model: Transformer, part: int, streams: Streams, steps: Sequence[St
     The embedding ignores `streams`; the head returns logits [n, v] float32.
     """
     if part == 0:
-        return [model.embed(step.tokens) for step in steps]
+        return [model.embed(nvtx.begin(step).tokens) for step in steps]
     if part > len(model.layers):
-        return [model.head(x) for x in streams]
+        return [model.head(x) for x, _ in zip(streams, map(nvtx.begin, steps), strict=True)]
     batch = len(steps[0].starts)
     cache = LayerCache(model.config, part - 1, batch, model.dtype, model.device)
     outputs = []
     for x, step in zip(streams, steps, strict=True):
         cache.reserve(max(a + b for a, b in zip(step.starts, step.lengths, strict=True)))
-        outputs.append(model.layers[part - 1](x, cache, step))
+        outputs.append(model.layers[part - 1](x, cache, nvtx.begin(step)))
     return outputs
 
 

@@ -40,11 +40,9 @@ def run(args: argparse.Namespace) -> int:
     tokens = common.read_tokens(args.tokens, args.prompt)
     chunks = common.parse_chunks(args.chunks)
 
-    from dsv4_bench.probes import nvtx
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
 
     loaded = load_model(common.engine_options(args))
-    nvtx.annotate(loaded.model.sites.values())
     for note in loaded.notes:
         output.narrate(f"note: {note}")
     prompt = prompt_tokens(loaded, args.prompt, tokens)

@@ -29,11 +29,9 @@ def run(args: argparse.Namespace) -> int:
     check_target(target)
 
     from dsv4_bench.engine.generate import teacher_forced_logits
-    from dsv4_bench.probes import nvtx
     from dsv4_bench.workbench.loading import load_model
 
     loaded = load_model(common.engine_options(args))
-    nvtx.annotate(loaded.model.sites.values())
     for note in loaded.notes:
         output.narrate(f"note: {note}")
     started = time.perf_counter()
