@@ -92,7 +92,7 @@ class Build:
     flags: tuple[str, ...]
     arch: str
     compiler: str | None
-    root: Path = field(default_factory=csrc)
+    root: Path = field(default_factory=lambda: csrc())  # looked up now, for tests that replace it
     files: dict[str, bytes] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
