@@ -4,4 +4,6 @@ import dsv4_bench.engine.cuda_attention
 import dsv4_bench.engine.cuda_hyper
 import dsv4_bench.engine.cuda_indexer
 import dsv4_bench.engine.cuda_linear
-import dsv4_bench.engine.cuda_rows  # noqa: F401
+import dsv4_bench.engine.cuda_rows
+import dsv4_bench.engine.cuda_stats
+import dsv4_bench.engine.cuda_timing  # noqa: F401

@@ -15,8 +15,10 @@ A probe is a small class; register it with `@probe`, from here or from a user's 
         def observe(self, call):
             yield call.reading(self.name, "peak", call.outputs["y"].abs().max())
 
-A value may be a tensor: on an accelerator it stays there until the layer is over, and all values of
-the layer are fetched together. To judge one, give `verdict` a rule instead of a word: `at_most(4.0)`.
+A value may be a tensor: on an accelerator it stays there until the pass is over, and all values are
+fetched together. To judge one, give `verdict` a rule instead of a word: `at_most(4.0)`. Statistics
+cost least where `observe` asks for them (`call.ask("stats", "y")`) and `explain` reads them
+(`call.stats("y").abs_max`): on an accelerator one launch then takes those of a whole layer.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ from dsv4_bench.probes.readings import Call, Reading
 class Probe:
     """Looks at the ops it wants, after they ran. One instance lives as long as a session.
 
-    `reads` names its readings, so that a breakpoint on one of them can turn the probe on.
+    `reads` names its readings, so that a breakpoint on one of them can turn the probe on. `captures`
+    says that `observe` does nothing but ask: then the probe works in a CUDA graph, where it is asked
+    once and its answers come at every replay.
     """
 
     name = ""
     help = ""
     reads: tuple[str, ...] = ()
+    captures = False
 
     def wants(self, site: Site) -> bool:
         raise NotImplementedError
@@ -46,9 +51,9 @@ class Probe:
         raise NotImplementedError
 
     def explain(self, call: Call) -> Iterable[Reading]:
-        """More readings, once `call.stats` are numbers (on an accelerator: at the end of the layer).
+        """More readings, once what `observe` has asked for is known (see `Call.ask`).
 
-        For what takes a closer look, and only where something is wrong.
+        Also for what takes a closer look, and only where something is wrong.
         """
         return ()
 

@@ -13,7 +13,7 @@ from dsv4_bench.engine.ops.linear import matmul
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most, near
-from dsv4_bench.probes.sampling import furthest, sample_rows
+from dsv4_bench.probes.sampling import sample_rows
 
 _TOKENS = 8  # as many as the clamp probe computes again
 
@@ -32,46 +32,51 @@ class LoadProbe(Probe):
     reads = (
         "load", "idle", "skew", "session_load", "session_idle", "bad_ids", "weight_sum",
     )  # fmt: skip
+    captures = True
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         # site -> forward, load of that pass, load of all before it
-        self._session: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self._session: dict[str, tuple[int, list[int], list[int]]] = {}
 
     def wants(self, site: Site) -> bool:
         return site.op == "gate"
 
     def observe(self, call: Call) -> Iterable[Reading]:
+        call.ask("values", "experts")
+        call.ask("sums", "routing", 1)
+        return ()
+
+    def explain(self, call: Call) -> Iterable[Reading]:
         name, scale = self.name, float(call.inputs["scale"])
-        ids, count = call.outputs["experts"].flatten().long(), call.outputs["scores"].shape[1]
+        ids = torch.tensor(call.values("experts"), dtype=torch.int64).flatten()
+        count = call.outputs["scores"].shape[1]
         good = (ids >= 0) & (ids < count)
-        load = ids.new_zeros(count).scatter_add_(0, ids.clamp(0, count - 1), good.long())
+        load = ids[good].bincount(minlength=count).tolist()
         total = self._over_session(call, load)
+        skew = max(load) / max(sum(load) / count, 1e-9)
+        worst = call.sums("routing", 1).furthest(scale)
         yield call.reading(name, "load", load, "tokens")
         yield call.reading(name, "idle", _idle(load), "share")
-        skew = load.max() / load.double().mean().clamp(min=1e-9)
         yield call.reading(name, "skew", skew, "ratio", detail="largest load over mean load")
         yield call.reading(name, "session_load", total, "tokens")
         yield call.reading(name, "session_idle", _idle(total), "share")
-        yield call.reading(name, "bad_ids", (~good).sum(), "values", 0, at_most(0))
-        worst = furthest(call.outputs["routing"].float().sum(-1), scale)
+        yield call.reading(name, "bad_ids", int((~good).sum()), "values", 0, at_most(0))
         yield call.reading(name, "weight_sum", worst, "", scale, near(scale, 1e-3 * scale))
 
-    def _over_session(self, call: Call, load: Tensor) -> Tensor:
+    def _over_session(self, call: Call, load: list[int]) -> list[int]:
         """Tokens of each expert in all passes, this one included."""
-        forward, last, before = self._session.get(
-            call.site.path, (-1, load, torch.zeros_like(load))
-        )
+        forward, last, before = self._session.get(call.site.path, (-1, load, [0] * len(load)))
         if forward != call.forward and forward >= 0:
-            before = before + last
+            before = [a + b for a, b in zip(before, last, strict=True)]
         self._session[call.site.path] = (call.forward, load, before)
-        return before + load
+        return [a + b for a, b in zip(before, load, strict=True)]
 
 
-def _idle(load: Tensor) -> Tensor:
-    return (load == 0).double().mean()
+def _idle(load: list[int]) -> float:
+    return load.count(0) / len(load)
 
 
 @probe

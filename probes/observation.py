@@ -1,4 +1,4 @@
-"""Asking probes about ops as they run: readings now on the CPU, once a layer on an accelerator."""
+"""Asking probes about ops as they run: readings now on the CPU, once a pass on an accelerator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
+from dsv4_bench.probes.device import Batch, Memory
 from dsv4_bench.probes.readings import Call, Reading, fetch
 
 
 class Observation:
     """Looks at calls with `probes`. `complain(probe, call, text)` hears of a probe that raised.
 
-    The caller takes what `look` returns, and calls `flush` at the end of a layer and of a pass. Calls
-    with values still on a device are kept until then.
+    The caller takes what `look` returns, calls `before` for an op that writes into its arguments,
+    `end_layer` after a layer (or more often) and `flush` after a pass. What is still on a device is
+    reduced there at the end of the layer and fetched by `flush`; the calls are kept until then.
     """
 
     def __init__(
@@ -25,27 +27,51 @@ class Observation:
     ) -> None:
         self.probes = probes
         self.complain = complain
+        self.held_bytes = 0  # of outputs that are kept until `flush`
         self._asked: dict[Site, tuple[list[Probe], list[Probe]]] = {}
+        self._fresh: list[Call] = []  # of this layer
+        self._memory = Memory()
+        self._batches: list[Batch] = []
         self._calls: list[Call] = []
         self._readings: list[Reading] = []
+
+    def before(self, call: Call) -> None:
+        """The op of `call` is about to write into its arguments: read what lies there."""
+        if any(self._memory.holds(call.inputs[name]) for name in call.site.spec.mutates):
+            self.end_layer()
 
     def look(self, call: Call) -> list[Reading]:
         """The readings that are known now: all of them on the CPU, none on an accelerator."""
         readings = [r for p in self._asks(call)[0] for r in self._ask(p, call, p.observe)]
-        if call.pending:
-            self._calls.append(call)
-            self._readings += readings
-            return []
-        return readings + self._explain(call)
+        if not call.pending:
+            return readings + self._explain(call)
+        self._memory.add(call)
+        self._fresh.append(call)
+        self._calls.append(call)
+        self._readings += readings
+        self.held_bytes += sum(tensor.nbytes for tensor in call.outputs.values())
+        return []
+
+    def end_layer(self) -> None:
+        """Reduce what was asked of the calls since the last time; nobody waits."""
+        if self._fresh:
+            self._batches.append(Batch(self._fresh))
+            self._fresh, self._memory = [], Memory()
 
     def flush(self) -> list[Reading]:
-        """What was still on the device, in one transfer; then the closer look at every call."""
+        """What was still on the device, in one transfer; then what probes make of it."""
         if not self._calls:
             return []
-        readings = fetch(self._readings, self._calls)
+        self.end_layer()
+        answers = [tensor for batch in self._batches for tensor in batch.tensors]
+        readings, values = fetch(self._readings, answers)
+        for batch in self._batches:
+            count = len(batch.tensors)
+            batch.settle(values[:count])
+            values = values[count:]
         for call in self._calls:
             readings += self._explain(call)
-        self._calls, self._readings = [], []
+        self._calls, self._readings, self._batches, self.held_bytes = [], [], [], 0
         return readings
 
     def _asks(self, call: Call) -> tuple[list[Probe], list[Probe]]:
@@ -65,7 +91,7 @@ class Observation:
 
     def _explain(self, call: Call) -> list[Reading]:
         found = [r for p in self._asks(call)[1] for r in self._ask(p, call, p.explain)]
-        return fetch(found) if found else found
+        return fetch(found).readings if found else found
 
     def _ask(
         self, probe: Probe, call: Call, question: Callable[[Call], Iterable[Reading]]
@@ -87,8 +113,11 @@ class Watch:
     """A tap's observer that runs every op on its route and collects the probes' readings.
 
     `forward` counts in the readings; set it before each pass, and call `flush` after it. `observed`
-    counts the ops that some probe looked at.
+    counts the ops that some probe looked at. On an accelerator a pass is fetched in pieces if the
+    outputs that must be kept for it are more than `most_bytes`.
     """
+
+    most_bytes = 1 << 30
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.observation = Observation(probes)
@@ -111,9 +140,12 @@ class Watch:
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         if site.layer != self._layer:
-            self.flush()
+            self.observation.end_layer()
             self._layer = site.layer
+        if self.observation.held_bytes > self.most_bytes:
+            self.flush()
         call = Call(site, site.spec.bind(args, site.params), {}, self.forward)
+        self.observation.before(call)
         for name in site.spec.mutates:
             call.before[name] = call.inputs[name].clone()
         result = site.run(args)

@@ -30,13 +30,14 @@ class NonFiniteProbe(Probe):
     name = "nonfinite"
     help = "sites that make a NaN or Inf of finite inputs: where, how much, and what fed it"
     reads = ("first_nonfinite", "nonfinite_slice")
+    captures = True
 
     def wants(self, site: Site) -> bool:
         return True
 
     def observe(self, call: Call) -> Iterable[Reading]:
         for output in call.outputs:
-            call.stats(output)  # asked for now, looked at in `explain`
+            call.ask("stats", output)
         return ()
 
     def explain(self, call: Call) -> Iterable[Reading]:

@@ -1,7 +1,8 @@
 """What a probe returns, and what it is given.
 
 On an accelerator nobody waits for a value while the model runs: a reading may hold a tensor there,
-and a rule instead of a verdict, until `fetch` brings the values of many readings in one transfer.
+and a rule instead of a verdict, until `fetch` brings the values of many readings in one transfer. What
+a call is asked for (`Call.ask`) is reduced there for a whole layer at once, and comes along.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.registry import Site
-from dsv4_bench.probes.stats import Stats, device_stats, tensor_stats
+from dsv4_bench.probes.stats import Stats, Sums, exponent_counts, reduced_sums, tensor_stats
 
-Value = float | int | str | list[float] | Tensor
+Value = float | int | str | Sequence[float] | Tensor
 Rule = Callable[[Any], str]  # value -> verdict
 
 
@@ -65,32 +66,102 @@ def near(target: float, tolerance: float) -> Rule:
     return lambda value: "ok" if abs(value - target) <= tolerance else "alarm"
 
 
+class Request(NamedTuple):
+    """Something to know of an output: `stats` of it (or of part `at` along its second axis), its `sums`
+    along axis `at` (None: its values one by one), its `exponents`, or all its `values`.
+    """
+
+    kind: str
+    output: str
+    at: int | None = None
+
+
+# Arguments written in place of which one call writes rows only: op -> argument, rows written.
+_WRITTEN_ROWS = {"cache_write": ("cache", "slots")}
+
+
 @dataclass
 class Call:
-    """One op as it ran: the arguments by name, and the outputs, written-in-place arguments included."""
+    """One op as it ran: the arguments by name, and the outputs, written-in-place arguments included.
+
+    What a probe wants to know of an output, it asks for in `observe` and reads in `explain`: on the CPU
+    it is computed when it is read; on an accelerator it is there once the layer has been fetched.
+    """
 
     site: Site
     inputs: dict[str, Any]
     outputs: dict[str, Tensor]
     forward: int = 0
     before: dict[str, Tensor] = field(default_factory=dict)  # mutated arguments, as they were
-    pending: bool = False  # whether a reading or statistics are still on a device
-    _stats: dict[str, Stats | None] = field(default_factory=dict, repr=False)
+    pending: bool = False  # whether a reading or an answer is still on a device
+    answers: dict[Request, Any] = field(default_factory=dict, repr=False)
+    overwritten: dict[str, str] = field(default_factory=dict)  # output -> the site that did it
 
     def ran(self, outputs: dict[str, Tensor]) -> None:
         """Keep what the op has returned or written; called again after it was re-run."""
         self.outputs, self.pending = outputs, False
-        self._stats.clear()
+        self.answers.clear()
 
-    def stats(self, output: str) -> Stats | None:
-        """Statistics of one output, computed once for all probes; None if it is not of floats."""
-        if output not in self._stats:
-            tensor = self.outputs[output]
-            if tensor.is_cpu:
-                self._stats[output] = tensor_stats(tensor)
-            else:
-                self._stats[output], self.pending = device_stats(tensor), True
-        return self._stats[output]
+    # -- what is asked of outputs
+
+    def ask(self, kind: str, output: str, at: int | None = None) -> None:
+        """Have `stats`, `sums`, `exponents` or `values` of an output ready for `explain`."""
+        tensor = self.outputs[output]
+        if not tensor.is_cpu and (tensor.is_floating_point() or kind == "values"):
+            self.answers.setdefault(Request(kind, output, at), None)
+            self.pending = True
+
+    def stats(self, output: str, part: int | None = None) -> Stats | None:
+        """Statistics of an output, or of its part `part` along the second axis; None if not of floats.
+
+        Of a cache, those of the rows that the call has written. Computed once for all probes.
+        """
+        if not self.outputs[output].is_floating_point():
+            return None
+        found: Stats | None = self._answer(Request("stats", output, part))
+        return found
+
+    def sums(self, output: str, axis: int | None = None) -> Sums:
+        """The sums of an output along `axis`, its values themselves if None."""
+        found: Sums = self._answer(Request("sums", output, axis))
+        return found
+
+    def exponents(self, output: str) -> list[int]:
+        """[256] values with each exponent of float32: 0 zero and subnormal, 255 infinite and NaN."""
+        found: list[int] = self._answer(Request("exponents", output))
+        return found
+
+    def values(self, output: str) -> Any:
+        """All values of a small output, as `tolist` gives them."""
+        return self._answer(Request("values", output))
+
+    def _answer(self, request: Request) -> Any:
+        if request.output in self.overwritten:
+            raise RuntimeError(
+                f"{request.output} was overwritten by {self.overwritten[request.output]} "
+                "before the layer was read"
+            )
+        found = self.answers.get(request)
+        if found is None:
+            tensor, index = self.looked_at(request)
+            if not tensor.is_cpu:
+                raise RuntimeError(
+                    f"{request.kind} of {request.output} are on a device: ask for them in `observe`, "
+                    "read them in `explain`"
+                )
+            tensor = tensor if index is None else tensor[index[index >= 0].long()]
+            found = self.answers[request] = _computed(request, tensor)
+        return found
+
+    def looked_at(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """The tensor that a request is about, and the rows of it, -1 for none; None: all rows."""
+        tensor = self.outputs[request.output]
+        if request.kind == "stats" and request.at is not None:
+            return tensor.select(1, request.at), None
+        name, rows = _WRITTEN_ROWS.get(self.site.spec.name, ("", ""))
+        if request.output == name and isinstance(self.inputs.get(rows), Tensor):
+            return tensor, self.inputs[rows]
+        return tensor, None
 
     def reading(
         self,
@@ -120,28 +191,37 @@ class Call:
         )  # fmt: skip
 
 
-def fetch(readings: Sequence[Reading], calls: Sequence[Call] = ()) -> list[Reading]:
-    """The readings with their values on the host and judged, in one transfer a device.
+def _computed(request: Request, tensor: Tensor) -> Any:
+    """The answer for a tensor on the CPU."""
+    if request.kind == "stats":
+        return tensor_stats(tensor)
+    if request.kind == "sums":
+        return Sums.of_row(reduced_sums(tensor, request.at).tolist())
+    if request.kind == "exponents":
+        return exponent_counts(tensor).tolist()
+    return tensor.tolist()
 
-    Statistics of `calls` that are still on a device come along, and replace those in the calls.
+
+def fetch(readings: Sequence[Reading], answers: Sequence[Tensor] = ()) -> Fetched:
+    """The readings with their values on the host and judged, and the values of `answers` with them.
+
+    One transfer a device.
     """
     found = [r.value for r in readings if isinstance(r.value, Tensor)]
-    waiting = [
-        (call, output, stats)
-        for call in calls
-        for output, stats in call._stats.items()
-        if stats is not None and isinstance(stats.nan, Tensor)
-    ]
-    for _, _, stats in waiting:
-        found += [value for value in stats if isinstance(value, Tensor)]
-    values = iter(_to_host(found))
-    settled = [r._replace(value=next(values)) if r.pending else r for r in readings]
-    for call, output, stats in waiting:
-        call._stats[output] = Stats(*(next(values) if isinstance(v, Tensor) else v for v in stats))
-        call.pending = False
-    return [
+    values = _to_host([*found, *answers])
+    arrived = iter(values[: len(found)])
+    settled = [r._replace(value=next(arrived)) if r.pending else r for r in readings]
+    judged = [
         r if isinstance(r.verdict, str) else r._replace(verdict=r.verdict(r.value)) for r in settled
     ]
+    return Fetched(judged, values[len(found) :])
+
+
+class Fetched(NamedTuple):
+    """Readings with values, and what came along: each as nested lists."""
+
+    readings: list[Reading]
+    answers: list[Any]
 
 
 def _to_host(tensors: list[Tensor]) -> list[Any]:

@@ -1,10 +1,11 @@
-"""Statistics of one tensor in one pass over it"""
+"""Statistics of one tensor in one pass over it, and sums along its axes"""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +17,50 @@ class Stats(NamedTuple):
     """Counts of values, and moments over the finite ones (0 when there are none).
 
     `minus_inf` are those of `inf` below zero. `peaks` counts the finite values of magnitude `abs_max`:
-    many of them show a clamp. On an accelerator the fields are tensors there; see `readings.fetch`.
+    many of them show a clamp. rms = sqrt(sum x^2 / finite), mean = sum x / finite.
     """
 
-    finite: Any
-    nan: Any
-    inf: Any
-    minus_inf: Any
-    zero: Any
-    peaks: Any
-    abs_max: Any
-    rms: Any
-    mean: Any
+    finite: int
+    nan: int
+    inf: int
+    minus_inf: int
+    zero: int
+    peaks: int
+    abs_max: float
+    rms: float
+    mean: float
+
+    @classmethod
+    def of_row(cls, row: Sequence[float]) -> Stats:
+        """From the nine numbers in this order, as a device reports them."""
+        finite, nan, inf, minus_inf, zero, peaks = map(int, row[:6])
+        return cls(finite, nan, inf, minus_inf, zero, peaks, *row[6:9])
 
     def to_dict(self) -> dict[str, float]:
         return self._asdict()
+
+
+class Sums(NamedTuple):
+    """How many sums there are, how many of them NaN, and what the others come to (0 of none)."""
+
+    number: int
+    nan: int
+    low: float
+    high: float
+    mean: float
+
+    @classmethod
+    def of_row(cls, row: Sequence[float]) -> Sums:
+        """From a device's row of nine numbers."""
+        number, nan = int(row[0]), int(row[1])
+        finite = row[6:9] if nan < number else (0.0, 0.0, 0.0)
+        return cls(number, nan, *finite)
+
+    def furthest(self, target: float) -> float:
+        """The sum that is furthest from `target`; NaN if one is NaN."""
+        if self.nan:
+            return math.nan
+        return max(self.low, self.high, key=lambda value: abs(value - target))
 
 
 def tensor_stats(tensor: Tensor) -> Stats | None:
@@ -41,12 +71,7 @@ def tensor_stats(tensor: Tensor) -> Stats | None:
         library = cpu_library.kernels_at_hand()
         if library is not None:
             return _compiled(library, tensor)
-    return Stats(*(value.item() for value in _reduced(tensor)))
-
-
-def device_stats(tensor: Tensor) -> Stats | None:
-    """The same with every field a 0-d tensor on the tensor's device: nobody waits for it."""
-    return _reduced(tensor) if tensor.is_floating_point() else None
+    return Stats.of_row(reduced(tensor).tolist())
 
 
 def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
@@ -68,15 +93,18 @@ def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
     return Stats(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
 
 
-def _reduced(tensor: Tensor) -> Stats:
-    """With torch's reductions, on the tensor's device; no value decides what is done next."""
-    values = tensor.detach().flatten()
+def reduced(tensor: Tensor, index: Tensor | None = None) -> Tensor:
+    """The fields of Stats as float64 [9], with torch's reductions on the tensor's device.
+
+    `index`: of these rows alone, those below 0 left out. Nobody waits: no value decides what is done.
+    """
+    values, kept = _flat(tensor, index)
     values = values if values.dtype == torch.float64 else values.float()
-    good = torch.isfinite(values)
-    nan = values.isnan().sum()
+    good = torch.isfinite(values) & kept
+    nan = (values.isnan() & kept).sum()
+    inf = (values.isinf() & kept).sum()
+    minus_inf = ((values == -torch.inf) & kept).sum()
     finite = good.sum()
-    inf = values.numel() - finite - nan
-    minus_inf = (values == -torch.inf).sum()
     values = torch.where(good, values, 0.0)
     magnitude = values.abs()
     abs_max = magnitude.max() if len(values) else values.new_zeros(())
@@ -86,7 +114,42 @@ def _reduced(tensor: Tensor) -> Stats:
     # Squares of float32 cannot overflow a float64 sum.
     rms = torch.linalg.vector_norm(values, dtype=torch.float64) / count.sqrt()
     mean = values.sum(dtype=torch.float64) / count
-    return Stats(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
+    fields = (finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
+    return torch.stack([field.double() for field in fields])
+
+
+def _flat(tensor: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values [n], or those of the rows `index` with others among them, and which count [n] or []."""
+    values = tensor.detach()
+    if index is None:
+        return values.flatten(), torch.ones((), dtype=torch.bool, device=values.device)
+    rows = values[index.clamp(min=0)].flatten(1)
+    return rows.flatten(), (index >= 0)[:, None].expand(rows.shape).flatten()
+
+
+def reduced_sums(tensor: Tensor, axis: int | None) -> Tensor:
+    """A row for `Sums` as float64 [9]: of the sums along `axis`, or of the values. Nobody waits."""
+    sums = tensor.detach().double()
+    sums = (sums if axis is None else sums.sum(axis)).flatten()
+    nan = sums.isnan()
+    row = sums.new_zeros(9)
+    row[0], row[1] = len(sums), nan.sum()
+    if len(sums):
+        row[6] = torch.where(nan, torch.inf, sums).min()
+        row[7] = torch.where(nan, -torch.inf, sums).max()
+        row[8] = torch.where(nan, 0.0, sums).sum() / (~nan).sum().clamp(min=1)
+    return row
+
+
+def exponent_counts(tensor: Tensor, index: Tensor | None = None) -> Tensor:
+    """[256] int64: values with each biased exponent of float32, on the tensor's device.
+
+    `index`: of these rows alone, those below 0 left out.
+    """
+    values, kept = _flat(tensor, index)
+    exponents = (values.float().contiguous().view(torch.int32) >> 23) & 0xFF
+    counts = torch.zeros(256, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(0, exponents.long(), kept.long().expand(exponents.shape))
 
 
 def first_nonfinite(tensor: Tensor) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Statistics of every output: counts of odd values, largest magnitude, moments"""
+"""Statistics of every output: counts of odd values, largest magnitude, moments, exponents"""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ class StatsProbe(Probe):
     """NaN and Inf counts, zeros, values at the largest magnitude, that magnitude, rms and mean.
 
     rms = sqrt(sum x^2 / n) and mean = sum x / n over the n finite values. `zero` is a share of all
-    values; `peaks` counts the values of magnitude `abs_max`: more than a few show a clamp. On the CPU
-    the two are left out where they are 0 and 1. Infinities that the op declares do not count.
+    values; `peaks` counts the values of magnitude `abs_max`: more than a few show a clamp. The two are
+    left out where they are 0 and 1. Infinities that the op declares do not count.
     """
 
     name = "stats"
     help = "nan, inf, zeros, abs_max, clamped values, rms, mean of every output"
     reads = ("nan", "inf", "zero", "peaks", "abs_max", "rms", "mean")
+    captures = True
 
     def wants(self, site: Site) -> bool:
         return True
 
     def observe(self, call: Call) -> Iterable[Reading]:
+        for output in call.outputs:
+            call.ask("stats", output)
+        return ()
+
+    def explain(self, call: Call) -> Iterable[Reading]:
         name = self.name
-        for output, tensor in call.outputs.items():
+        for output in call.outputs:
             stats = call.stats(output)
             if stats is None:
                 continue
@@ -44,11 +50,41 @@ class StatsProbe(Probe):
                 inf = inf - stats.minus_inf
             yield call.reading(name, "nan", stats.nan, "values", 0, _NONE, "", output)
             yield call.reading(name, "inf", inf, "values", 0, _NONE, "", output)
-            if not tensor.is_cpu or stats.zero:
-                zero = stats.zero / max(tensor.numel(), 1)
+            if stats.zero:
+                zero = stats.zero / max(stats.finite + stats.nan + stats.inf, 1)
                 yield call.reading(name, "zero", zero, "share", None, "info", "", output)
-            if not tensor.is_cpu or stats.peaks > 1:
+            if stats.peaks > 1:
                 yield call.reading(name, "peaks", stats.peaks, "values", None, "info", "", output)
             yield call.reading(name, "abs_max", stats.abs_max, "", None, "info", "", output)
             yield call.reading(name, "rms", stats.rms, "", None, "info", "", output)
             yield call.reading(name, "mean", stats.mean, "", None, "info", "", output)
+
+
+@probe
+class ExponentsProbe(Probe):
+    """How the magnitudes of every output spread: values of each binary exponent.
+
+    Pairs of e and the count of values in [2^e, 2^(e+1)), by float32's exponents; -127 stands for zero
+    and subnormal values, 128 for infinities and NaN.
+    """
+
+    name = "exponents"
+    help = "histogram of binary exponents of every output"
+    reads = ("exponents",)
+    captures = True
+
+    def wants(self, site: Site) -> bool:
+        return True
+
+    def observe(self, call: Call) -> Iterable[Reading]:
+        for output in call.outputs:
+            call.ask("exponents", output)
+        return ()
+
+    def explain(self, call: Call) -> Iterable[Reading]:
+        for output, tensor in call.outputs.items():
+            if not tensor.is_floating_point():
+                continue
+            counts = call.exponents(output)
+            pairs = [float(v) for e, n in enumerate(counts) if n for v in (e - 127, n)]
+            yield call.reading(self.name, "exponents", pairs, "log2, count", output=output)

@@ -229,7 +229,7 @@ def test_fetch_keeps_shapes_and_kinds():
     call = Call(site, {}, {})  # type: ignore[arg-type]
     tensors = (torch.tensor(3), torch.tensor([1.5, 2.5]), torch.tensor([4, 5]), torch.tensor(True))
     pending = [call.reading("a", str(i), t.as_subclass(OnDevice)) for i, t in enumerate(tensors)]
-    values = [r.value for r in fetch([*pending, call.reading("a", "now", 7)])]
+    values = [r.value for r in fetch([*pending, call.reading("a", "now", 7)]).readings]
     assert values == [3, [1.5, 2.5], [4, 5], True, 7]
     assert [type(v) for v in (values[0], values[2][0])] == [int, int]
 

@@ -96,7 +96,7 @@ def test_load():
     found = read("load", call)
     assert sum(found["load"].value) == 12 and len(found["load"].value) == 4
     assert found["weight_sum"].value == pytest.approx(1.5) and found["weight_sum"].verdict == "ok"
-    call.outputs["routing"] = call.outputs["routing"] * 2
+    call.ran({**call.outputs, "routing": call.outputs["routing"] * 2})
     assert read("load", call)["weight_sum"].verdict == "alarm"
 
 
@@ -119,7 +119,7 @@ def test_residual_growth_is_over_a_layer():
     def observe(path, layer, factor):
         x = torch.full((2, 4, 8), float(factor))
         site = Site(path, spec_of("hc_post"), {}, layer)
-        return {r.name: r.value for r in residual.observe(Call(site, {}, {"x": x}))}
+        return {r.name: r.value for r in residual.explain(Call(site, {}, {"x": x}))}
 
     assert observe("embed", None, 1)["norm"] == [1.0] * 4
     assert "growth" not in observe("L0/attn/hc_post", 0, 5)

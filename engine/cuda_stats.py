@@ -1,0 +1,281 @@
+"""The fused statistics kernel: which part of a tensor to read, many of them in one launch, results in a ring.
+
+A result is a row of `FIELDS` float64, that of `probes.stats.Stats`; counts are exact below 2^53. Every
+tensor is read once, in chunks that depend on its shape alone, and the chunks are added in their order:
+the same values in the same layout give the same bits, whatever else is in the launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.cuda_library import I, Library, N, P, unavailable
+from dsv4_bench.engine.errors import CannotAnswer
+from dsv4_bench.engine.registry import Context
+
+FIELDS = 9
+BINS = 256  # one for every exponent of float32: 0 zero and subnormal, 255 infinite and NaN
+MOST_ITEMS = 96  # of a launch, as in probes_sm90.cu
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dtype
+
+_CHUNK = 8192  # elements that a block reads at least
+_MOST_CHUNKS = 1024  # of a tensor
+_PART = 9  # doubles of scratch a chunk
+_MOMENTS, _SUMS = 0, 1
+_ITEM = struct.Struct("@PPqqqqiiiiiiii")
+
+PROBES = Library(
+    "probes",
+    {
+        "probe_stats": (P, N, N, P, P, P, N, N, P, P, P, I),
+        "probe_stamp": (P, P, N, N, I, I),
+    },
+)
+
+
+class View(NamedTuple):
+    """What the kernel reads: `rows` of `cols` elements, `stride` apart, the last one with `last`.
+
+    `row_index` [rows] int64 names the rows instead, below 0 for none. Of kind sums: `rows` x `cols` sums of
+    `last` terms each. A block reads `per_chunk` rows. The tensors are kept so that they live on.
+    """
+
+    tensor: Tensor
+    row_index: Tensor | None
+    rows: int
+    cols: int
+    last: int
+    stride: int
+    per_chunk: int = 1
+    kind: int = _MOMENTS
+    sum_stride: int = 0
+    term_stride: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Blocks that read it; an empty one takes a block too, which writes its zeros."""
+        return 1 if self.kind == _SUMS else max(-(-self.rows // self.per_chunk), 1)
+
+
+def moments_view(tensor: Tensor, index: Tensor | None = None) -> View | None:
+    """All of `tensor`, or its rows `index` along the first axis; None for a dtype that is not read.
+
+    Read in place if all axes but one collapse to contiguous rows, as they do in any view of rows or
+    columns; from a copy otherwise.
+    """
+    if tensor.dtype not in DTYPES:
+        return None
+    if index is not None:
+        rows = tensor if tensor.flatten(1).stride(-1) == 1 else tensor.contiguous()
+        width = rows[0].numel() if len(rows) else 0
+        wanted = index if index.dtype == torch.int64 else index.long()
+        return _rows(rows, wanted.contiguous(), len(wanted), width, rows.stride(0))
+    axes = _collapsed(tensor)
+    if axes is None:
+        tensor, axes = tensor.contiguous(), [(tensor.numel(), 1)]
+    if len(axes) == 2:
+        (rows_count, stride), (cols, _) = axes
+        return _rows(tensor, None, rows_count, cols, stride)
+    total = axes[0][0]
+    chunk = _CHUNK
+    while chunk * _MOST_CHUNKS < total:
+        chunk *= 2
+    count = -(-total // chunk)
+    return View(tensor, None, count, chunk, total - (count - 1) * chunk if count else 0, chunk)
+
+
+def _rows(tensor: Tensor, index: Tensor | None, rows: int, cols: int, stride: int) -> View:
+    per_chunk = max(_CHUNK // max(cols, 1), -(-rows // _MOST_CHUNKS), 1)
+    return View(tensor, index, rows, cols, cols, stride, per_chunk)
+
+
+def _collapsed(tensor: Tensor) -> list[tuple[int, int]] | None:
+    """(size, stride) of the one or two axes that `tensor` comes to, the inner one of stride 1."""
+    if tensor.is_contiguous():
+        return [(tensor.numel(), 1)]
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if not axes or axes[-1][1] != 1:
+        return None
+    return axes if len(axes) <= 2 else None
+
+
+def sums_view(tensor: Tensor, axis: int | None) -> View | None:
+    """The sums along `axis` of a tensor [n, ...] of up to three axes; None: the values themselves.
+
+    None if the tensor is not read by the kernel.
+    """
+    if tensor.dtype not in DTYPES or not 1 <= tensor.dim() <= 3:
+        return None
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    terms, term_stride = 1, 0
+    if axis is not None:
+        terms, term_stride = sizes.pop(axis), strides.pop(axis)
+    if len(sizes) > 2:
+        return None
+    sizes, strides = [1] * (2 - len(sizes)) + sizes, [0] * (2 - len(sizes)) + strides
+    return View(
+        *(tensor, None, sizes[0], sizes[1], terms, strides[0]),
+        kind=_SUMS,
+        sum_stride=strides[1],
+        term_stride=term_stride,
+    )
+
+
+@lru_cache
+def available(device: torch.device) -> bool:
+    """Whether the kernel runs on `device`; builds it if need be."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        if unavailable(PROBES.name, Context("cuda", torch.float32), (torch.float32,)):
+            return False
+    try:
+        PROBES.load()
+    except CannotAnswer:
+        return False
+    return True
+
+
+@lru_cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """What blocks count themselves in with; a launch leaves it as it was, so a stream can share one."""
+    return torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
+
+
+def packed(views: Sequence[View], first_slot: int = 0) -> bytearray:
+    """The kernel's description of `views`, in their order: an array of dsv4_probe_item."""
+    buffer, chunk = bytearray(_ITEM.size * len(views)), 0
+    for number, view in enumerate(views):
+        _ITEM.pack_into(
+            buffer,
+            number * _ITEM.size,
+            view.tensor.data_ptr(),
+            0 if view.row_index is None else view.row_index.data_ptr(),
+            *(view.rows, view.cols, view.last, view.stride),
+            *(DTYPES[view.tensor.dtype], view.kind, first_slot + number),
+            *(view.per_chunk, chunk, view.sum_stride, view.term_stride, 0),
+        )
+        chunk += view.chunks
+    return buffer
+
+
+class Ring:
+    """Results of the last `steps` steps, `slots` in each, on `device`.
+
+    values [steps, slots, FIELDS] float64; exponents [steps, slots, BINS] int32 if wanted; step [1] int64
+    counts the steps that are over. Steps are counted on the device, so that a graph that is replayed
+    writes the next row.
+    """
+
+    def __init__(
+        self, device: torch.device, slots: int, steps: int = 1, exponents: bool = False
+    ) -> None:
+        self.values = torch.zeros(steps, slots, FIELDS, dtype=torch.float64, device=device)
+        self.exponents = (
+            torch.zeros(steps, slots, BINS, dtype=torch.int32, device=device) if exponents else None
+        )
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.arrived = torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
+        self._scratch: list[Tensor] = []
+        self._seen = 0
+
+    def launch(self, views: Sequence[View], first_slot: int = 0, advance: bool = False) -> None:
+        """Put the statistics of `views` into the present step, in one launch (of 96 views each).
+
+        `advance`: the step is over with this launch. Captured in a CUDA graph, every replay does it
+        anew; the tensors must then keep their memory, and so must this ring.
+        """
+        self._scratch += launch(
+            views, self.values, first_slot, self.arrived, self.exponents, self.step, advance
+        )
+
+    def fetch(self) -> tuple[list[int], Tensor, Tensor | None]:
+        """Numbers, values and exponents of the steps since the last fetch, on the host.
+
+        Steps that the ring has overwritten are left out: a gap in the numbers shows them. Waits.
+        """
+        steps = len(self.values)
+        done = int(self.step.item())
+        numbers = list(range(max(self._seen, done - steps), done))
+        self._seen = done
+        rows = [number % steps for number in numbers]
+        exponents = None if self.exponents is None else self.exponents[rows].cpu()
+        return numbers, self.values[rows].cpu(), exponents
+
+
+def launch(
+    views: Sequence[View],
+    values: Tensor,
+    first_slot: int = 0,
+    arrived: Tensor | None = None,
+    exponents: Tensor | None = None,
+    step: Tensor | None = None,
+    advance: bool = False,
+) -> list[Tensor]:
+    """Statistics of `views` into values [steps, slots, FIELDS], from slot `first_slot` on.
+
+    Returns the scratch memory, which must live until the launch is over (or with its graph).
+    """
+    steps, slots, _ = values.shape
+    if arrived is None:
+        stream = torch.cuda.current_stream(values.device).cuda_stream
+        arrived = _counters(values.device, stream)
+    scratch: list[Tensor] = []
+    for first in range(0, len(views), MOST_ITEMS):
+        part = views[first : first + MOST_ITEMS]
+        items, chunks = packed(part, first_slot + first), sum(view.chunks for view in part)
+        scratch.append(values.new_empty(chunks * _PART))
+        bins = None
+        if exponents is not None:
+            bins = exponents.new_empty(chunks * BINS)
+            scratch.append(bins)
+        PROBES.call(
+            "probe_stats",
+            values,
+            ctypes.addressof(ctypes.c_char.from_buffer(items)),
+            *(len(part), chunks, values.data_ptr()),
+            None if exponents is None else exponents.data_ptr(),
+            None if step is None else step.data_ptr(),
+            *(steps, slots, scratch[-1 if bins is None else -2].data_ptr()),
+            None if bins is None else bins.data_ptr(),
+            arrived.data_ptr(),
+            int(advance and first + MOST_ITEMS >= len(views)),
+        )
+    return scratch
+
+
+class Stamps:
+    """Device time stamps of the last `steps` steps: times [steps, slots] int64, in nanoseconds.
+
+    A stamp is a launch of its own and keeps the kernels around it from overlapping.
+    """
+
+    def __init__(self, device: torch.device, slots: int, steps: int) -> None:
+        self.times = torch.zeros(steps, slots, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def stamp(self, slot: int, advance: bool = False) -> None:
+        """The time when everything before this in the stream is done; `advance`: the step's last."""
+        steps, slots = self.times.shape
+        where = (self.times.data_ptr(), self.step.data_ptr(), steps, slots)
+        PROBES.call("probe_stamp", self.times, *where, slot, int(advance))
+
+    def fetch(self) -> Tensor:
+        """[steps done, slots] on the host, oldest first; as many as the ring still holds. Waits."""
+        steps, done = len(self.times), int(self.step.item())
+        rows = [number % steps for number in range(max(0, done - steps), done)]
+        return self.times[rows].cpu()
