@@ -24,9 +24,10 @@ from dsv4_bench.engine.cuda_library import (
     typed,
     wrong,
 )
+from dsv4_bench.engine.kv_entry import plain_of
 
 ATTENTION = Library(
-    "attention", {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, P, P, P, P, I)}
+    "attention", {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, P, P, P, P, I)}
 )
 _KEYS, _HEADS, _MOST_SHARES = 64, 64, 64  # of a block; as in attention_sm90.cu
 
@@ -69,6 +70,8 @@ def attention(
     entry_address = entry_index_address = None
     if entries is not None and entry_index is not None:
         entries, entry_index = _pool(op, entries, q), _index(op, entry_index, n)
+        if entries.dtype != window.dtype:
+            wrong(op, f"one pool is {window.dtype}, the other {entries.dtype}")
         entry_rows, entry_width = entries.shape[0], entry_index.shape[1]
         entry_address, entry_index_address = entries.data_ptr(), entry_index.data_ptr()
     sink = floats(op, sink)
@@ -98,6 +101,7 @@ def attention(
         n,
         heads,
         dim,
+        plain_of(dim, window.shape[1]) if window.dtype == torch.uint8 else 0,
         split,
         None if part is None else part.data_ptr(),
         None if part_sums is None else part_sums.data_ptr(),
@@ -109,7 +113,10 @@ def attention(
 
 
 def _pool(op: str, pool: Tensor, q: Tensor) -> Tensor:
-    """A pool of keys [rows, head width] in q's dtype."""
+    """A pool of keys [rows, head width] in q's dtype, or of packed entries [rows, bytes]."""
+    if pool.dim() == 2 and pool.dtype == torch.uint8:
+        plain_of(q.shape[2], pool.shape[1])
+        return typed(op, pool, torch.uint8)
     if pool.dim() != 2 or pool.shape[1] != q.shape[2]:
         wrong(op, f"a pool is {list(pool.shape)}, q {list(q.shape)}")
     if pool.dtype != q.dtype and (pool.dtype, q.dtype) != (torch.bfloat16, torch.float32):

@@ -24,6 +24,7 @@ from dsv4_bench.engine.cuda_library import (
     wrong,
 )
 from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.kv_entry import plain_of
 
 NORM = Library(
     "norm",
@@ -38,6 +39,8 @@ ROWS = Library(
         "embed": (P, N, P, I, N, N, N, P, I),
         "cache_write": (P, I, P, N, P, I, N, N, N),
         "gather_swa": (P, I, N, P, I, N, N, P),
+        "cache_write_packed": (P, I, P, N, P, N, N, N, N),
+        "gather_swa_packed": (P, N, P, I, N, N, N, P),
         "moe_sum": (P, P, N, P, I),
     },
 )
@@ -109,10 +112,13 @@ def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
     rows, kind = activation(op, rows)
     if rows.dim() != 2 or cache.dim() != 2 or slots.shape != rows.shape[:1]:
         wrong(op, f"rows {list(rows.shape)}, slots {list(slots.shape)}, cache {list(cache.shape)}")
+    slots = typed(op, slots, torch.int64)
+    if cache.dtype == torch.uint8:
+        _write_packed(rows, kind, slots, cache)
+        return
     m, d = rows.shape
     if cache.shape[1] != d or cache.dtype not in DTYPES or not cache.is_cuda:
         wrong(op, f"rows {list(rows.shape)}, cache {list(cache.shape)} {cache.dtype}")
-    slots = typed(op, slots, torch.int64)
     target = cache if d <= 1 or cache.stride(1) == 1 else cache.contiguous()
     ROWS.call(
         op,
@@ -131,16 +137,42 @@ def cache_write(rows: Tensor, slots: Tensor, cache: Tensor) -> None:
         cache.copy_(target)
 
 
+def _write_packed(rows: Tensor, kind: int, slots: Tensor, cache: Tensor) -> None:
+    """`cache_write` into packed entries, at any multiple of 8 bytes."""
+    op = "cache_write_packed"
+    (m, d), plain = rows.shape, plain_of(rows.shape[1], cache.shape[1])
+    whole = cache.stride(1) == 1 and cache.stride(0) % 8 == 0 and cache.data_ptr() % 8 == 0
+    target = cache if whole else cache.contiguous()
+    where, there = slots.data_ptr(), target.data_ptr()
+    stride = target.stride(0)
+    ROWS.call(op, rows, rows.data_ptr(), kind, where, m, there, len(cache), d, plain, stride)
+    if target is not cache:
+        cache.copy_(target)
+
+
 @sm90("gather_swa", ROWS)
 def gather_swa(ring: Tensor, kv: Tensor) -> Tensor:
     op = "gather_swa"
-    (ring, ring_kind), (kv, kv_kind) = activation(op, ring), activation(op, kv)
+    kv, kv_kind = activation(op, kv)
+    if ring.dtype == torch.uint8 and ring.dim() == kv.dim() == 2:
+        return _gather_packed(typed(op, ring, torch.uint8), kv, kv_kind)
+    ring, ring_kind = activation(op, ring)
     if ring.dim() != 2 or kv.dim() != 2 or kv.shape[1] != ring.shape[1]:
         wrong(op, f"ring {list(ring.shape)}, kv {list(kv.shape)}")
     (r, d), n = ring.shape, len(kv)
     window = ring.new_empty(r + n, d)
     there = window.data_ptr()
     ROWS.call(op, ring, ring.data_ptr(), ring_kind, r, kv.data_ptr(), kv_kind, n, d, there)
+    return window
+
+
+def _gather_packed(ring: Tensor, kv: Tensor, kv_kind: int) -> Tensor:
+    """`gather_swa` of packed entries."""
+    (r, packed), (n, d) = ring.shape, kv.shape
+    plain = plain_of(d, packed)
+    window = ring.new_empty(r + n, packed)
+    args = (ring.data_ptr(), r, kv.data_ptr(), kv_kind, n, d, plain, window.data_ptr())
+    ROWS.call("gather_swa_packed", ring, *args)
     return window
 
 

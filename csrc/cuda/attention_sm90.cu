@@ -1,222 +1,10 @@
 // Op attention: softmax over window rows and selected entries with a sink, K = V, shared by all heads.
 
-#include "dispatch.cuh"
-#include "hopper.cuh"
+#include "attention_any.cuh"
+#include "attention_gather.cuh"
 
 namespace dsv4 {
 namespace {
-
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-
-// A pool of keys, and for each token the rows of it that it attends to, -1 for none.
-struct Pool {
-    const void* keys;
-    const int* index;  // [n, width]
-    int64_t rows;      // of the pool
-    int width;
-};
-struct Keys {
-    Pool window, entries;
-    __device__ Pool pick(bool second) const { return second ? entries : window; }
-};
-
-// What a row of logits amounts to: the largest, and the sum of 2^(logit - largest), in log2 units.
-struct Softmax {
-    float most, sum;
-};
-// 2^(x - most) where both may be -inf.
-__device__ inline float weight_of(float x, float most) {
-    return exp2f(x - (most == -INFINITY ? 0 : most));
-}
-__device__ inline Softmax with_sink(Softmax s, float sink) {
-    float most = fmaxf(s.most, sink * kLog2e);
-    return {most, s.sum * weight_of(s.most, most) + weight_of(sink * kLog2e, most)};
-}
-__device__ inline float lse_of(Softmax s) {
-    return (s.most == -INFINITY ? 0 : s.most) * kLn2 + logf(s.sum);
-}
-
-// ---------------------------------------------------------------- any dtype and head width
-
-constexpr int kWarps = 4, kMostWidth = 512;
-
-// One block a token and head; each warp takes every fourth key, lane i elements i, i + 32, ...
-template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
-    attention_any_kernel(const T* q, Keys keys, const float* sink, float scale, int64_t heads,
-                         int dim, T* o, float* lse) {
-    constexpr int kElements = kMostWidth / 32;
-    __shared__ float value[kWarps][kMostWidth];
-    __shared__ Softmax part[kWarps];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t row = blockIdx.x, token = row / heads;
-    let_next_start();
-    wait_for_previous();
-    float query[kElements], sum[kElements] = {};
-    for (int i = 0; i < kElements; i++) {
-        int at = lane + 32 * i;
-        query[i] = at < dim ? to_float(q[row * dim + at]) * (scale * kLog2e) : 0;
-    }
-    Softmax s = {-INFINITY, 0};
-    for (int which = 0; which < 2; which++) {
-        Pool pool = keys.pick(which);
-        for (int k = warp; k < pool.width; k += kWarps) {
-            int64_t index = pool.index[token * pool.width + k];
-            if (index < 0) continue;
-            if (index >= pool.rows) __trap();
-            const T* key = (const T*)pool.keys + index * dim;
-            float element[kElements], dot = 0;
-#pragma unroll
-            for (int i = 0; i < kElements; i++) {
-                element[i] = lane + 32 * i < dim ? to_float(key[lane + 32 * i]) : 0;
-                dot += query[i] * element[i];
-            }
-            dot = warp_sum(dot);
-            float most = fmaxf(s.most, dot), shrink = weight_of(s.most, most);
-            float p = weight_of(dot, most);
-            s = {most, s.sum * shrink + p};
-#pragma unroll
-            for (int i = 0; i < kElements; i++) sum[i] = sum[i] * shrink + p * element[i];
-        }
-    }
-    if (lane == 0) part[warp] = s;
-    for (int i = 0; i < kElements; i++) value[warp][lane + 32 * i] = sum[i];
-    __syncthreads();
-    Softmax all = part[0];
-    for (int w = 1; w < kWarps; w++) all.most = fmaxf(all.most, part[w].most);
-    all.sum = 0;
-    for (int w = 0; w < kWarps; w++) all.sum += part[w].sum * weight_of(part[w].most, all.most);
-    Softmax total = with_sink(all, sink[row % heads]);
-    for (int i = threadIdx.x; i < dim; i += 32 * kWarps) {
-        float result = 0;
-        for (int w = 0; w < kWarps; w++)
-            result += value[w][i] * weight_of(part[w].most, total.most);
-        o[row * dim + i] = from_float<T>(result / total.sum);
-    }
-    if (threadIdx.x == 0) lse[row] = lse_of(total);
-}
-
-// ---------------------------------------------------------------- bfloat16, 512 wide: tensor cores
-//
-// A CTA takes one token, 64 of its heads and a share of its keys, 64 at a time. One warpgroup gathers
-// keys into a two-stage ring in the layout that wgmma reads, both as K (contracted over the width)
-// and as V (contracted over keys). Two warpgroups each compute the weights of 32 of the keys, exchange
-// them through shared memory, and each keeps one half of the output's width in registers. With more
-// than one share the unnormalised sums go to memory, and a second kernel combines them.
-
-constexpr int kDim = 512, kHeads = 64, kBlock = 64;  // head width; heads and keys of a tile
-constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
-constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 128-byte swizzle
-constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
-constexpr int kHalf = kDim / 2, kOutPitch = 2 * kHalf + 16;  // bytes; 16 spread the banks
-
-struct Shared {
-    alignas(1024) char q[kTileBytes];  // later the output, on its way to memory
-    alignas(1024) char keys[kStages][kTileBytes];
-    alignas(1024) char weights[kHeads * kBlock * 2];  // 64 rows of 128 bytes, swizzled
-    float rows[2][kHeads];                            // of each warpgroup: largest logit, sum
-    uint64_t exists[kStages];                         // a bit a key
-    uint64_t full[kStages], empty[kStages];
-};
-
-struct Problem {
-    const bf16* q;
-    Keys keys;
-    const float* sink;
-    float scale;
-    int64_t heads;
-    int shares, per_share;  // of a token's key blocks, and blocks in one
-    bf16* o;
-    float* lse;
-    float* part;         // [n, heads, shares, 512] unnormalised
-    Softmax* part_sums;  // [n, heads, shares]
-};
-
-__host__ __device__ inline int blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }
-
-// Which token, heads and blocks of keys this CTA has.
-struct Work {
-    int64_t token;
-    int head, heads, share, first, last;
-
-    __device__ Work(const Problem& p) {
-        int groups = (p.heads + kHeads - 1) / kHeads;
-        int64_t at = blockIdx.x;
-        share = at % p.shares;
-        at /= p.shares;
-        head = at % groups * kHeads;
-        token = at / groups;
-        heads = p.heads - head < kHeads ? p.heads - head : kHeads;
-        int blocks = blocks_of(p.keys.window.width) + blocks_of(p.keys.entries.width);
-        first = share * p.per_share;
-        last = first + p.per_share < blocks ? first + p.per_share : blocks;
-    }
-};
-
-// ---- gathering
-
-// Where 16-byte unit `unit` (0 to 63) of row `row` lies in a tile.
-__device__ inline uint32_t unit_offset(int row, int unit) {
-    return unit / 8 * kChunk + row * 128 + ((unit % 8 ^ row % 8) << 4);
-}
-
-// The pool row of key `row` of a block of keys: which pool, and the index, -1 for none.
-struct Row {
-    const bf16* pool;
-    int index;
-};
-__device__ inline Row row_of(const Problem& p, int64_t token, int block, int row) {
-    int blocks = blocks_of(p.keys.window.width);
-    Pool pool = p.keys.pick(block >= blocks);
-    int column = (block - (block >= blocks ? blocks : 0)) * kBlock + row;
-    int index = column < pool.width ? pool.index[token * pool.width + column] : -1;
-    if (index >= pool.rows) __trap();
-    return {(const bf16*)pool.keys, index};
-}
-
-// The producers: q once, then every block of keys into the stage that is free; rows that do not exist
-// are zeros, so that 0 * row is 0.
-__device__ void gather(const Problem& p, const Work& work, Shared& s) {
-    const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    const bf16* q = p.q + (work.token * p.heads + work.head) * kDim;
-    for (int i = thread; i < kHeads * kDim / 8; i += kProducers) {
-        bool exists = i / 64 < work.heads;
-        copy16(shared_address(s.q) + unit_offset(i / 64, i % 64), q + (exists ? i * 8 : 0), exists);
-    }
-    Row low = row_of(p, work.token, work.first, lane);
-    Row high = row_of(p, work.token, work.first, lane + 32);
-    for (int block = work.first; block < work.last; block++) {
-        int i = block - work.first, stage = i % kStages;
-        const bf16* pool = low.pool;
-        int mine = warp < 2 ? low.index : high.index;  // lane l has row 32 (warp / 2) + l
-        uint64_t exists = __ballot_sync(~0u, low.index >= 0) |
-                          (uint64_t)__ballot_sync(~0u, high.index >= 0) << 32;
-        if (block + 1 < work.last) {
-            low = row_of(p, work.token, block + 1, lane);
-            high = row_of(p, work.token, block + 1, lane + 32);
-        }
-        if (i >= kStages) barrier_wait(&s.empty[stage], (i / kStages - 1) % 2);
-        if (thread == 0) {
-            s.exists[stage] = exists;
-            barrier_arrive(&s.full[stage]);
-        }
-        uint32_t base = shared_address(s.keys[stage]);
-        if (exists) {
-#pragma unroll 4
-            for (int r = 0; r < 16; r++) {
-                int row = 16 * warp + r, index = __shfl_sync(~0u, mine, row % 32);
-                const bf16* from = pool + (int64_t)max(index, 0) * kDim + lane * 8;
-                copy16(base + unit_offset(row, lane), from, index >= 0);
-                copy16(base + unit_offset(row, lane + 32), from + 256, index >= 0);
-            }
-        }
-        copy_arrive(&s.full[stage]);
-    }
-    copy_commit();
-    copy_wait<0>();
-}
-
-// ---- computing
 
 // To 2 units in the last place.
 __device__ inline float exp2_approximate(float x) {
@@ -388,6 +176,7 @@ __device__ void compute(const Problem& p, const Work& work, Shared& s) {
     else write_part(p, work, sum, rows);
 }
 
+template <bool kPacked>
 __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(Problem p) {
     extern __shared__ char memory[];
     Shared& s = *reinterpret_cast<Shared*>((shared_address(memory) + 1023) / 1024 * 1024 -
@@ -404,10 +193,11 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<56>();
-        gather(p, work, s);
+        fewer_registers<kPacked ? 136 : 56>();
+        if constexpr (kPacked) gather_packed(p, work, s);
+        else gather(p, work, s);
     } else {
-        more_registers<224>();
+        more_registers<kPacked ? 184 : 224>();
         compute(p, work, s);
     }
 }
@@ -452,33 +242,39 @@ __global__ void __launch_bounds__(kDim / 4)
                                                    pack_bf16(result.z, result.w)};
 }
 
+int launch_attention(void (*kernel)(Problem), const Problem& p, int64_t blocks, void* stream) {
+    size_t shared = sizeof(Shared) + 1024;  // to align it
+    int status = allow_shared(kernel, shared);
+    return status ? status
+                  : launch(kernel, dim3(blocks), kConsumers + kProducers, shared, stream, p);
+}
+
 }  // namespace
 }  // namespace dsv4
 
 using namespace dsv4;
 
 // o [n, heads, dim] and lse [n, heads] of q [n, heads, dim] over rows of window [window_rows, dim]
-// and entries [entry_rows, dim]; indices [n, width], -1 for none. Where shares > 1, that many CTAs
-// share a token's blocks of 64 keys, none without any, by way of part [n, heads, shares, dim] and
-// part_sums [n, heads, shares, 2].
+// and entries [entry_rows, dim]; indices [n, width], -1 for none. Where plain > 0, the rows of both
+// pools are packed entries with `plain` dimensions in codes. Where shares > 1, that many CTAs share a
+// token's blocks of 64 keys, none without any, by way of part [n, heads, shares, dim] and part_sums
+// [n, heads, shares, 2].
 DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window_rows,
                                const int* window_index, int64_t window_width, const void* entries,
                                int64_t entry_rows, const int* entry_index, int64_t entry_width,
                                const float* sink, float scale, int64_t n, int64_t heads,
-                               int64_t dim, int64_t shares, float* part, float* part_sums, void* o,
-                               float* lse, int dtype, void* stream) {
+                               int64_t dim, int64_t plain, int64_t shares, float* part,
+                               float* part_sums, void* o, float* lse, int dtype, void* stream) {
     Keys keys = {{window, window_index, window_rows, (int)window_width},
                  {entries, entry_index, entry_rows, (int)entry_width}};
     int64_t blocks = blocks_of(window_width) + blocks_of(entry_width);
     if (shares > kMostShares) return kUnsupported;
-    if (dtype == DSV4_BF16 && dim == kDim && scale > 0 && blocks > 0) {
+    if (dtype == DSV4_BF16 && dim == kDim && (plain == 0 || plain == kPlain) && scale > 0 &&
+        blocks > 0) {
         Problem p = {(const bf16*)q, keys, sink, scale, heads, (int)shares,
                      (int)ceil_div(blocks, shares), (bf16*)o, lse, part, (Softmax*)part_sums};
-        size_t shared = sizeof(Shared) + 1024;
-        int status = allow_shared(attention_kernel, shared);
-        if (status) return status;
-        status = launch(attention_kernel, dim3(n * ceil_div(heads, kHeads) * shares),
-                        kConsumers + kProducers, shared, stream, p);
+        int status = launch_attention(plain ? attention_kernel<true> : attention_kernel<false>, p,
+                                      n * ceil_div(heads, kHeads) * shares, stream);
         if (status || shares == 1) return status;
         return launch(combine_kernel, dim3(n * heads), kDim / 4, 0, stream, (const float*)part,
                       (const Softmax*)part_sums, sink, heads, (int)shares, (bf16*)o, lse);
@@ -486,7 +282,9 @@ DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window
     if (dim > kMostWidth) return kUnsupported;
     return with_dtype(dtype, [&](auto tag) {
         using T = type_of<decltype(tag)>;
-        return launch(attention_any_kernel<T>, dim3(n * heads), 32 * kWarps, 0, stream,
-                      (const T*)q, keys, sink, scale, heads, (int)dim, (T*)o, lse);
+        EntryLayout layout = {(int)dim, (int)plain};
+        return launch(plain ? attention_any_kernel<T, true> : attention_any_kernel<T, false>,
+                      dim3(n * heads), 32 * kWarps, 0, stream, (const T*)q, keys, sink, scale, heads,
+                      layout, (T*)o, lse);
     });
 }

@@ -6,6 +6,7 @@
 #include <assert.h>
 
 #include "dispatch.cuh"
+#include "kv_entry.cuh"
 
 namespace dsv4 {
 namespace {
@@ -61,6 +62,41 @@ __global__ void __launch_bounds__(kThreads)
     int64_t row = blockIdx.x;
     if (row < r) copy_row(ring + row * d, window + row * d, d);
     else copy_row(kv + (row - r) * d, window + row * d, d);
+}
+
+// Packed entries: 64 threads a row.
+constexpr int kPackThreads = 64, kPackRows = kThreads / kPackThreads;
+
+template <class From>
+__global__ void __launch_bounds__(kThreads)
+    cache_write_packed_kernel(const From* rows, const int64_t* slots, int64_t m, uint8_t* cache,
+                              int64_t count, EntryLayout layout, int64_t stride) {
+    let_next_start();
+    wait_for_previous();
+    int64_t row = blockIdx.x * (int64_t)kPackRows + threadIdx.x / kPackThreads;
+    if (row >= m) return;
+    int64_t slot = slots[row];
+    if (slot < 0) return;
+    assert(slot < count && "cache_write: a slot is past the end of the cache");
+    pack_entry(rows + row * layout.dim, cache + slot * stride, layout, threadIdx.x % kPackThreads);
+}
+
+template <class New>
+__global__ void __launch_bounds__(kThreads)
+    gather_swa_packed_kernel(const uint8_t* ring, int64_t r, const New* kv, int64_t n,
+                             EntryLayout layout, uint8_t* window) {
+    let_next_start();
+    wait_for_previous();
+    int64_t row = blockIdx.x * (int64_t)kPackRows + threadIdx.x / kPackThreads;
+    const int bytes = layout.bytes(), unit = threadIdx.x % kPackThreads;
+    uint8_t* to = window + row * bytes;
+    if (row < r) {
+        const uint8_t* from = ring + row * bytes;
+        for (int i = 8 * unit; i < bytes; i += 8 * kPackThreads)
+            *(uint2*)(to + i) = *(const uint2*)(from + i);
+    } else if (row < r + n) {
+        pack_entry(kv + (row - r) * layout.dim, to, layout, unit);
+    }
 }
 
 template <class To>
@@ -122,6 +158,33 @@ DSV4_EXPORT int dsv4_gather_swa(const void* ring, int ring_dtype, int64_t r, con
             return launch(gather_swa_kernel<Ring, New>, dim3(r + n), kThreads, 0, stream,
                           (const Ring*)ring, r, (const New*)kv, d, (Ring*)window);
         });
+    });
+}
+
+// cache[slots[i]] = rows[i] where slots[i] >= 0; rows [m, dim] as packed entries with `plain`
+// dimensions in codes, `stride` bytes apart and at multiples of 8.
+DSV4_EXPORT int dsv4_cache_write_packed(const void* rows, int rows_dtype, const int64_t* slots,
+                                        int64_t m, uint8_t* cache, int64_t count, int64_t dim,
+                                        int64_t plain, int64_t stride, void* stream) {
+    if (dim > kMostPacked) return kUnsupported;
+    return with_dtype(rows_dtype, [&](auto from) {
+        using From = type_of<decltype(from)>;
+        EntryLayout layout = {(int)dim, (int)plain};
+        return launch(cache_write_packed_kernel<From>, dim3(ceil_div(m, kPackRows)), kThreads, 0,
+                      stream, (const From*)rows, slots, m, cache, count, layout, stride);
+    });
+}
+
+// window [r + n] = the entries of ring [r], then kv [n, dim] packed alike.
+DSV4_EXPORT int dsv4_gather_swa_packed(const uint8_t* ring, int64_t r, const void* kv, int kv_dtype,
+                                       int64_t n, int64_t dim, int64_t plain, uint8_t* window,
+                                       void* stream) {
+    if (dim > kMostPacked) return kUnsupported;
+    return with_dtype(kv_dtype, [&](auto kv_tag) {
+        using New = type_of<decltype(kv_tag)>;
+        EntryLayout layout = {(int)dim, (int)plain};
+        return launch(gather_swa_packed_kernel<New>, dim3(ceil_div(r + n, kPackRows)), kThreads, 0,
+                      stream, ring, r, (const New*)kv, n, layout, window);
     });
 }
 
