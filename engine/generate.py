@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cache import Cache
-from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
+from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.tokens import check_token_ids
 
@@ -63,19 +64,48 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chunks: Sequence[int] = (),
+    graph: bool = True,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[int]:
-    """Yield new token ids until end-of-sentence or `max_new_tokens`; temperature 0 is greedy."""
+    """Yield new token ids until end-of-sentence or `max_new_tokens`; temperature 0 is greedy.
+
+    On a GPU with kernels the decode steps come from a CUDA graph if `graph` says so; `note` hears
+    why one that was wanted cannot be.
+    """
     if not tokens:
         raise DSV4Error("the prompt is empty", "give at least one token")
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache()
     logits = prefill(model, cache, tokens, chunks)
+    decode = None
     for number in range(max_new_tokens):
         token = sample(logits, temperature, generator)
         yield token
         if token == model.config.eos_token_id or number + 1 == max_new_tokens:
             return
-        logits = model.forward(cache.step([[token]]), cache, last_only=True)[0]
+        decode = decode or decoder(model, cache, graph, note)
+        logits = decode(token)
+
+
+def decoder(
+    model: Transformer, cache: Cache, graph: bool, note: Callable[[str], None]
+) -> Callable[[int], Tensor]:
+    """What appends a token to the cache's only sequence and gives the next logits, float32 [v]."""
+    if graph and can_use_graph(model):
+        try:
+            captured = DecodeGraph(model, cache)
+            return lambda token: captured.forward([token])[0]
+        except CannotAnswer as error:
+            note(f"decoding without a CUDA graph: {error}")
+    return lambda token: model.forward(cache.step([[token]]), cache, last_only=True)[0]
+
+
+def can_use_graph(model: Transformer) -> bool:
+    """Whether decoding from a CUDA graph makes sense: on a GPU, with a kernel somewhere, unobserved."""
+    sites = model.sites.values()
+    on_gpu = model.device.type == "cuda"
+    kernels = any(site.stamp.implementation != "reference" for site in sites)
+    return on_gpu and kernels and all(site.tap is None for site in sites)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -1,0 +1,310 @@
+"""Decoding from a CUDA graph: the same numbers as op by op. Skipped where there is no H100 or H200."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine import cuda_library, demo
+from dsv4_bench.engine.cache import Cache
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
+from dsv4_bench.engine.fixed_step import FixedStep
+from dsv4_bench.engine.generate import generate, teacher_forced_logits
+from dsv4_bench.engine.graph import DecodeGraph, fixed_step
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import Site, parse_route
+from dsv4_bench.engine.synthetic import write_checkpoint
+from dsv4_bench.probes.tap import set_taps
+
+reason = cuda_library._device_reason()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
+LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("graph") / "ckpt"
+    return Checkpoint(write_checkpoint(folder, CONFIG, "nvfp4", seed=3))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> Transformer:
+    model = Transformer(checkpoint, torch.bfloat16, "cuda")
+    model.set_route(parse_route(["kernel"]))
+    return model
+
+
+def texts(count: int) -> list[list[int]]:
+    """Random tokens for every sequence of LENGTHS, `count` more than its length."""
+    rng = torch.Generator().manual_seed(count)
+    return [torch.randint(2, 512, (length + count,), generator=rng).tolist() for length in LENGTHS]
+
+
+def prefilled(
+    model: Transformer, ids: list[list[int]], lengths: tuple[int, ...] = LENGTHS
+) -> Cache:
+    cache = model.new_cache(len(ids))
+    pieces = [text[:length] for text, length in zip(ids, lengths, strict=True)]
+    model.forward(cache.step(pieces), cache)
+    return cache
+
+
+def token_of(ids: list[list[int]], number: int) -> list[int]:
+    return [text[length + number] for text, length in zip(ids, LENGTHS, strict=True)]
+
+
+@torch.inference_mode()
+def run_step(model: Transformer, cache: Cache, step: FixedStep) -> Tensor:
+    """What a graph captures, op by op."""
+    step.advance()
+    x = model.embed(step.tokens)
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+        x = layer(x, layer_cache, step)
+    return model.head(x)
+
+
+def relative_l2(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def test_graph_is_as_close_to_the_truth_as_the_eager_route(
+    checkpoint: Checkpoint, model: Transformer
+) -> None:
+    """320 tokens of a ragged batch, over the window's end, both kinds of windows and a new capture."""
+    ids = texts(320)
+    exact = Transformer(checkpoint, torch.float32, "cuda")
+    truth = [teacher_forced_logits(exact, text) for text in ids]
+    eager, graphed = prefilled(model, ids), prefilled(model, ids)
+    graph = DecodeGraph(model, graphed)
+    ours, theirs = [], []
+    for number in range(320):
+        tokens = token_of(ids, number)
+        theirs.append(model.forward(eager.step([[t] for t in tokens]), eager).cpu())
+        ours.append(graph.forward(tokens).cpu())
+    assert graph.captures == 2 and graphed.lengths == eager.lengths
+    for b, (length, wanted) in enumerate(zip(LENGTHS, truth, strict=True)):
+        wanted = wanted[length : length + 320]
+        ours_b, theirs_b = (torch.stack(x)[:, b] for x in (ours, theirs))
+        honest = relative_l2(theirs_b, wanted)
+        error = relative_l2(ours_b, wanted)
+        print(
+            f"sequence {b}: graph {error:.2e}, eager {honest:.2e}, "
+            f"between them {relative_l2(ours_b, theirs_b):.2e}"
+        )
+        assert error <= 1.2 * honest
+        same = (ours_b.argmax(-1) == theirs_b.argmax(-1)).float().mean()
+        assert same > 0.9
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_graph_has_the_bits_of_the_same_step_op_by_op(model: Transformer, branches: bool) -> None:
+    ids = texts(12)
+    eager, graphed = prefilled(model, ids), prefilled(model, ids)
+    graph = DecodeGraph(model, graphed, branches=branches)
+    tokens = torch.zeros(len(ids), dtype=torch.int64, device="cuda")
+    step = fixed_step(model, eager, graph.step.limit, tokens)
+    for number in range(12):
+        tokens.copy_(torch.tensor(token_of(ids, number)))
+        wanted = run_step(model, eager, step)
+        found = graph.forward(token_of(ids, number))
+        assert torch.equal(found, wanted), number
+    for ours, theirs in zip(graphed.layers, eager.layers, strict=True):
+        for name, tensor in theirs.tensors().items():
+            assert torch.equal(ours.tensors()[name], tensor), name
+
+
+def test_replays_are_bit_identical(model: Transformer) -> None:
+    ids = texts(2)
+    cache = prefilled(model, ids)
+    graph = DecodeGraph(model, cache)
+    before = [{k: v.clone() for k, v in layer.tensors().items()} for layer in cache.layers]
+    first: Tensor | None = None
+    for _ in range(100):
+        for layer, saved in zip(cache.layers, before, strict=True):
+            for name, tensor in layer.tensors().items():
+                tensor.copy_(saved[name])
+        cache.lengths = list(LENGTHS)  # set back: the positions on the device have to follow
+        logits = graph.forward(token_of(ids, 0)).clone()
+        first = logits if first is None else first
+        assert torch.equal(logits, first)
+    assert graph.captures == 1
+
+
+def test_ranges_of_layers_make_the_whole(model: Transformer) -> None:
+    ids = texts(6)
+    one, other = prefilled(model, ids), prefilled(model, ids)
+    whole = DecodeGraph(model, one)
+    parts = [DecodeGraph(model, other, layers) for layers in (range(2), range(2, 6))]
+    for number in range(6):
+        tokens = token_of(ids, number)
+        wanted = whole.forward(tokens)
+        with torch.inference_mode():
+            x = model.embed(torch.tensor(tokens, device="cuda"))
+            for part in parts:
+                x = part.run(x, tokens)
+            assert torch.equal(model.head(x), wanted)
+        other.lengths = [length + 1 for length in other.lengths]
+    with pytest.raises(DSV4Error, match="some layers only"):
+        parts[0].forward([1, 2, 3])
+    with pytest.raises(DSV4Error, match="starts from token ids"):
+        whole.run(x)
+    with pytest.raises(DSV4Error, match="2 tokens given, the cache holds 3"):
+        whole.forward([1, 2])
+
+
+def test_greedy_choice_feeds_the_next_replay(model: Transformer) -> None:
+    ids = texts(1)
+    fed, free = (DecodeGraph(model, prefilled(model, ids)) for _ in range(2))
+    tokens = token_of(ids, 0)
+    free.forward(tokens)
+    for _ in range(5):
+        logits = fed.forward(tokens)
+        assert torch.equal(fed.choice, logits.argmax(-1))
+        tokens = fed.choice.tolist()
+        assert free.choice.tolist() == tokens
+        free.forward()
+
+
+def test_a_switched_route_is_captured_anew(model: Transformer) -> None:
+    ids = texts(2)
+    eager = prefilled(model, ids)
+    graph = DecodeGraph(model, prefilled(model, ids))
+    model.forward(eager.step([[t] for t in token_of(ids, 0)]), eager)
+    graph.forward(token_of(ids, 0))
+    try:
+        model.set_route(parse_route(["kernel", "*/hc_post=reference"]))
+        found = graph.forward(token_of(ids, 1))
+        assert graph.captures == 2
+        wanted = model.forward(eager.step([[t] for t in token_of(ids, 1)]), eager)
+        assert relative_l2(found, wanted) < 0.05
+    finally:
+        model.set_route(parse_route(["kernel"]))
+
+
+@pytest.mark.parametrize("site", ["L1/attn/compressor/pool", "L1/ffn/experts", "L2/attn/wq_b"])
+def test_a_site_that_waits_for_the_device_is_named(model: Transformer, site: str) -> None:
+    model.set_route(parse_route(["kernel", f"{site}=reference"]))
+    try:
+        with pytest.raises(CannotAnswer, match=f"^{site}: reference cannot be captured"):
+            DecodeGraph(model, prefilled(model, texts(1)))
+        notes: list[str] = []
+        assert len(list(generate(model, [5, 6, 7], 3, note=notes.append))) == 3
+        assert len(notes) == 1 and site in notes[0]
+    finally:
+        model.set_route(parse_route(["kernel"]))
+    assert DecodeGraph(model, prefilled(model, texts(1))).captures == 1  # the device is as before
+
+
+# ------------------------------------------------------------------------------ sites and observers
+
+
+def test_every_site_has_its_nodes(model: Transformer) -> None:
+    graph = DecodeGraph(model, prefilled(model, texts(1)))
+    names, sites = graph.nodes(), graph.sites()
+    ran = [path for path, site in model.sites.items() if site.op != "gather_swa"]
+    assert sorted(path for path, _, _ in sites) == sorted(ran)
+    taken = [n for _, first, count in sites for n in range(first, first + count)]
+    assert len(taken) == len(set(taken)) and max(taken) < len(names)
+    for path, word in {
+        "L3/attn/core": "attention",
+        "L3/attn/index/topk": "topk",
+        "L0/ffn/hc_post": "post",
+        "L2/ffn/experts": "expert",
+        "embed": "embed",
+    }.items():
+        ((_, first, count),) = [row for row in sites if row[0] == path]
+        assert count >= 1 and any(word in name for name in names[first : first + count]), (
+            path,
+            names[first : first + count],
+        )
+
+
+class Peaks:
+    """A tap's observer and a graph's: the largest absolute value of every site's first output."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.layers: list[int] = []
+        self.values = torch.zeros(1024, device="cuda")
+
+    def wants(self, site: Site) -> bool:
+        return True
+
+    def around(self, site: Site, args: tuple[Any, ...]) -> Any:
+        result = site.run(args)
+        self.after(site, args, result)
+        return result
+
+    def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+        outputs = site.spec.name_outputs(result)
+        if outputs:
+            value = next(iter(outputs.values()))
+            self.values[len(self.paths)].copy_(value.float().abs().max())
+        self.paths.append(site.path)
+
+    def layer_done(self, layer: int) -> None:
+        self.layers.append(layer)
+
+
+class Ticks:
+    """A graph's clock: counts the starts and the stops of every site, each in a place of its own."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2048, dtype=torch.int64, device="cuda")
+        self.places: list[str] = []
+
+    def start(self, site: Site) -> None:
+        self.counts[len(self.places)] += 1
+        self.places.append(site.path)
+
+    stop = start
+
+
+def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer) -> None:
+    ids = texts(3)
+    plain, eager = DecodeGraph(model, prefilled(model, ids)), prefilled(model, ids)
+    peaks, ticks = Peaks(), Ticks()
+    seen = DecodeGraph(model, prefilled(model, ids), observer=peaks, clock=ticks)
+    step = fixed_step(model, eager, seen.step.limit, torch.zeros_like(seen.step.tokens))
+    for number in range(3):
+        tokens = token_of(ids, number)
+        assert torch.equal(plain.forward(tokens), seen.forward(tokens))
+        step.tokens.copy_(torch.tensor(tokens))
+        expected = Peaks()
+        set_taps(model.sites.values(), expected)
+        try:
+            run_step(model, eager, step)
+        finally:
+            set_taps(model.sites.values(), None)
+        assert expected.paths == peaks.paths
+        assert torch.equal(expected.values, peaks.values)
+    assert peaks.layers == list(range(6))
+    assert peaks.paths == [path for path, _, _ in seen.sites()]
+    assert ticks.places == [path for path in peaks.paths for _ in range(2)]
+    assert bool((ticks.counts[: len(ticks.places)] == 3).all())
+
+
+# ------------------------------------------------------------------------------ generate
+
+
+def test_the_demo_says_the_same_from_a_graph() -> None:
+    shipped = Transformer(Checkpoint(demo.demo_checkpoint()), torch.bfloat16, "cuda")
+    shipped.set_route(parse_route(["kernel"]))
+    rng = torch.Generator().manual_seed(0)
+    prompt = torch.randint(2, shipped.config.vocab_size, (150,), generator=rng).tolist()
+    notes: list[str] = []
+    eager = list(generate(shipped, prompt, 48, graph=False, note=notes.append))
+    graphed = list(generate(shipped, prompt, 48, note=notes.append))
+    assert graphed == eager and not notes
+    warm = [list(generate(shipped, prompt, 12, 0.8, 7, graph=g)) for g in (False, True)]
+    assert warm[0] == warm[1]
