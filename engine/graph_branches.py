@@ -32,6 +32,9 @@ class Observer(Protocol):
     def layer_done(self, layer: int) -> None:
         """All sites of the layer have run."""
 
+    def step_done(self) -> None:
+        """All sites have run; a call of `after` from now on is of another capture."""
+
 
 class Clock(Protocol):
     """Launches of its own right before and after a site, in the site's chain: device time stamps."""
@@ -119,6 +122,8 @@ class Branches:
 
     def finish(self) -> None:
         """All branches come together where the capture began."""
+        if self.observer is not None:
+            self._observe(lambda observer: observer.step_done())
         torch.cuda.set_stream(self.origin)
         self.origin.wait_stream(self._last.stream)
         if self._beside is not None:

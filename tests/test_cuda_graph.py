@@ -255,6 +255,9 @@ class Peaks:
     def layer_done(self, layer: int) -> None:
         self.layers.append(layer)
 
+    def step_done(self) -> None:
+        self.layers.append(-1)
+
 
 class Ticks:
     """A graph's clock: counts the starts and the stops of every site, each in a place of its own."""
@@ -288,7 +291,7 @@ def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer
             set_taps(model.sites.values(), None)
         assert expected.paths == peaks.paths
         assert torch.equal(expected.values, peaks.values)
-    assert peaks.layers == list(range(6))
+    assert peaks.layers == [*range(6), -1]
     assert peaks.paths == [path for path, _, _ in seen.sites()]
     assert ticks.places == [path for path in peaks.paths for _ in range(2)]
     assert bool((ticks.counts[: len(ticks.places)] == 3).all())
