@@ -2,8 +2,9 @@
 
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC -o OUT.so SOURCE.py
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC --version
+    python -m dsv4_bench.engine.dsl.compile -c SOURCE.py         object files only, without nvcc
 
-SOURCE.py has a function `exports()`: name -> (host function, example arguments). Each becomes
+SOURCE.py has a generator `exports()`: name, host function, example arguments. Each becomes
 `int dsv4_<name>(arguments..., void* stream)`, status 0 or a cudaError_t. The DSL compiles and writes
 object files; nvcc adds the functions that load the kernels at their first call. Needs
 nvidia-cutlass-dsl and nvcc, no GPU. What ptxas says about every kernel is printed.
@@ -62,7 +63,7 @@ def load(source: Path) -> Any:
 
 
 def compile_exports(source: Path) -> list[str]:
-    """Write <name>.o and <name>.h into the current folder for each export; their names."""
+    """Write <name>.o and <name>.h into the current folder for each export; returns their names."""
     # The DSL reads these when it is imported; it knows no other way to compile for an absent GPU.
     os.environ.update(
         CUTE_DSL_ARCH=ARCH, CUTE_DSL_COMPILER_OPT="remarks{ptx}", CUTE_DSL_DISABLE_FILE_CACHING="1"
@@ -70,7 +71,7 @@ def compile_exports(source: Path) -> list[str]:
     import cutlass.cute as cute
 
     names = []
-    for name, (function, arguments) in load(source).exports().items():
+    for name, function, arguments in load(source).exports():
         compiled = cute.compile(function, *arguments)
         compiled.export_to_c(file_path=".", file_name=name, function_prefix=name)
         names.append(name)
@@ -101,17 +102,22 @@ def versions(nvcc: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--nvcc", required=True)
+    parser.add_argument("--nvcc")
     parser.add_argument("--version", action="store_true")
+    parser.add_argument("-c", dest="objects_only", action="store_true")
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("source", type=Path, nargs="?")
     args = parser.parse_args()
+    if args.nvcc is None and not args.objects_only:
+        parser.error("--nvcc is needed")
     if args.version:
         print(versions(args.nvcc))
         return 0
-    if args.source is None or args.output is None:
+    if args.source is None or (args.output is None and not args.objects_only):
         parser.error("a source and -o are needed")
     names = compile_exports(args.source)
+    if args.objects_only:
+        return 0
     Path("glue.cu").write_text(
         _HEAD + "".join(glue(name, Path(f"{name}.h").read_text()) for name in names)
     )

@@ -12,6 +12,8 @@ Needs nvidia-cutlass-dsl; `compile.py` compiles it ahead of time, on any machine
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -515,12 +517,14 @@ class TallLinear:
             together.arrive_and_wait()
 
 
-def exports() -> dict[str, tuple[TallLinear, list[object]]]:
-    """What is compiled: name -> (host function, arguments to compile it for)."""
-    found = {}
+def exports() -> Iterator[tuple[str, TallLinear, list[object]]]:
+    """What is compiled: (name, host function, arguments to compile it for)."""
     for kind, coded in (("bf16", None), ("nvfp4", Nvfp4), ("mxfp4", Mxfp4), ("fp8", Fp8)):
-        for name, out_dtype in (("bf16", BFloat16), ("f32", Float32)):
-            kernel = TallLinear(coded, out_dtype)
+        for out, out_dtype in (("bf16", BFloat16), ("f32", Float32)):
+            kernel, name = TallLinear(coded, out_dtype), f"linear_{kind}_{out}"
+            TallLinear.kernel.set_name_prefix(  # what profilers show
+                name, remove_cutlass_symbol=True, keep_mangled_name=False
+            )
             scale_type = Uint8 if coded is None else coded.scale_type
             pointers = [
                 make_ptr(dtype, 16, cute.AddressSpace.gmem, assumed_align=align)
@@ -532,5 +536,4 @@ def exports() -> dict[str, tuple[TallLinear, list[object]]]:
                 )
             ]
             rest = [Int32(64)] * 3 + [Float32(1), Int32(2), cuda.CUstream(0)]
-            found[f"linear_{kind}_{name}"] = (kernel, pointers + rest)
-    return found
+            yield name, kernel, pointers + rest
