@@ -123,10 +123,14 @@ class Build:
         return cache_dir() / f"{self.name}-{self.key}"
 
     def identity(self) -> str:
-        """The name of the build that runs here: `name` and key; without a compiler, of what was found."""
-        if self.compiler is None and (found := self.find()) is not None:
-            return found.parent.name
-        return f"{self.name}-{self.key}"
+        """The name of the build that runs here: `name` and key.
+
+        Without a compiler it is that of the build that was found, else the key's second part is empty.
+        """
+        if self.compiler is not None:
+            return f"{self.name}-{self.key}"
+        found = self.find()
+        return f"{self.name}-{self.content[:12]}-" if found is None else found.parent.name
 
     def find(self) -> Path | None:
         """The library if it is built; without a compiler, one that any compiler made."""
