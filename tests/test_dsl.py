@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cpu_kernels import make_weight, oracle_weight, same
 from torch import Tensor
+from verified import measured
 
 import dsv4_bench.engine.dsl.linear  # noqa: F401  (registers the kernel)
 from dsv4_bench.engine.cuda_weights import pack
@@ -17,6 +18,7 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import DENSE_CACHE, Weight
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
+from dsv4_bench.probes.metrics import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +45,9 @@ def kernel(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None) -> T
 
 def close(got: Tensor, want: Tensor, what: str = "") -> None:
     """`got` equals float64 `want`, rounded once to got's dtype."""
-    same(got.cpu(), want.to(got.dtype).cpu(), LIMIT[got.dtype], what)
+    got, rounded, limit = got.cpu(), want.to(got.dtype).cpu(), LIMIT[got.dtype]
+    measured("linear", "cutedsl", relative_error(got, rounded), limit)
+    same(got, rounded, limit, what)
 
 
 def random_weight(kind: str, n: int, k: int) -> Weight:
