@@ -70,7 +70,7 @@ def generate(
     """Yield new token ids until end-of-sentence or `max_new_tokens`; temperature 0 is greedy.
 
     On a GPU with kernels the decode steps come from a CUDA graph if `graph` says so; `note` hears
-    why one that was wanted cannot be.
+    whether they do, or why not.
     """
     if not tokens:
         raise DSV4Error("the prompt is empty", "give at least one token")
@@ -94,6 +94,7 @@ def decoder(
     if graph and can_use_graph(model):
         try:
             captured = DecodeGraph(model, cache)
+            note("decoding from a CUDA graph")
             return lambda token: captured.forward([token])[0]
         except CannotAnswer as error:
             note(f"decoding without a CUDA graph: {error}")

@@ -159,6 +159,7 @@ class DecodeGraph:
                 x = self.model.layers[layer](x, cache, step)
         return x
 
+    @torch.inference_mode()
     def _body(self, step: FixedStep, branches: Branches) -> None:
         step.advance()
         if self.layers is not None:
@@ -173,7 +174,6 @@ class DecodeGraph:
         self._choice = torch.where(finite, self._result.argmax(-1), -1)
         step.tokens.copy_(self._choice.clamp(min=0))
 
-    @torch.inference_mode()
     def _capture(self) -> None:
         self._graph = torch.cuda.CUDAGraph()  # lets go of the old one and its memory
         if self._warm != Site.switches:
@@ -211,6 +211,7 @@ class DecodeGraph:
             self._run_eagerly(step, cache)
         self._warm = Site.switches
 
+    @torch.inference_mode()
     def _run_eagerly(self, step: FixedStep, cache: Cache) -> None:
         x = self._x if self.layers is not None else self.model.embed(step.tokens)
         for layer in self._covered():

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--no-graph", action="store_true", help="on a GPU: decode op by op, not from a CUDA graph"
+    )
+    parser.add_argument(
         "--eval",
         type=int,
         nargs="?",
@@ -91,12 +94,25 @@ def _decode(
 ) -> dict[str, Any]:
     from dsv4_bench.engine.generate import generate
 
+    decoded: list[str] = []  # how: in words, once it is known
+
+    def tell(text: str) -> None:
+        decoded.append(text)
+        output.narrate(f"note: {text}")
+
     started = time.perf_counter()
     first: float | None = None
     new: list[int] = []
     shown = ""
     for token in generate(
-        loaded.model, prompt, args.max_new_tokens, args.temperature, args.seed, chunks
+        loaded.model,
+        prompt,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        chunks,
+        graph=not args.no_graph,
+        note=tell,
     ):
         first = first or time.perf_counter()
         new.append(token)
@@ -118,5 +134,5 @@ def _decode(
         "seconds": ended - started,
         "tokens_per_second": (len(new) - 1) / decoding if len(new) > 1 and decoding > 0 else None,
         "route": [str(entry) for entry in loaded.model.route],
-        "notes": loaded.notes,
+        "notes": [*loaded.notes, *decoded],
     }
