@@ -39,7 +39,9 @@ def model(make_checkpoint):
 
 
 @pytest.fixture(autouse=True)
-def known_machine(monkeypatch):
+def known_machine(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ceilings")  # what is not true stays out of the user's cache
+    monkeypatch.setattr(ceiling_module, "cache_folder", lambda: folder)
     monkeypatch.setattr(ceiling_module, "measure", lambda device: MACHINE)
 
 
@@ -158,7 +160,7 @@ def test_floor_is_the_larger_of_bytes_and_operations():
 
 
 def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceiling_module, "cache_folder", lambda: tmp_path)
     measured = []
     monkeypatch.setattr(ceiling_module, "measure", lambda device: measured.append(1) or MACHINE)
     cpu = torch.device("cpu")
@@ -203,8 +205,10 @@ def test_decode_needs_context(model):
 
 
 @pytest.fixture(scope="module")
-def document(model):
+def document(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ceilings")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceiling_module, "cache_folder", lambda: folder)
         patch.setattr(ceiling_module, "measure", lambda device: MACHINE)
         return profile(
             model, [TOKENS] * 2, Request((1, 2), "", "decode", BRIEF, True), lambda text: None

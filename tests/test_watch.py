@@ -12,7 +12,8 @@ from driver import Driver
 
 from dsv4_bench.engine import registry
 from dsv4_bench.engine.errors import DSV4Error
-from dsv4_bench.workbench.reloading import fingerprint, sources
+from dsv4_bench.workbench.reloading import sources
+from dsv4_bench.workbench.saving import fingerprint
 
 SITE = "L1/attn/hc_post"
 CODE = """
@@ -115,6 +116,13 @@ def test_sources_of_compiled_and_reference_code():
     assert {"hyper.cpp", "abi.h"} <= names and not any(name.endswith(".cu") for name in names)
 
 
+def test_sources_can_be_asked_for_before_anything_runs(driver):
+    found = driver.command(f"sources {SITE}")
+    assert (found["implementation"], found["files"]) == ("watched", [str(driver.plugin)])
+    with pytest.raises(DSV4Error, match="no site matches"):
+        driver.command("sources L1/nothing")
+
+
 def test_a_fingerprint_goes_by_content(tmp_path):
     path = tmp_path / "k.cu"
     assert fingerprint([path]) == fingerprint([path])
@@ -143,6 +151,23 @@ def test_watch_in_a_terminal(make_checkpoint, tmp_path):
     assert process.returncode == 0, err
     assert ": ok" in lines[0] and ": over" in lines[1] and ": ok" in lines[3]
     assert "SIGABRT" in lines[2] and SITE in lines[2]
+
+
+def test_a_worker_that_dies_before_the_first_attempt_is_one(make_checkpoint, tmp_path):
+    """The code that is there kills the worker at once: that is said, and the next save is tried."""
+    plugin = save(tmp_path / "plugin.py", "__import__('os').abort()")
+    words = [sys.executable, "-m", "dsv4_bench.workbench", "watch", SITE, str(make_checkpoint())]
+    words += ["--plugin", str(plugin), "--route", "*/hc_post=watched", "--attempts", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        first = process.stdout.readline()
+        save(plugin, "1.0")
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert first.startswith("watched: ") and "SIGABRT" in first and "/hc_post" in first
+    assert ": ok" in out
 
 
 def test_watch_as_json(make_checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from dsv4_bench.workbench.breakpoints import Breakpoint, parse_breakpoint
 from dsv4_bench.workbench.debugger import Debugger, Restart, Rewind
 from dsv4_bench.workbench.heat import heat_view, parse_request
 from dsv4_bench.workbench.loading import read_route
-from dsv4_bench.workbench.reloading import Reloader
+from dsv4_bench.workbench.reloading import Reloader, sources
 
 if TYPE_CHECKING:
     from dsv4_bench.workbench.comparing import Comparing
@@ -177,6 +178,14 @@ class EngineCommands:
 
     def do_reload(self) -> dict[str, Any]:
         return self.reloader.reload()
+
+    def do_sources(self, site: str = "") -> dict[str, Any]:
+        pattern = site or self.debugger.site
+        if not pattern:
+            raise DSV4Error("no op has run yet", "give a site, or `step`")
+        first = self._sites(pattern)[0]
+        files = [str(path) for path in sources(first.impl, self.reloader.plugins)]
+        return {"site": first.path, "implementation": first.impl.name, "files": files}
 
     def _sites(self, pattern: str) -> list[Site]:
         return select_sites(self.debugger.model.sites.values(), pattern)
@@ -350,6 +359,28 @@ class EngineCommands:
         from dsv4_bench.workbench.timing_here import time_here
 
         return time_here(self.debugger, site)
+
+    def do_ncu(self, site: str = "") -> dict[str, Any]:
+        from dsv4_bench.workbench.counting_here import count_here
+
+        path = site or self.debugger.site or ""
+        if path and path not in self.debugger.model.sites:
+            raise DSV4Error(f"no site {path!r}", did_you_mean(path, self.debugger.model.sites))
+        return count_here(self.debugger, path, self.reloader.plugins)
+
+    def do_history(self, site: str = "") -> dict[str, Any]:
+        from dsv4_bench.workbench.timing import history
+
+        pattern = site or self.debugger.site
+        if not pattern:
+            raise DSV4Error("no op has run yet", "give a site, or `step`")
+        self._sites(pattern)
+        rows = history.rows(pattern)
+        here = os.getpid()
+        return {
+            "pattern": pattern,
+            "rows": [{**row, "here": row["process"] == here} for row in rows],
+        }
 
     def do_compare(self, a: str, b: str) -> dict[str, Any]:
         from dsv4_bench.workbench.comparing import Comparing

@@ -6,7 +6,6 @@ when they are next called, so an error of the compiler is raised there, with its
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import statistics
@@ -26,10 +25,14 @@ from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
 from dsv4_bench.probes.capture import Captured, within
 from dsv4_bench.workbench.debugger import Debugger, Held
 from dsv4_bench.workbench.loading import load_plugins
+from dsv4_bench.workbench.saving import fingerprint
+from dsv4_bench.workbench.timing import history
 from dsv4_bench.workbench.timing.clock import make_clock
 from dsv4_bench.workbench.timing.sites import Effort, interleave, prepared
+from dsv4_bench.workbench.timing_here import remember
 
 _COMPILED = {"cpu": "cpu", "sm90": "cuda"}  # implementation -> its folder below csrc
+_KEPT = 200  # attempts of a session
 _EFFORT = Effort(seconds=0.2, least=3, most=30)  # of the timing after a reload
 
 
@@ -43,18 +46,6 @@ def sources(impl: Implementation, plugins: Iterable[str] = ()) -> list[Path]:
     own = inspect.getsourcefile(inspect.unwrap(impl.function))
     named = [Path(file).absolute() for file in plugins]
     return sorted({*named, *([Path(own).absolute()] if own else [])})
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """Hash of the files' contents; a file that is gone for a moment counts as empty."""
-    state = hashlib.sha256()
-    for path in files:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            data = b""
-        state.update(f"{path} {len(data)} ".encode() + data)
-    return state.hexdigest()[:12]
 
 
 def reload_code(model: Transformer, plugins: Iterable[str] = ()) -> list[str]:
@@ -111,6 +102,13 @@ def seconds_of(call: Captured, impl: Implementation, device: torch.device) -> fl
     return statistics.median(interleave(timed, _EFFORT)[impl.name])
 
 
+def _entry(attempt: dict[str, Any]) -> history.Entry:
+    names = ("hash", "seconds", "own_error", "limit", "verdict")
+    measured = {name: attempt[name] for name in names if name in attempt}
+    place = attempt["site"], attempt["implementation"]
+    return history.Entry(*place, **measured, problem=attempt["error"])
+
+
 class Reloader:
     """Hot reload of the op a session stands at; `history` has every attempt, oldest first.
 
@@ -138,7 +136,9 @@ class Reloader:
         changed = self._seen.get(site.impl.name) != found
         if changed:
             self._seen[site.impl.name] = found
-            self.history.append(self._attempt(held))
+            attempt = self._attempt(held)
+            self.history = [*self.history[1 - _KEPT :], attempt]
+            remember(self.debugger, "watch", [_entry(attempt)])
         return {
             "reloaded": changed,
             "site": site.path,

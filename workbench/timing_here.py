@@ -1,13 +1,15 @@
-"""`timing` in a session: every op of the layer it stands in, reference beside kernel, on its own inputs"""
+"""`timing` and `history` in a session: ops of the layer it stands in, timed now, and earlier times"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.workbench.bundle_here import capture_layer
 from dsv4_bench.workbench.debugger import Debugger
-from dsv4_bench.workbench.timing.ceilings import ceilings
+from dsv4_bench.workbench.timing import history
+from dsv4_bench.workbench.timing.ceilings import ceilings, device_name
 from dsv4_bench.workbench.timing.clock import make_clock
 from dsv4_bench.workbench.timing.sites import Effort, time_site
 
@@ -36,6 +38,7 @@ def time_here(debugger: Debugger, pattern: str) -> dict[str, Any]:
         debugger.tell_running(call.site, call.site.impl)
         row = time_site(model, call, clock, ceiling, judge, _EFFORT, with_kernels=False)
         rows.append({k: v for k, v in row.to_dict().items() if k != "kernels"})
+    remember(debugger, "timing", [entry for row in rows for entry in history.of_row(row)])
     site = calls[0].site
     kind = "" if site.layer is None else model.config.attention_kind(site.layer)
     return {
@@ -45,3 +48,15 @@ def time_here(debugger: Debugger, pattern: str) -> dict[str, Any]:
         "device": str(model.device),
         "sites": rows,
     }
+
+
+def remember(debugger: Debugger, what: str, entries: Iterable[history.Entry]) -> None:
+    """Add what was measured at the session's position to the history of runs."""
+    model, step = debugger.model, debugger.step
+    assert step is not None
+    phase = "decode" if step.is_decode else "prefill"
+    dtype = str(model.dtype).removeprefix("torch.")
+    tokens = step.starts[0] + step.lengths[0]
+    conditions = f"{phase}, {len(step.starts)} x {tokens} tokens, {dtype}"
+    name = device_name(model.device)
+    history.keep(what, str(model.checkpoint.folder), name, conditions, entries)

@@ -113,7 +113,23 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return {"ops": count(loaded.model, fed, request, _say)}
     document = profile(loaded.model, fed, request, _say)
     _clear()
+    if not args.under:
+        _remember(document)
     return {**document, "notes": loaded.notes}
+
+
+def _remember(document: dict[str, Any]) -> None:
+    """Add the times to the history that `history` in a session shows."""
+    from dsv4_bench.workbench.timing import history
+
+    conditions = "{phase}, {batch} x {context} tokens, {dtype}".format(**document)
+    history.keep(
+        "profile",
+        document["checkpoint"],
+        document["ceilings"]["device"],
+        conditions,
+        [entry for row in document["sites"] for entry in history.of_row(row)],
+    )
 
 
 def _present(

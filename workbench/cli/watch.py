@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.workbench.cli import common, output
+from dsv4_bench.workbench.saving import fingerprint
 
 if TYPE_CHECKING:
     from dsv4_bench.workbench.session import Session
@@ -38,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     with Session(options) as session:
         session.wait_open()
         session.command(f"shadow {args.site}")
-        session.command(f"until {args.site}")
         try:
             for attempt in _attempts(session, args.site):
                 attempts.append(attempt)
@@ -57,30 +57,30 @@ def run(args: argparse.Namespace) -> int:
 def _attempts(session: Session, site: str) -> Iterator[dict[str, Any]]:
     """One attempt now, then one after every save that changed something; without an end.
 
-    A kernel that kills the worker is an attempt too: its code is not run again as it is.
+    A kernel that kills the worker, at the first attempt too, is an attempt: its code is not run again
+    as it is.
     """
-    from dsv4_bench.workbench.reloading import fingerprint
     from dsv4_bench.workbench.session import WorkerDied
 
-    files: list[Path] = []
-    kernel = ""
+    found = session.command(f"sources {site}")
+    kernel, files = found["implementation"], [Path(name) for name in found["files"]]
+    stands = False
     while True:
+        seen = fingerprint(files)
         try:
+            if not stands:
+                session.command(f"until {site}")
+                stands = True
             reply = session.command("reload")
         except WorkerDied as death:
-            if not files:
-                raise
             yield {"site": site, "implementation": kernel, "error": death.message}
-            before = fingerprint(files)
-            while fingerprint(files) == before:
+            while fingerprint(files) == seen:
                 time.sleep(_PAUSE)
             session.command("restart")
             session.command(f"route {site}={kernel}")  # the restart put it on the reference
-            session.command(f"until {site}")
+            stands = False
             continue
-        files = [Path(name) for name in reply["files"]]
         if reply["reloaded"]:
-            kernel = reply["history"][-1]["implementation"]
             yield reply["history"][-1]
         time.sleep(_PAUSE)
 

@@ -42,6 +42,7 @@ class SiteTime:
     op: str
     layer: int | None
     kernel: str
+    hash: str = ""  # of the kernel's code
     seconds: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
@@ -89,7 +90,8 @@ def time_site(
     """
     site = call.site
     contenders, note = _contenders(model, call)
-    row = SiteTime(site.path, site.op, site.layer, contenders[-1].name, note=note)
+    best = contenders[-1]
+    row = SiteTime(site.path, site.op, site.layer, best.name, best.hash, note=note)
     with torch.inference_mode():
         results = {impl.name: call.run(impl.function) for impl in contenders}  # warm-up too
         timed = {impl.name: prepared(call, impl, clock) for impl in contenders}
