@@ -28,13 +28,13 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dt
 _CHUNK = 8192  # elements that a block reads at least
 _MOST_CHUNKS = 1024  # of a tensor
 _PART = 9  # doubles of scratch a chunk
-_MOMENTS, _SUMS = 0, 1
+_MOMENTS, _SUMS, _VALUES = 0, 1, 2
 _ITEM = struct.Struct("@PPqqqqiiiiiiii")
 
 PROBES = Library(
     "probes",
     {
-        "probe_stats": (P, N, N, P, P, P, N, N, P, P, P, I),
+        "probe_stats": (P, N, N, P, P, P, P, N, N, N, P, P, P, I),
         "probe_stamp": (P, P, N, N, I, I),
     },
 )
@@ -44,7 +44,8 @@ class View(NamedTuple):
     """What the kernel reads: `rows` of `cols` elements, `stride` apart, the last one with `last`.
 
     `row_index` [rows] int64 names the rows instead, below 0 for none. Of kind sums: `rows` x `cols` sums of
-    `last` terms each. A block reads `per_chunk` rows. The tensors are kept so that they live on.
+    `last` terms each. Of kind values: `rows` integers to copy. A block reads `per_chunk` rows. The
+    tensors are kept so that they live on.
     """
 
     tensor: Tensor
@@ -61,7 +62,7 @@ class View(NamedTuple):
     @property
     def chunks(self) -> int:
         """Blocks that read it; an empty one takes a block too, which writes its zeros."""
-        return 1 if self.kind == _SUMS else max(-(-self.rows // self.per_chunk), 1)
+        return max(-(-self.rows // self.per_chunk), 1) if self.kind == _MOMENTS else 1
 
 
 def moments_view(tensor: Tensor, index: Tensor | None = None) -> View | None:
@@ -135,6 +136,14 @@ def sums_view(tensor: Tensor, axis: int | None) -> View | None:
     )
 
 
+def values_view(tensor: Tensor, at: int) -> View | None:
+    """All integers of `tensor`, for column `at` of a ring's copies; None if they are no integers."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        return None
+    tensor = tensor.contiguous()
+    return View(tensor, None, tensor.numel(), 1, at, 1, kind=_VALUES)
+
+
 @lru_cache
 def available(device: torch.device) -> bool:
     """Whether the kernel runs on `device`; builds it if need be."""
@@ -166,28 +175,39 @@ def packed(views: Sequence[View], first_slot: int = 0) -> bytearray:
             view.tensor.data_ptr(),
             0 if view.row_index is None else view.row_index.data_ptr(),
             *(view.rows, view.cols, view.last, view.stride),
-            *(DTYPES[view.tensor.dtype], view.kind, first_slot + number),
+            *(_kind_of(view), view.kind, first_slot + number),
             *(view.per_chunk, chunk, view.sum_stride, view.term_stride, 0),
         )
         chunk += view.chunks
     return buffer
 
 
+def _kind_of(view: View) -> int:
+    """The code of its elements: a dtype, or the size of an integer."""
+    return view.tensor.element_size() if view.kind == _VALUES else DTYPES[view.tensor.dtype]
+
+
 class Ring:
     """Results of the last `steps` steps, `slots` in each, on `device`.
 
-    values [steps, slots, FIELDS] float64; exponents [steps, slots, BINS] int32 if wanted; step [1] int64
-    counts the steps that are over. Steps are counted on the device, so that a graph that is replayed
-    writes the next row.
+    values [steps, slots, FIELDS] float64; exponents [steps, slots, BINS] int32 if wanted; copies
+    [steps, width] int64, integers as they were. step [1] int64 counts the steps that are over: on the
+    device, so that a graph that is replayed writes the next row.
     """
 
     def __init__(
-        self, device: torch.device, slots: int, steps: int = 1, exponents: bool = False
+        self,
+        device: torch.device,
+        slots: int,
+        steps: int = 1,
+        exponents: bool = False,
+        width: int = 0,
     ) -> None:
         self.values = torch.zeros(steps, slots, FIELDS, dtype=torch.float64, device=device)
         self.exponents = (
             torch.zeros(steps, slots, BINS, dtype=torch.int32, device=device) if exponents else None
         )
+        self.copies = torch.zeros(steps, width, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.arrived = torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
         self._scratch: list[Tensor] = []
@@ -199,22 +219,39 @@ class Ring:
         `advance`: the step is over with this launch. Captured in a CUDA graph, every replay does it
         anew; the tensors must then keep their memory, and so must this ring.
         """
-        self._scratch += launch(
-            views, self.values, first_slot, self.arrived, self.exponents, self.step, advance
-        )
+        nothing = View(self.step, None, 0, 1, 0, 1, kind=_VALUES)
+        views = views or [nothing] * advance
+        where = (self.arrived, self.exponents, self.copies, self.step, advance)
+        self._scratch += launch(views, self.values, first_slot, *where)
 
-    def fetch(self) -> tuple[list[int], Tensor, Tensor | None]:
-        """Numbers, values and exponents of the steps since the last fetch, on the host.
+    def forget(self) -> None:
+        """Let go of what launches needed: the graph that holds them is gone."""
+        self._scratch = []
 
-        Steps that the ring has overwritten are left out: a gap in the numbers shows them. Waits.
+    def fetch(self, used: int | None = None) -> list[Row]:
+        """What the steps since the last fetch left in the first `used` slots, on the host. Waits.
+
+        Steps that the ring has overwritten are left out: a gap in the numbers shows them.
         """
         steps = len(self.values)
         done = int(self.step.item())
         numbers = list(range(max(self._seen, done - steps), done))
         self._seen = done
         rows = [number % steps for number in numbers]
-        exponents = None if self.exponents is None else self.exponents[rows].cpu()
-        return numbers, self.values[rows].cpu(), exponents
+        columns = [self.values[rows, :used], self.copies[rows]]
+        if self.exponents is not None:
+            columns.append(self.exponents[rows, :used])
+        on_host = [column.cpu() for column in columns]
+        return [Row(number, *(column[i] for column in on_host)) for i, number in enumerate(numbers)]
+
+
+class Row(NamedTuple):
+    """One step of a ring on the host: its number, from 0, and what Ring says of each."""
+
+    number: int
+    values: Tensor
+    copies: Tensor
+    exponents: Tensor | None = None
 
 
 def launch(
@@ -223,6 +260,7 @@ def launch(
     first_slot: int = 0,
     arrived: Tensor | None = None,
     exponents: Tensor | None = None,
+    copies: Tensor | None = None,
     step: Tensor | None = None,
     advance: bool = False,
 ) -> list[Tensor]:
@@ -249,8 +287,10 @@ def launch(
             ctypes.addressof(ctypes.c_char.from_buffer(items)),
             *(len(part), chunks, values.data_ptr()),
             None if exponents is None else exponents.data_ptr(),
+            None if copies is None else copies.data_ptr(),
             None if step is None else step.data_ptr(),
-            *(steps, slots, scratch[-1 if bins is None else -2].data_ptr()),
+            *(steps, slots, 0 if copies is None else copies.shape[1]),
+            scratch[-1 if bins is None else -2].data_ptr(),
             None if bins is None else bins.data_ptr(),
             arrived.data_ptr(),
             int(advance and first + MOST_ITEMS >= len(views)),
@@ -267,15 +307,17 @@ class Stamps:
     def __init__(self, device: torch.device, slots: int, steps: int) -> None:
         self.times = torch.zeros(steps, slots, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._seen = 0
 
-    def stamp(self, slot: int, advance: bool = False) -> None:
-        """The time when everything before this in the stream is done; `advance`: the step's last."""
+    def stamp(self, slot: int, begin: bool = False) -> None:
+        """The time when everything before this in the stream is done; `begin`: the first of a step."""
         steps, slots = self.times.shape
         where = (self.times.data_ptr(), self.step.data_ptr(), steps, slots)
-        PROBES.call("probe_stamp", self.times, *where, slot, int(advance))
+        PROBES.call("probe_stamp", self.times, *where, slot, int(begin))
 
     def fetch(self) -> Tensor:
-        """[steps done, slots] on the host, oldest first; as many as the ring still holds. Waits."""
+        """[steps since the last fetch, slots] on the host, as many as the ring still holds. Waits."""
         steps, done = len(self.times), int(self.step.item())
-        rows = [number % steps for number in range(max(0, done - steps), done)]
+        rows = [number % steps for number in range(max(self._seen, done - steps), done)]
+        self._seen = done
         return self.times[rows].cpu()

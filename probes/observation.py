@@ -42,15 +42,19 @@ class Observation:
 
     def look(self, call: Call) -> list[Reading]:
         """The readings that are known now: all of them on the CPU, none on an accelerator."""
-        readings = [r for p in self._asks(call)[0] for r in self._ask(p, call, p.observe)]
+        readings = self.ask(call)
         if not call.pending:
-            return readings + self._explain(call)
+            return readings + self.explain(call)
         self._memory.add(call)
         self._fresh.append(call)
         self._calls.append(call)
         self._readings += readings
         self.held_bytes += sum(tensor.nbytes for tensor in call.outputs.values())
         return []
+
+    def ask(self, call: Call) -> list[Reading]:
+        """What the probes say right after the op; what they ask for stands in `call.answers`."""
+        return [r for p in self._asks(call)[0] for r in self._ask(p, call, p.observe)]
 
     def end_layer(self) -> None:
         """Reduce what was asked of the calls since the last time; nobody waits."""
@@ -70,7 +74,7 @@ class Observation:
             batch.settle(values[:count])
             values = values[count:]
         for call in self._calls:
-            readings += self._explain(call)
+            readings += self.explain(call)
         self._calls, self._readings, self._batches, self.held_bytes = [], [], [], 0
         return readings
 
@@ -89,7 +93,8 @@ class Observation:
             self.complain(probe, call, f"{_text(error)} when asked for sites")
             return False
 
-    def _explain(self, call: Call) -> list[Reading]:
+    def explain(self, call: Call) -> list[Reading]:
+        """What the probes make of a call whose answers are known."""
         found = [r for p in self._asks(call)[1] for r in self._ask(p, call, p.explain)]
         return fetch(found).readings if found else found
 

@@ -9,9 +9,10 @@ typedef struct dsv4_probe_item {
     const int64_t* index;  // the rows to look at, below 0 for none; null: all of them
     int64_t rows;
     int64_t cols;    // elements of a row; of kind kSums, the sums of a row
-    int64_t last;    // elements of the last row; of kind kSums, the terms of a sum
+    int64_t last;    // elements of the last row; of kind kSums, the terms of a sum; of kind kValues,
+                     // where in a step's row of the copies its elements go
     int64_t stride;  // elements from row to row
-    int32_t dtype;   // enum dsv4_dtype
+    int32_t dtype;   // enum dsv4_dtype; of kind kValues, the bytes of an integer: 4 or 8
     int32_t kind;    // enum Kind
     int32_t slot;    // where in a step's row of the ring the result goes
     int32_t rows_per_chunk;
@@ -24,7 +25,7 @@ typedef struct dsv4_probe_item {
 namespace dsv4 {
 namespace {
 
-enum Kind { kMoments = 0, kSums = 1 };
+enum Kind { kMoments = 0, kSums = 1, kValues = 2 };
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kGroup = 8;                   // elements that a thread takes at once
@@ -37,12 +38,14 @@ constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes from here on are not f
 struct Job {
     double* ring;           // [steps, slots, kFields]
     uint32_t* exponents;    // [steps, slots, kBins], or null
+    int64_t* copies;        // [steps, width] integers as they are, or null
     int64_t* step;          // the step that is written; null: always the first
     double* scratch;        // a Part of every chunk
     uint32_t* bin_scratch;  // [chunks, kBins], or null
     uint32_t* arrived;      // [kMostItems + 1] chunks done of each item, and in all; 0 between launches
     int64_t steps;
     int64_t slots;
+    int64_t width;
     int32_t count;
     int32_t advance;  // whether the step is over with this launch
     dsv4_probe_item items[kMostItems];
@@ -268,6 +271,11 @@ __device__ inline void write_sums(const dsv4_probe_item& item, double* shared, d
     out[0] = sums, out[1] = nan, out[6] = low, out[7] = high, out[8] = total / good;
 }
 
+__device__ inline void copy_values(const dsv4_probe_item& item, int64_t* out) {
+    for (int64_t i = threadIdx.x; i < item.rows; i += kThreads)
+        out[i] = item.dtype == 8 ? ((const int64_t*)item.data)[i] : ((const int32_t*)item.data)[i];
+}
+
 // Count this block in; true in all threads of the one that comes last, which sees what all wrote.
 __device__ inline bool arrive(uint32_t* counter, uint32_t expected) {
     __shared__ uint32_t before;
@@ -344,7 +352,9 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__
     int64_t row = job.step ? *(volatile int64_t*)job.step % job.steps : 0;
     int64_t slot = row * job.slots + item.slot;
     double* out = job.ring + slot * kFields;
-    if (item.kind == kSums) {
+    if (item.kind == kValues) {
+        copy_values(item, job.copies + row * job.width + item.last);
+    } else if (item.kind == kSums) {
         write_sums(item, shared_sums, out);
     } else {
         if (kExponents) {
@@ -375,10 +385,10 @@ __device__ inline int64_t nanoseconds() {
 }
 
 __global__ void stamp_kernel(int64_t* ring, int64_t* step, int64_t steps, int64_t slots, int slot,
-                             int advance) {
-    int64_t row = *(volatile int64_t*)step;
-    ring[row % steps * slots + slot] = nanoseconds();
-    if (advance) *step = row + 1;
+                             int begin) {
+    int64_t done = *(volatile int64_t*)step;
+    if (begin) *step = ++done;
+    ring[(done - 1) % steps * slots + slot] = nanoseconds();
 }
 
 }  // namespace
@@ -390,25 +400,27 @@ using namespace dsv4;
 // *step of the ring. scratch holds 9 doubles a chunk, bin_scratch (with `exponents`) 256 uint32;
 // arrived 97 uint32, all 0 before and after.
 DSV4_EXPORT int dsv4_probe_stats(const dsv4_probe_item* items, int64_t count, int64_t chunks,
-                                 double* ring, uint32_t* exponents, int64_t* step, int64_t steps,
-                                 int64_t slots, double* scratch, uint32_t* bin_scratch,
-                                 uint32_t* arrived, int advance, void* stream) {
+                                 double* ring, uint32_t* exponents, int64_t* copies, int64_t* step,
+                                 int64_t steps, int64_t slots, int64_t width, double* scratch,
+                                 uint32_t* bin_scratch, uint32_t* arrived, int advance,
+                                 void* stream) {
     if (count < 1 || count > kMostItems || chunks < count || steps < 1) return kUnsupported;
     if (advance && !step) return kUnsupported;
     Job job;
-    job.ring = ring, job.exponents = exponents, job.step = step, job.scratch = scratch;
-    job.bin_scratch = bin_scratch, job.arrived = arrived, job.steps = steps, job.slots = slots;
+    job.ring = ring, job.exponents = exponents, job.copies = copies, job.step = step;
+    job.scratch = scratch, job.bin_scratch = bin_scratch, job.arrived = arrived;
+    job.steps = steps, job.slots = slots, job.width = width;
     job.count = (int32_t)count, job.advance = advance;
     for (int64_t i = 0; i < count; i++) job.items[i] = items[i];
     auto kernel = exponents ? stats_kernel<true> : stats_kernel<false>;
     return launch(kernel, dim3((unsigned)chunks), kThreads, 0, stream, job);
 }
 
-// The GPU's clock in nanoseconds into slot `slot` of row *step of ring [steps, slots], once all before
-// it in the stream is done.
+// The GPU's clock in nanoseconds into slot `slot` of ring [steps, slots], once all before it in the
+// stream is done: in the row of step *step, counted from 1. `begin` starts the next step first.
 DSV4_EXPORT int dsv4_probe_stamp(int64_t* ring, int64_t* step, int64_t steps, int64_t slots,
-                                 int slot, int advance, void* stream) {
+                                 int slot, int begin, void* stream) {
     if (steps < 1 || slot < 0 || slot >= slots) return kUnsupported;
-    stamp_kernel<<<1, 1, 0, (cudaStream_t)stream>>>(ring, step, steps, slots, slot, advance);
+    stamp_kernel<<<1, 1, 0, (cudaStream_t)stream>>>(ring, step, steps, slots, slot, begin);
     return (int)cudaGetLastError();
 }

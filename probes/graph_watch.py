@@ -1,0 +1,211 @@
+"""Probes and clocks inside a CUDA graph: recorded with the decode step, answered at every replay"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine.errors import CannotAnswer
+from dsv4_bench.engine.registry import Site
+from dsv4_bench.probes.base import Probe
+from dsv4_bench.probes.device import Memory, Question, answer, is_fused, unanswered, view_of
+from dsv4_bench.probes.observation import Observation
+from dsv4_bench.probes.readings import Call, Reading
+
+_SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
+_VALUES_A_SITE = 512  # integers of one call that are copied as they are
+_STEPS = 4
+
+
+def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
+    """Those that work in a CUDA graph, and the others."""
+    return [p for p in probes if p.captures], [p for p in probes if not p.captures]
+
+
+class GraphWatch:
+    """The observer of a decode graph: `probes` look at `sites` at every replay.
+
+    One launch a layer, on a branch beside the sites, leaves every answer in a ring on the device;
+    `readings` fetches it, once a step. Raises CannotAnswer for probes that cannot be in a graph, and
+    where the fused kernel does not run.
+    """
+
+    def __init__(
+        self, probes: Sequence[Probe], sites: int, device: torch.device, steps: int = _STEPS
+    ) -> None:
+        others = split(probes)[1]
+        if others:
+            names = ", ".join(probe.name for probe in others)
+            raise CannotAnswer(
+                f"these probes do not work in a CUDA graph: {names}", "leave them out, or the graph"
+            )
+        if not cuda_stats.available(device):
+            raise CannotAnswer(
+                f"probes in a CUDA graph need the sm_90a kernel, which does not run on {device}",
+                "run without a graph",
+            )
+        self.observation = Observation(probes)
+        exponents = any(probe.name == "exponents" for probe in probes)
+        width = _VALUES_A_SITE * sites
+        self.ring = cuda_stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
+        self.missed = 0  # steps that the ring lost before they were fetched
+        self._fetched = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._over = False
+        self._calls: list[Call] = []
+        self._fresh: list[Call] = []
+        self._memory = Memory()
+        self._slots: list[Question] = []  # by slot
+        self._places: list[tuple[Question, int, int]] = []  # [first, last) in a row of copies
+        self._copied = 0
+        self.ring.forget()
+
+    # -- while a graph is captured
+
+    def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+        """Ask the probes about a site that has run."""
+        if self._over:  # captured anew
+            self._begin()
+        inputs = site.spec.bind(args, site.params)
+        outputs = site.spec.name_outputs(result) | {n: inputs[n] for n in site.spec.mutates}
+        call = Call(site, inputs, outputs)
+        self.observation.ask(call)
+        if call.answers:
+            self._memory.add(call)
+            self._calls.append(call)
+            self._fresh.append(call)
+
+    def layer_done(self, layer: int) -> None:
+        """Record one launch for everything asked since the last."""
+        self._launch()
+
+    def step_done(self) -> None:
+        """The same for what is behind the layers; the step is over with it."""
+        self._launch(advance=True)
+        self._over = True
+
+    def _launch(self, advance: bool = False) -> None:
+        first, views = len(self._slots), []
+        for call, request in unanswered(self._fresh):
+            if request.kind == "values":
+                view = cuda_stats.values_view(call.outputs[request.output], self._copied)
+                if view is None:
+                    raise _not_fused((call, request))
+                self._places.append(((call, request), self._copied, self._copied + view.rows))
+                self._copied += view.rows
+            elif is_fused(call, request):
+                view = view_of(call, request)
+            else:
+                raise _not_fused((call, request))
+            self._slots.append((call, request))
+            views.append(view)
+        if len(self._slots) > self.ring.values.shape[1] or self._copied > self.ring.copies.shape[1]:
+            raise CannotAnswer(
+                f"{len(self._slots)} answers and {self._copied} values do not fit into the ring",
+                "watch fewer sites",
+            )
+        self.ring.launch(views, first, advance)
+        self._fresh, self._memory = [], Memory()
+
+    # -- after replays
+
+    def readings(self) -> list[Reading]:
+        """What the probes make of the steps since the last time; waits. `forward` numbers the steps.
+
+        What takes a closer look at tensors sees those of the last step.
+        """
+        found: list[Reading] = []
+        for row in self.ring.fetch(len(self._slots)):
+            self.missed += row.number - self._fetched
+            self._fetched = row.number + 1
+            self._settle(row)
+            for call in self._calls:
+                call.forward = row.number
+                found += self.observation.explain(call)
+        return found
+
+    def _settle(self, row: cuda_stats.Row) -> None:
+        values = row.values.tolist()
+        for slot, (call, request) in enumerate(self._slots):
+            if request.kind == "exponents" and row.exponents is not None:
+                call.answers[request] = row.exponents[slot].tolist()
+            elif request.kind != "values":
+                call.answers[request] = answer(request, values[slot])
+        for (call, request), first, last in self._places:
+            shape = call.outputs[request.output].shape
+            call.answers[request] = row.copies[first:last].view(shape).tolist()
+
+
+def _not_fused(question: Question) -> CannotAnswer:
+    call, request = question
+    tensor = call.outputs[request.output]
+    return CannotAnswer(
+        f"{call.site.path}: {request.kind} of {request.output} ({tensor.dtype}, "
+        f"{list(tensor.shape)}) cannot be taken in a CUDA graph",
+        "run without a graph",
+    )
+
+
+# ------------------------------------------------------------------------------ time
+
+
+@dataclass(frozen=True)
+class SiteTime:
+    """Time of one site inside a graph in microseconds: median over replays, quartiles beside it."""
+
+    path: str
+    microseconds: float
+    low: float
+    high: float
+
+
+class SiteClock:
+    """A decode graph's clock: device time stamps around every site, for `steps` replays.
+
+    A stamp costs a node, keeps kernels around it from overlapping, and takes time itself: `cost`, the
+    distance of two stamps with nothing between, is taken off.
+    """
+
+    def __init__(self, sites: int, device: torch.device, steps: int = 64) -> None:
+        self.stamps = cuda_stats.Stamps(device, 2 * sites, steps)
+        self.cost = stamp_cost(device)
+        self.paths: list[str] = []
+
+    def start(self, site: Site) -> None:
+        if site.path in self.paths:  # captured anew
+            self.paths = []
+        self.stamps.stamp(2 * len(self.paths), begin=not self.paths)
+        self.paths.append(site.path)
+
+    def stop(self, site: Site) -> None:
+        self.stamps.stamp(2 * len(self.paths) - 1)
+
+    def times(self) -> list[SiteTime]:
+        """Every site of the replays since the last time, in order of capture; waits."""
+        times = self.stamps.fetch()[:, : 2 * len(self.paths)].double()
+        if not len(times):
+            return []
+        spans = (times[:, 1::2] - times[:, ::2]) / 1000 - self.cost  # [steps, sites]
+        levels = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+        table = spans.quantile(levels, dim=0).T.tolist()
+        return [SiteTime(path, *row) for path, row in zip(self.paths, table, strict=True)]
+
+
+def stamp_cost(device: torch.device, count: int = 256) -> float:
+    """Microseconds from one time stamp to the next in a graph of nothing else."""
+    stamps = cuda_stats.Stamps(device, count, 8)
+    graph = torch.cuda.CUDAGraph()
+    stamps.stamp(0, begin=True)
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for slot in range(count):
+            stamps.stamp(slot, begin=slot == 0)
+    for _ in range(8):
+        graph.replay()
+    times = stamps.fetch()[2:].double()
+    return float((times[:, -1] - times[:, 0]).median()) / 1000 / (count - 1)

@@ -1,0 +1,202 @@
+"""Probes and clocks inside the decode step's CUDA graph. Skipped where there is no H100 or H200."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine.cache import Cache
+from dsv4_bench.engine.checkpoint import Checkpoint
+from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.errors import CannotAnswer
+from dsv4_bench.engine.graph import DecodeGraph
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import Site, parse_route
+from dsv4_bench.engine.synthetic import write_checkpoint
+from dsv4_bench.probes.base import make_probes
+from dsv4_bench.probes.graph_watch import GraphWatch, SiteClock, split, stamp_cost
+from dsv4_bench.probes.observation import Watch
+from dsv4_bench.probes.readings import Reading
+from dsv4_bench.probes.stats import tensor_stats
+from dsv4_bench.probes.tap import set_taps
+from dsv4_bench.workbench.session import DEFAULT_PROBES
+
+reason = cuda_library._device_reason()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+CONFIG = replace(TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
+LENGTHS = (125, 3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    folder: Path = tmp_path_factory.mktemp("graph") / "ckpt"
+    checkpoint = Checkpoint(write_checkpoint(folder, CONFIG, "nvfp4", seed=3))
+    model = Transformer(checkpoint, torch.bfloat16, "cuda")
+    model.set_route(parse_route(["kernel"]))
+    return model
+
+
+def texts(count: int) -> list[list[int]]:
+    rng = torch.Generator().manual_seed(count)
+    return [torch.randint(2, 512, (length + count,), generator=rng).tolist() for length in LENGTHS]
+
+
+def prefilled(model: Transformer, ids: list[list[int]]) -> Cache:
+    cache = model.new_cache(len(ids))
+    pieces = [text[:length] for text, length in zip(ids, LENGTHS, strict=True)]
+    model.forward(cache.step(pieces), cache)
+    return cache
+
+
+def token_of(ids: list[list[int]], number: int) -> list[int]:
+    return [text[length + number] for text, length in zip(ids, LENGTHS, strict=True)]
+
+
+def watch_of(model: Transformer, names: Any = DEFAULT_PROBES, steps: int = 4) -> GraphWatch:
+    return GraphWatch(split(make_probes(names))[0], len(model.sites), model.device, steps)
+
+
+def by_key(readings: list[Reading]) -> dict[Any, Reading]:
+    return {(r.forward, r.site, r.probe, r.name, r.output): r for r in readings}
+
+
+def test_readings_in_a_graph_are_those_of_the_same_steps_op_by_op(model: Transformer) -> None:
+    """Also where the compressors close windows, and the bits of the logits with and without."""
+    ids = texts(5)
+    plain, watched = prefilled(model, ids), prefilled(model, ids)
+    without, watch = DecodeGraph(model, plain), watch_of(model)
+    graph = DecodeGraph(model, watched, observer=watch)
+    readings: list[Reading] = []
+    for number in range(5):
+        tokens = token_of(ids, number)
+        assert torch.equal(without.forward(tokens), graph.forward(tokens))
+        readings += watch.readings()
+    eager, observer = prefilled(model, ids), Watch(split(make_probes(DEFAULT_PROBES))[0])
+    set_taps(model.sites.values(), observer)
+    try:
+        for observer.forward in range(5):
+            step = eager.step([[t] for t in token_of(ids, observer.forward)])
+            model.forward(step, eager)
+            observer.flush()
+    finally:
+        set_taps(model.sites.values(), None)
+    found, expected = by_key(readings), by_key(observer.readings)
+    assert watch.missed == 0 and {r.forward for r in readings} == set(range(5))
+    assert not [r for r in readings if r.verdict == "alarm"]
+    compared = 0
+    for key, reading in expected.items():
+        if key not in found:  # rows of open windows are there in a graph only
+            assert reading.name in ("zero", "peaks"), key
+            continue
+        if reading.name in ("norm", "load", "growth", "weight_sum", "column_error"):
+            assert found[key].value == pytest.approx(reading.value, rel=0.05, abs=1e-5), key
+            compared += 1
+        path = reading.site
+        if reading.name in ("rms", "abs_max") and "/compressor/" not in path:
+            if path.endswith(("index/score", "index/topk")):
+                continue
+            assert found[key].value == pytest.approx(reading.value, rel=0.1, abs=1e-3), key
+            compared += 1
+    assert compared > 500
+
+
+def test_the_ring_holds_what_the_tensors_held_when_the_site_had_run(model: Transformer) -> None:
+    """Every number in the ring is that of the output itself, copied right behind its site."""
+    ids = texts(3)
+    watch, copies = watch_of(model, ["stats"]), {}
+
+    class Copying:
+        """Copies every output right behind its site, and passes everything on."""
+
+        def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+            for name, tensor in site.spec.name_outputs(result).items():
+                copies[site.path, name] = tensor.clone()
+            watch.after(site, args, result)
+
+        layer_done = staticmethod(watch.layer_done)
+        step_done = staticmethod(watch.step_done)
+
+    graph = DecodeGraph(model, prefilled(model, ids), observer=Copying())
+    for number in range(3):
+        graph.forward(token_of(ids, number))
+    readings = by_key(watch.readings())
+    for (path, name), tensor in copies.items():
+        stats = tensor_stats(tensor.cpu())
+        if stats is None:
+            continue
+        for field in ("abs_max", "rms", "mean"):
+            value = readings[2, path, "stats", field, name].value
+            assert value == pytest.approx(getattr(stats, field), rel=1e-9, abs=1e-12), (path, field)
+    assert len(copies) > 100
+
+
+def test_a_nan_is_said_where_it_is_made(model: Transformer) -> None:
+    ids = texts(3)
+    watch = watch_of(model)
+    graph = DecodeGraph(model, prefilled(model, ids), observer=watch)
+    graph.forward(token_of(ids, 0))
+    assert not [r for r in watch.readings() if r.verdict == "alarm"]
+    weight: Tensor = model.sites["L2/attn/norm"].params["weight"]
+    before = weight[7].clone()
+    weight[7] = torch.nan
+    graph.forward(token_of(ids, 1))
+    weight[7] = before
+    alarms = [r for r in watch.readings() if r.verdict == "alarm"]
+    first = next(r for r in alarms if r.name == "first_nonfinite")
+    assert first.site == "L2/attn/norm" and first.value == [0.0, 7.0]
+    assert {r.site for r in alarms if r.name == "nan"} > {"L2/attn/norm", "head/logits"}
+
+
+def test_steps_that_were_not_fetched_are_counted(model: Transformer) -> None:
+    ids = texts(12)
+    watch = watch_of(model, ["stats"], steps=2)
+    graph = DecodeGraph(model, prefilled(model, ids), observer=watch)
+    for number in range(7):
+        graph.forward(token_of(ids, number))
+    assert {r.forward for r in watch.readings()} == {5, 6} and watch.missed == 5
+    graph.forward(token_of(ids, 7))
+    assert {r.forward for r in watch.readings()} == {7} and watch.missed == 5
+
+
+def test_a_new_capture_goes_on_in_the_same_ring(model: Transformer) -> None:
+    ids = texts(300)
+    watch = watch_of(model, ["stats"])
+    graph = DecodeGraph(model, prefilled(model, ids), observer=watch)
+    sites = {"before": set(), "after": set()}
+    for number in range(300):
+        graph.forward(token_of(ids, number))
+        sites["before" if graph.captures == 1 else "after"] |= {
+            (r.site, r.name) for r in watch.readings() if r.name == "rms"
+        }
+    assert graph.captures == 2 and watch.missed == 0
+    assert sites["before"] == sites["after"]
+
+
+def test_probes_that_look_at_tensors_are_refused(model: Transformer) -> None:
+    with pytest.raises(CannotAnswer, match="do not work in a CUDA graph: softmax, index, cache"):
+        GraphWatch(make_probes(DEFAULT_PROBES), 4, model.device)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_the_clock_times_every_site(model: Transformer, branches: bool) -> None:
+    ids = texts(3)
+    clock = SiteClock(len(model.sites), model.device, steps=16)
+    graph = DecodeGraph(model, prefilled(model, ids), clock=clock, branches=branches)
+    for number in range(3):
+        graph.forward(token_of(ids, number))
+    times = clock.times()
+    assert [time.path for time in times] == [path for path, _, _ in graph.sites()]
+    total, cost = sum(time.microseconds for time in times), stamp_cost(model.device)
+    print(f"a stamp {cost:.2f} us, {len(times)} sites {total:.0f} us, slowest:")
+    for time in sorted(times, key=lambda time: -time.microseconds)[:8]:
+        print(f"  {time.path} {time.microseconds:.2f} ({time.low:.2f} to {time.high:.2f})")
+    assert 0.2 < cost < 10 and all(time.microseconds > -cost for time in times)
+    assert clock.times() == []
