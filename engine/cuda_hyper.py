@@ -28,9 +28,9 @@ HYPER = Library(
     {
         "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
-        "hc_post": (P, P, P, P, I, N, N, P),
     },
 )
+HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
 
 
 @sm90("hc_pre", HYPER)
@@ -98,7 +98,7 @@ def _parameters(
     return floats(op, fn), floats(op, scale), floats(op, base)
 
 
-@sm90("hc_post", HYPER)
+@sm90("hc_post", HYPER_POST)
 def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     op = "hc_post"
     (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
@@ -110,5 +110,5 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     post, comb = floats(op, post), floats(op, comb)
     out = torch.empty_like(x)
     gates = (post.data_ptr(), comb.data_ptr())
-    HYPER.call(op, x, y.data_ptr(), x.data_ptr(), *gates, kind, n, d, out.data_ptr())
+    HYPER_POST.call(op, x, y.data_ptr(), x.data_ptr(), *gates, kind, n, d, out.data_ptr())
     return out

@@ -160,6 +160,14 @@ __device__ __forceinline__ uint32_t remote_load(uint32_t remote) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
     return value;
 }
+__device__ __forceinline__ uint2 remote_load2(uint32_t remote) {
+    uint2 value;
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "r"(remote)
+                 : "memory");
+    return value;
+}
 __device__ __forceinline__ void remote_write(uint32_t remote, uint32_t value) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
 }
@@ -217,6 +225,23 @@ __device__ __forceinline__ void wgmma_64x32(float (&c)[16], uint64_t a, uint64_t
         "}\n"
         : DSV4_F8(c, 0), DSV4_F8(c, 8)
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// c [64, 64] (+)= a [64, 16] b [64, 16]^T: b in shared memory with contiguous contracted columns, a in
+// registers, 16 rows a warp as in mma().
+__device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2,
+                                            uint32_t a3, uint64_t b, bool add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+        "}\n"
+        : DSV4_F32X32(c, 0)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // c [64, 256] += a [64, 16] b [16, 256], both in shared memory; the columns of b are contiguous.

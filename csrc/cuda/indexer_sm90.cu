@@ -10,7 +10,7 @@ struct Problem {
     const void* q;             // [n, heads, dim]
     const void* keys;          // [sequences, capacity, dim]
     const void* weights;       // [n, heads]
-    const int64_t* sequence;   // [n]
+    const int64_t* sequence;   // [n], null where token i is all of sequence i
     const int64_t* positions;  // [n]
     int64_t n, capacity, total;
     int heads, dim, ratio;
@@ -18,6 +18,7 @@ struct Problem {
     bool float_weights;
     float* score;  // [n, total]
 
+    __device__ int64_t sequence_of(int64_t token) const { return sequence ? sequence[token] : token; }
     // How many entries a token may see.
     __device__ int visible(int64_t token) const { return (int)(positions[token] + 1) / ratio; }
     __device__ float weight(int64_t i) const {
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps) score_any_kernel(Problem p) {
     if (entry >= p.total) return;
     float score = -INFINITY;
     if (entry < p.visible(token)) {
-        const T* key = (const T*)p.keys + (p.sequence[token] * p.capacity + entry) * p.dim;
+        const T* key = (const T*)p.keys + (p.sequence_of(token) * p.capacity + entry) * p.dim;
         const T* q = (const T*)p.q + token * p.heads * p.dim;
         score = 0;
         for (int h = 0; h < p.heads; h++) {
@@ -58,16 +59,14 @@ __global__ void __launch_bounds__(32 * kAnyWarps) score_any_kernel(Problem p) {
     if (lane == 0) p.score[token * p.total + entry] = score;
 }
 
-// ---------------------------------------------------------------- bfloat16, 128 wide: tensor cores
+// ---------------------------------------------------------------- bfloat16, 128 wide, many tokens
 //
-// A warp keeps 32 entries in registers as the left operand; the heads of a token's query, in shared
-// memory, are the columns of the product. Columns are permuted alike in both operands, so that all
-// loads are 16 bytes. For one token a warp runs through entries, the next ones on their way; for many
-// tokens of a sequence it runs through tokens.
+// A warp keeps 32 entries in registers as the left operand and runs through tokens; the heads of a
+// token's query, in shared memory, are the columns of the product. Columns are permuted alike in both
+// operands, so that all loads are 16 bytes.
 
 constexpr int kDim = 128, kMostHeads = 64;
-constexpr int kWarps = 8, kEntries = 32 * kWarps;                 // for many tokens
-constexpr int kTokenWarps = 4, kTokenEntries = 32 * kTokenWarps;  // for one
+constexpr int kWarps = 8, kEntries = 32 * kWarps;
 constexpr int kPitch = 2 * kDim + 64;  // bytes a head of the query; 64 spread the banks
 
 struct Query {
@@ -147,27 +146,6 @@ __device__ inline void score_entries(const Problem& p, const Query& query, const
     if (entry < p.total) p.score[token * p.total + entry] = entry < visible ? mine : -INFINITY;
 }
 
-// All entries for token y; warps take them in turns.
-__global__ void __launch_bounds__(32 * kTokenWarps, 2) score_token_kernel(Problem p) {
-    __shared__ Query query;
-    let_next_start();
-    wait_for_previous();
-    const int64_t token = blockIdx.y, step = (int64_t)gridDim.x * kTokenEntries;
-    const int64_t visible = p.visible(token), sequence = p.sequence[token];
-    int64_t first = (int64_t)blockIdx.x * kTokenEntries + threadIdx.x / 32 * 32;
-    Entries now, next;
-    load_query(p, token, query);
-    copy_commit();
-    if (first < visible) next.load(p, sequence, first);
-    copy_wait<0>();
-    __syncthreads();
-    for (; first < p.total; first += step) {
-        now = next;
-        if (first + step < visible) next.load(p, sequence, first + step);
-        score_entries(p, query, now, token, first, visible);
-    }
-}
-
 // Entries [256 x, ...) for tokens [y * tokens, ...).
 __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_t tokens) {
     __shared__ Query query[2];
@@ -181,7 +159,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
     load_query(p, begin, query[0]);
     copy_commit();
     for (int64_t token = begin; token < end; token++) {
-        const int64_t visible = p.visible(token), sequence = p.sequence[token];
+        const int64_t visible = p.visible(token), sequence = p.sequence_of(token);
         if (sequence != loaded && first < visible) {
             entries.load(p, sequence, first);
             loaded = sequence;
@@ -195,6 +173,114 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
     }
 }
 
+// ---------------------------------------------------------------- bfloat16, 128 wide, 64 heads, one token
+//
+// Bound by reading the entries: a warpgroup takes 64 of them from memory straight into the left operand
+// of wgmma, the next ones on their way, and the query, permuted alike, is the right one.
+
+constexpr int kTile = 64, kHeads = 64, kTileThreads = 128, kTileBlocks = 4;  // blocks a processor
+
+struct TokenQuery {
+    alignas(1024) char q[2][kHeads * 128];  // halves of the columns, 128-byte swizzle
+    float weight[kHeads];
+};
+
+// Columns 32 g + 8 t + 4 s + 2 h + {0, 1} of every head go to 32 g + 16 s + 8 h + 2 t + {0, 1}.
+__device__ void load_token_query(const Problem& p, int64_t token, TokenQuery& to) {
+    const uint4* from = (const uint4*)((const bf16*)p.q + token * kHeads * kDim);
+    if (threadIdx.x < kHeads) to.weight[threadIdx.x] = p.weight(token * kHeads + threadIdx.x);
+#pragma unroll 4
+    for (int at = threadIdx.x; at < kHeads * kDim / 8; at += kTileThreads) {
+        uint4 v = from[at];
+        int head = at / 16, g = at % 16 / 4, t = at % 4;
+        uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            int chunk = (4 * (g % 2) + w) ^ head % 8;  // of 16 bytes
+            *(uint32_t*)(to.q[g / 2] + head * 128 + chunk * 16 + 4 * t) = words[w];
+        }
+    }
+}
+
+// 16 entries a warp: [row r or r + 8][columns 32 g + 8 t ...]; zeros past the pool.
+struct Tile {
+    uint4 at[2][kDim / 32];
+
+    __device__ void load(const Problem& p, int64_t sequence, int64_t first) {
+        const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int64_t entry = first + threadIdx.x / 32 * 16 + 8 * half + r;
+            const bf16* from = (const bf16*)p.keys + (sequence * p.capacity + entry) * kDim;
+#pragma unroll
+            for (int g = 0; g < kDim / 32; g++)
+                at[half][g] = entry < p.capacity ? load_once(from + 32 * g + 8 * t) : uint4{};
+        }
+    }
+};
+
+__device__ inline void score_tile(const TokenQuery& query, const Tile& tile, float (&dot)[32]) {
+    wgmma_fence();
+#pragma unroll
+    for (int g = 0; g < kDim / 32; g++) {
+        uint4 low = tile.at[0][g], high = tile.at[1][g];
+        uint64_t b = matrix_descriptor(shared_address(query.q[g / 2]) + g % 2 * 64, 0, 1024);
+        wgmma_64x64(dot, low.x, high.x, low.y, high.y, b, g > 0);
+        wgmma_64x64(dot, low.z, high.z, low.w, high.w, b + (32 >> 4), true);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+// Writes the scores of a tile: sum over heads of weight * relu(dot).
+__device__ inline void write_scores(const Problem& p, const TokenQuery& query, const float (&dot)[32],
+                                    int64_t token, int64_t first, int64_t visible) {
+    const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float score[2] = {};
+#pragma unroll
+    for (int i = 0; i < kHeads / 8; i++) {
+        float2 w = *(const float2*)(query.weight + 8 * i + 2 * t);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            score[half] += w.x * relu(dot[4 * i + 2 * half]) + w.y * relu(dot[4 * i + 2 * half + 1]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        score[half] += __shfl_xor_sync(~0u, score[half], 1);
+        score[half] += __shfl_xor_sync(~0u, score[half], 2);
+    }
+    int64_t entry = first + threadIdx.x / 32 * 16 + 8 * t + r;
+    if (t < 2 && entry < p.total)
+        p.score[token * p.total + entry] = entry < visible ? t ? score[1] : score[0] : -INFINITY;
+}
+
+// All entries for token y; blocks take tiles in turns.
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(Problem p) {
+    __shared__ TokenQuery query;
+    let_next_start();
+    wait_for_previous();
+    const int64_t token = blockIdx.y, step = (int64_t)gridDim.x * kTile;
+    const int64_t sequence = p.sequence_of(token), visible = p.visible(token);
+    int64_t first = (int64_t)blockIdx.x * kTile;
+    Tile tile[2];
+    tile[0].load(p, sequence, first);  // does not wait to know what is visible
+    if (first + step < visible) tile[1].load(p, sequence, first + step);
+    load_token_query(p, token, query);
+    fence_async_proxy();
+    __syncthreads();
+    while (true) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float dot[32];
+            score_tile(query, tile[i], dot);
+            if (first + 2 * step < visible) tile[i].load(p, sequence, first + 2 * step);
+            write_scores(p, query, dot, token, first, visible);
+            first += step;
+            if (first >= p.total) return;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace dsv4
 
@@ -202,22 +288,23 @@ using namespace dsv4;
 
 // score [n, total] float32 = scale * sum over heads of weights * relu(q . key), -inf where an entry
 // j >= (positions[n] + 1) / ratio. q [n, heads, dim], keys [sequences, capacity, dim] of `dtype`,
-// weights [n, heads] of `weights_dtype`; token i belongs to sequence[i]. A block takes `tokens` tokens
-// one after another, or one token with `blocks` blocks.
+// weights [n, heads] of `weights_dtype`; token i belongs to sequence[i], or to sequence i where that is
+// null. A block takes `tokens` tokens one after another.
 DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, const void* weights,
                                  int weights_dtype, const int64_t* sequence,
                                  const int64_t* positions, int64_t ratio, int64_t n, int64_t heads,
                                  int64_t dim, int64_t capacity, int64_t total, float scale,
-                                 int64_t tokens, int64_t blocks, float* score, void* stream) {
+                                 int64_t tokens, int64_t processors, float* score, void* stream) {
     Problem p = {q, keys, weights, sequence, positions, n, capacity, total, (int)heads, (int)dim,
                  (int)ratio, scale, weights_dtype == DSV4_F32, score};
-    if (total == 0) return cudaSuccess;
-    if (dtype == DSV4_BF16 && dim == kDim && heads % 8 == 0 && heads <= kMostHeads) {
-        if (tokens == 1) {
-            int64_t most = ceil_div(total, kTokenEntries);
-            dim3 grid(blocks < most ? blocks : most, n);
-            return launch(score_token_kernel, grid, 32 * kTokenWarps, 0, stream, p);
-        }
+    if (total == 0 || n == 0) return cudaSuccess;
+    const bool fits = dtype == DSV4_BF16 && dim == kDim;
+    if (fits && heads == kHeads && tokens == 1) {
+        int64_t most = ceil_div(total, kTile), blocks = ceil_div(kTileBlocks * processors, n);
+        dim3 grid(blocks < most ? blocks : most, n);
+        return launch(score_token_kernel, grid, kTileThreads, 0, stream, p);
+    }
+    if (fits && heads % 8 == 0 && heads <= kMostHeads) {
         dim3 grid(ceil_div(total, kEntries), ceil_div(n, tokens));
         return launch(score_kernel, grid, 32 * kWarps, 0, stream, p, tokens);
     }

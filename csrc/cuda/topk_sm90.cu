@@ -1,8 +1,11 @@
 // Op index_topk: the k best scores of every row, best first, ties to the lower index.
 //
-// A cluster takes one row, each CTA a contiguous slice. Three histogram passes over 11, 11 and 10
-// bits find the k-th best key exactly, whatever the distribution; two passes in index order pick all
-// above it and the first of its equals; rank 0 sorts what was picked. Nothing depends on timing.
+// A cluster takes one row, each CTA a contiguous slice, whose keys stay in registers. A histogram over
+// the leading 12 bits, added up over the cluster, finds the bin of the k-th best; if more than
+// kCandidates keys are in it or above, the next 12 and the last 8 bits follow, so that any distribution
+// ends. CTA 0 collects the candidates in any order and ranks them exactly: bins over the range that is
+// left, comparisons within a bin; or a sort, where many share a bin. Of keys known to be equal the first
+// are taken by prefix sums, in index order. Nothing in the result depends on timing.
 
 #include "dispatch.cuh"
 #include "hopper.cuh"
@@ -10,26 +13,33 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kMost = 1024;                  // k
-constexpr int kMostCluster = 16, kBins = 2048;
-constexpr int kBatch = 16;                   // keys of a thread in shared memory
-constexpr int64_t kSlice = kBatch * kThreads;  // scores a CTA should have: then they are read once
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kMost = 1024;         // k
+constexpr int kCandidates = 2048;   // that CTA 0 ranks
+constexpr int kMostCluster = 16;    // more than 8 needs the device's consent
+constexpr int kBins = 4096, kGroup = 64, kGroups = kBins / kGroup;
+constexpr int kRankBins = 2048;
+constexpr uint32_t kCrowd = 64;     // candidates in a bin, from which sorting is faster
+constexpr int64_t kSlice = 2048;    // scores that are worth a CTA of their own
 constexpr unsigned kAll = ~0u;
 
+// Where a row is cut: the candidates are the keys from `low` on.
+struct Cut {
+    uint32_t low, most;     // most: the largest key of the row
+    uint32_t above, here;   // keys above the last bin searched, keys in it
+    uint32_t before_above, before_here;  // of them in CTAs of lower rank
+    bool done, exact;  // exact: the keys in that bin are all equal to `low`
+};
+
 struct Shared {
-    uint32_t keys[kWarps][32 * kBatch];  // of each warp's scores
-    uint64_t picked[kMost];  // rank 0: key and complement of the index
-    union {
-        struct {
-            uint32_t own[kBins], all[kBins];  // of this CTA, of the cluster
-        } count;
-        uint64_t exchange[2][kMost];
-    };
-    uint32_t warp_above[kWarps], warp_equal[kWarps];
-    uint32_t cta_above[kMostCluster], cta_equal[kMostCluster];
+    uint32_t count[kBins];                    // keys of this CTA
+    uint32_t groups[kMostCluster][kGroups];   // sums of kGroup bins of every CTA
+    uint32_t least[kMostCluster], most[kMostCluster];  // keys of every CTA
+    uint64_t candidates[kCandidates], ranked[kCandidates];  // CTA 0: key and complement of the index
+    uint32_t start[kRankBins];
     uint32_t scan[kWarps];
-    uint32_t bin, above;
+    uint32_t own_least, own_most, taken;
+    Cut cut;
 };
 
 // A larger score has a larger key; 0 and -0 are equal, NaN is the largest, and no key is 0.
@@ -38,43 +48,6 @@ __device__ inline uint32_t key_of(float score) {
     if (score != score) return ~0u;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-
-// The scores of one warp, in order. A batch of keys is kept; a slice of one batch is read only once.
-struct Slice {
-    const float* score;
-    int begin, end;
-    uint32_t* key;  // the batch last read; 0 past the end
-    bool uniform;   // all keys of the batch are the same
-
-    __device__ void read(int base) {
-        const int lane = threadIdx.x % 32;
-        uint32_t differs = 0, first = 0, mine[kBatch];
-#pragma unroll
-        for (int j = 0; j < kBatch; j++) {
-            int i = base + 32 * j + lane;
-            mine[j] = i < end ? key_of(score[i]) : 0;
-        }
-        first = __shfl_sync(kAll, mine[0], 0);
-#pragma unroll
-        for (int j = 0; j < kBatch; j++) {
-            differs |= mine[j] ^ first;
-            key[32 * j + lane] = mine[j];  // read by this lane only
-        }
-        uniform = !__any_sync(kAll, differs);
-    }
-    // wanted() for every batch, and if so f(key, index) for its keys in order, all lanes together.
-    template <class W, class F> __device__ void visit(W wanted, F f) {
-        const int lane = threadIdx.x % 32;
-        const bool once = end - begin <= 32 * kBatch;
-#pragma unroll 1
-        for (int base = begin; base < end; base += 32 * kBatch) {
-            if (!once) read(base);
-            if (!wanted()) continue;
-#pragma unroll 2
-            for (int j = 0; j < kBatch; j++) f(key[32 * j + lane], base + 32 * j + lane);
-        }
-    }
-};
 
 __device__ inline uint32_t warp_inclusive_sum(uint32_t x) {
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -89,183 +62,363 @@ __device__ inline void sync(uint32_t ctas) {
     else cluster_sync();
 }
 
-// The cluster's counts in every CTA: each CTA adds up its share of the bins and hands it out.
-__device__ const uint32_t* add_up(Shared& s, uint32_t rank, uint32_t ctas) {
-    sync(ctas);
-    if (ctas == 1) return s.count.own;
-    uint32_t share = kBins / ctas;
-    for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
-        uint32_t bin = rank * share + i, total = 0;
-        uint32_t own = shared_address(&s.count.own[bin]), all = shared_address(&s.count.all[bin]);
-#pragma unroll 8
-        for (uint32_t from = 0; from < ctas; from++) total += remote_load(remote_address(own, from));
-#pragma unroll 8
-        for (uint32_t to = 0; to < ctas; to++) remote_write(remote_address(all, to), total);
-    }
-    cluster_sync();
-    return s.count.all;
-}
+// The scores of one warp, in order; the keys of a batch are in registers, Quads times four a lane.
+template <int Quads> struct Slice {
+    static constexpr int kBatch = 128 * Quads;
+    const float* score;
+    int begin, stop;  // of the warp in the row
+    int end;          // of what is visible in it
+    bool vectors;     // 16-byte loads are aligned
+    uint32_t key[4 * Quads];  // 0 past the end
 
-// s.bin: the bin of the need-th best; s.above: how many are in better bins.
-__device__ void find_bin(Shared& s, const uint32_t* counts, uint32_t need) {
-    constexpr int kEach = kBins / kThreads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int top = kBins - 1 - kEach * threadIdx.x;  // this thread has bins top, top - 1, ...
-    uint32_t mine = 0;
-    for (int i = 0; i < kEach; i++) mine += counts[top - i];
-    uint32_t sum = warp_inclusive_sum(mine);
-    if (lane == 31) s.scan[warp] = sum;
-    __syncthreads();
-    uint32_t before = lane < warp ? s.scan[lane] : 0;
-    uint32_t above = __reduce_add_sync(kAll, before) + sum - mine;
-    for (int i = 0; i < kEach; i++) {
-        uint32_t here = counts[top - i];
-        if (above < need && need <= above + here) {
-            s.bin = top - i;
-            s.above = above;
+    __device__ int at(int base, int quad) const { return base + 128 * quad + threadIdx.x % 32 * 4; }
+
+    __device__ void read(int base) {
+        float value[4 * Quads];
+#pragma unroll
+        for (int q = 0; q < Quads; q++) {
+            const int i = at(base, q);
+            if (vectors && i + 4 <= stop) {
+                *(float4*)(value + 4 * q) = *(const float4*)(score + i);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; j++) value[4 * q + j] = i + j < stop ? score[i + j] : 0;
+            }
         }
-        above += here;
+#pragma unroll
+        for (int j = 0; j < 4 * Quads; j++)
+            key[j] = at(base, j / 4) + j % 4 < end ? key_of(value[j]) : 0;
     }
-    __syncthreads();
+    // f(key, index) for every key of the warp; f(quad's keys, index of the first) in visit_quads.
+    template <class F> __device__ void visit_quads(F f) {
+        const bool once = end - begin <= kBatch;
+#pragma unroll 1
+        for (int base = begin; base < end; base += kBatch) {
+            if (!once) read(base);
+#pragma unroll
+            for (int q = 0; q < Quads; q++)
+                if (base + 128 * q < end) f(key + 4 * q, at(base, q));
+        }
+    }
+    template <class F> __device__ void visit(F f) {
+        visit_quads([&](const uint32_t* four, int i) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) f(four[j], i + j);
+        });
+    }
+};
+
+// Counts the keys whose bits above `shift` + `bits` are `prefix`, by the `bits` below those.
+template <int Quads>
+__device__ void count(Shared& s, Slice<Quads>& slice, int shift, int bits, uint32_t prefix) {
+    const uint32_t mask = (1u << bits) - 1;
+    slice.visit([&](uint32_t key, int) {
+        if (key && key >> shift >> bits == prefix) atomicAdd(&s.count[key >> shift & mask], 1);
+    });
 }
 
-// The need-th best key of the row; `need` becomes how many of its equals are wanted.
-__device__ uint32_t find_threshold(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas,
-                                   uint32_t& need) {
-    uint32_t prefix = 0;
+template <int Quads> __device__ void find_extremes(Shared& s, Slice<Quads>& slice) {
+    uint32_t least = ~0u, most = 0;
+    slice.visit([&](uint32_t key, int) {
+        least = min(least, key - 1);  // so that 0 is none
+        most = max(most, key);
+    });
+    least = __reduce_min_sync(kAll, least);
+    most = __reduce_max_sync(kAll, most);
+    if (threadIdx.x % 32 == 0 && most != 0) {
+        atomicMin(&s.own_least, least + 1);
+        atomicMax(&s.own_most, most);
+    }
+}
+
+// Gives every CTA of the cluster this one's sums of groups of bins, and its extremes.
+__device__ void publish(Shared& s, uint32_t rank, uint32_t ctas) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+    constexpr int kEach = kGroups / kWarps;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        int group = warp * kEach + i;
+        uint2 two = *(const uint2*)&s.count[group * kGroup + 2 * lane];
+        uint32_t sum = __reduce_add_sync(kAll, two.x + two.y);
+        if (lane < ctas) remote_write(remote_address(shared_address(&s.groups[rank][group]), lane), sum);
+    }
+    if (threadIdx.x < ctas) {
+        remote_write(remote_address(shared_address(&s.least[rank]), threadIdx.x), s.own_least);
+        remote_write(remote_address(shared_address(&s.most[rank]), threadIdx.x), s.own_most);
+    }
+    sync(ctas);
+}
+
+struct Found {
+    uint32_t at, above, here, before_above, before_here;
+};
+
+// One warp: where among 64 counts the need-th from the top is. two(cta) = counts 62 - 2 lane and
+// 63 - 2 lane of that CTA.
+template <class F> __device__ Found search(uint32_t need, uint32_t rank, uint32_t ctas, F two) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint2 all = {}, before = {};
+#pragma unroll 8
+    for (uint32_t cta = 0; cta < ctas; cta++) {
+        uint2 v = two(cta);
+        all.x += v.x, all.y += v.y;
+        if (cta < rank) before.x += v.x, before.y += v.y;
+    }
+    uint32_t sum = warp_inclusive_sum(all.x + all.y), above = sum - all.x - all.y;
+    bool high = need <= above + all.y;
+    Found mine = {62 - 2 * lane + high, high ? above : above + all.y, high ? all.y : all.x, 0,
+                  high ? before.y : before.x};
+    unsigned reached = __ballot_sync(kAll, need <= sum);
+    int owner = __ffs(reached) - 1;
+    Found found;
+    found.at = __shfl_sync(kAll, mine.at, owner);
+    found.above = __shfl_sync(kAll, mine.above, owner);
+    found.here = __shfl_sync(kAll, mine.here, owner);
+    found.before_here = __shfl_sync(kAll, mine.before_here, owner);
+    uint32_t better = (62 - 2 * lane > found.at ? before.x : 0) + (63 - 2 * lane > found.at ? before.y : 0);
+    found.before_above = __reduce_add_sync(kAll, better);
+    return found;
+}
+
+// One warp: the bin of the need-th best key of the row.
+__device__ Found find_bin(const Shared& s, uint32_t need, uint32_t rank, uint32_t ctas) {
+    const uint32_t pair = 62 - 2 * (threadIdx.x % 32);
+    Found group = search(need, rank, ctas,
+                         [&](uint32_t cta) { return *(const uint2*)&s.groups[cta][pair]; });
+    uint32_t own = shared_address(&s.count[group.at * kGroup + pair]);
+    Found bin = search(need - group.above, rank, ctas,
+                       [&](uint32_t cta) { return remote_load2(remote_address(own, cta)); });
+    bin.at += group.at * kGroup;
+    bin.above += group.above;
+    bin.before_above += group.before_above;
+    return bin;
+}
+
+// One warp, after a pass: narrows s.cut; all keys are candidates where they are few or all equal.
+__device__ void narrow(Shared& s, int pass, int shift, int bits, int visible, int per_cta, int k,
+                       uint32_t rank, uint32_t ctas) {
+    const uint32_t lane = threadIdx.x % 32;
+    Cut cut = s.cut;
+    if (pass == 0) {
+        uint32_t least = __reduce_min_sync(kAll, lane < ctas ? s.least[lane] : ~0u);
+        cut.most = __reduce_max_sync(kAll, lane < ctas ? s.most[lane] : 0);
+        cut.exact = least == cut.most;
+        if (visible <= k || cut.exact) {
+            cut.low = least;
+            cut.here = visible;
+            cut.before_here = min((int)rank * per_cta, visible);
+            cut.done = true;
+        }
+    }
+    if (!cut.done) {
+        Found bin = find_bin(s, k - cut.above, rank, ctas);
+        cut.low |= bin.at << shift;
+        cut.above += bin.above;
+        cut.here = bin.here;
+        cut.before_above += bin.before_above;
+        cut.before_here = bin.before_here;
+        cut.exact = shift == 0;
+        cut.done = cut.exact || cut.above + cut.here <= kCandidates;
+    }
+    __syncwarp();
+    if (lane == 0) s.cut = cut;
+}
+
+// s.cut of the row: its exact value, or at most kCandidates keys.
+template <int Quads>
+__device__ void find_cut(Shared& s, Slice<Quads>& slice, int visible, int per_cta, int k,
+                         uint32_t rank, uint32_t ctas) {
+    find_extremes(s, slice);
 #pragma unroll 1
     for (int pass = 0; pass < 3; pass++) {
-        const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
-        for (int i = threadIdx.x; i < kBins; i += kThreads) s.count.own[i] = 0;
+        const int shift = pass == 0 ? 20 : pass == 1 ? 8 : 0, bits = pass == 2 ? 8 : 12;
+        if (pass > 0) {
+            sync(ctas);  // the last counts have been read
+            for (int i = threadIdx.x; i < kBins; i += kThreads) s.count[i] = 0;
+            __syncthreads();
+        }
+        count(s, slice, shift, bits, (uint32_t)((uint64_t)s.cut.low >> shift >> bits));
+        publish(s, rank, ctas);
+        if (threadIdx.x < 32) narrow(s, pass, shift, bits, visible, per_cta, k, rank, ctas);
         __syncthreads();
-        auto bin_of = [&](uint32_t key) { return s.count.own + (key >> shift & ((1u << bits) - 1)); };
-        auto counts = [&](uint32_t key) { return key && key >> shift >> bits == prefix; };
-        slice.visit(
-            [&] {  // a warp whose keys are all the same adds them at once: equal scores cost no more
-                if (slice.uniform && threadIdx.x % 32 == 0 && counts(slice.key[0]))
-                    atomicAdd(bin_of(slice.key[0]), 32 * kBatch);
-                return !slice.uniform;
-            },
-            [&](uint32_t key, int) {
-                if (counts(key)) atomicAdd(bin_of(key), 1);
-            });
-        find_bin(s, add_up(s, rank, ctas), need);
-        prefix = prefix << bits | s.bin;
-        need -= s.above;
+        if (s.cut.done) return;
     }
-    return prefix;
 }
 
-// Writes what is above the threshold and its first `need` equals to rank 0, equals from `first_equal`.
-__device__ void pick(Shared& s, Slice& slice, uint32_t rank, uint32_t ctas, uint32_t threshold,
-                     uint32_t need, uint32_t first_equal) {
+// Sends this CTA's keys from `least` on to CTA 0, where those of earlier CTAs end at `first`.
+template <int Quads>
+__device__ void collect(Shared& s, Slice<Quads>& slice, uint32_t least, uint32_t first) {
+    const uint32_t to = remote_address(shared_address(s.candidates), 0);
+    slice.visit([&](uint32_t key, int i) {
+        if (key >= least) {
+            uint32_t slot = first + atomicAdd(&s.taken, 1);
+            remote_write(to + 8 * slot, (uint64_t)key << 32 | ~(uint32_t)i);
+        }
+    });
+}
+
+// Writes the first `need` keys equal to the cut behind those above it, in index order.
+template <int Quads>
+__device__ void take_equals(Shared& s, Slice<Quads>& slice, uint32_t need, int* index) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t above = 0, equal = 0;
-    auto always = [] { return true; };
-    slice.visit(always, [&](uint32_t key, int) {
-        above += key > threshold;
-        equal += key == threshold && key;
-    });
-    above = __reduce_add_sync(kAll, above);
-    equal = __reduce_add_sync(kAll, equal);
-    if (lane == 0) {
-        s.warp_above[warp] = above;
-        s.warp_equal[warp] = equal;
-    }
+    const Cut cut = s.cut;
+    uint32_t mine = 0;
+    slice.visit([&](uint32_t key, int) { mine += key == cut.low; });
+    mine = __reduce_add_sync(kAll, mine);
+    if (lane == 0) s.scan[warp] = mine;
     __syncthreads();
-    above = s.warp_above[lane];
-    equal = s.warp_equal[lane];
-    uint32_t cta_above = __reduce_add_sync(kAll, above), cta_equal = __reduce_add_sync(kAll, equal);
-    if (ctas > 1) {
-        if (threadIdx.x < ctas) {
-            remote_write(remote_address(shared_address(&s.cta_above[rank]), threadIdx.x), cta_above);
-            remote_write(remote_address(shared_address(&s.cta_equal[rank]), threadIdx.x), cta_equal);
-        }
-        cluster_sync();
-    }
-    above = (lane < warp ? above : 0) + (lane < rank ? s.cta_above[lane % kMostCluster] : 0);
-    equal = (lane < warp ? equal : 0) + (lane < rank ? s.cta_equal[lane % kMostCluster] : 0);
-    above = __reduce_add_sync(kAll, above);
-    equal = __reduce_add_sync(kAll, equal);
-    const uint32_t picked = remote_address(shared_address(s.picked), 0);
-    const unsigned before = (1u << lane) - 1;
-    slice.visit(always, [&](uint32_t key, int i) {
-        bool is_above = key > threshold, is_equal = key == threshold && key;
-        unsigned lanes = __ballot_sync(kAll, is_above || is_equal);
-        if (lanes == 0) return;
-        unsigned above_lanes = __ballot_sync(kAll, is_above), equal_lanes = lanes & ~above_lanes;
-        uint32_t number = equal + __popc(equal_lanes & before);
-        uint32_t at = is_above ? above + __popc(above_lanes & before) : first_equal + number;
-        if (is_above || (is_equal && number < need))
-            remote_write(picked + 8 * at, (uint64_t)key << 32 | ~(uint32_t)i);
-        above += __popc(above_lanes);
-        equal += __popc(equal_lanes);
-    });
-    sync(ctas);
-}
-
-// Bitonic sort, largest first: thread i has and gets element i of `size`, a power of two from 32 to
-// 1024. Only the first `size` threads.
-__device__ uint64_t sort(Shared& s, uint64_t mine, int size) {
-    const int i = threadIdx.x;
-    int buffer = 0;
-#pragma unroll 1
-    for (int block = 2; block <= size; block *= 2)
-#pragma unroll 1
-        for (int stride = block / 2; stride > 0; stride /= 2) {
-            uint64_t other;
-            if (stride < 32) {
-                other = __shfl_xor_sync(kAll, mine, stride);
-            } else {
-                s.exchange[buffer][i] = mine;
-                named_barrier(1, size);
-                other = s.exchange[buffer][i ^ stride];
-                buffer ^= 1;
+    uint32_t order = cut.before_here + __reduce_add_sync(kAll, lane < warp ? s.scan[lane] : 0);
+    if (order >= need || mine == 0) return;
+    slice.visit_quads([&](const uint32_t* four, int i) {
+        uint32_t equals = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) equals += four[j] == cut.low;
+        uint32_t sum = warp_inclusive_sum(equals), at = order + sum - equals;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (four[j] == cut.low) {
+                if (at < need) index[cut.above + at] = i + j;
+                at++;
             }
-            bool larger = ((i & block) == 0) == ((i & stride) == 0);
-            mine = (mine > other) == larger ? mine : other;
-        }
-    return mine;
+        order += __shfl_sync(kAll, sum, 31);
+    });
 }
 
-__global__ void __launch_bounds__(kThreads)
+// Bitonic sort, largest first, of a power of two of candidates.
+__device__ void sort(uint64_t* candidates, uint32_t size) {
+#pragma unroll 1
+    for (uint32_t block = 2; block <= size; block *= 2)
+#pragma unroll 1
+        for (uint32_t stride = block / 2; stride > 0; stride /= 2) {
+            for (uint32_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
+                uint32_t i = 2 * pair - (pair & (stride - 1));
+                uint64_t a = candidates[i], b = candidates[i + stride];
+                if ((a < b) == ((i & block) == 0)) {
+                    candidates[i] = b;
+                    candidates[i + stride] = a;
+                }
+            }
+            __syncthreads();
+        }
+}
+
+// CTA 0: writes the indices of the first `wanted` candidates by sorting all.
+__device__ void rank_by_sorting(Shared& s, uint32_t candidates, uint32_t wanted, int* index) {
+    uint32_t size = 2;
+    while (size < candidates) size *= 2;
+    for (uint32_t i = candidates + threadIdx.x; i < size; i += kThreads) s.candidates[i] = 0;
+    __syncthreads();
+    sort(s.candidates, size);
+    for (uint32_t i = threadIdx.x; i < min(candidates, wanted); i += kThreads)
+        index[i] = (int)~(uint32_t)s.candidates[i];
+}
+
+// CTA 0: writes the indices of the first `wanted` candidates, whose keys are from `low` to `most`.
+__device__ void rank_candidates(Shared& s, uint32_t candidates, uint32_t low, uint32_t most,
+                                uint32_t wanted, int* index) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int kLog = 11;
+    static_assert(1 << kLog == kRankBins && kRankBins == 4 * kThreads);
+    const int shift = max(0, 32 - __clz(most - low) - kLog);
+    auto bin_of = [&](uint64_t candidate) { return (most - (uint32_t)(candidate >> 32)) >> shift; };
+    for (uint32_t i = threadIdx.x; i < candidates; i += kThreads)
+        atomicAdd(&s.start[bin_of(s.candidates[i])], 1);
+    __syncthreads();
+    uint4 counts = ((const uint4*)s.start)[threadIdx.x];
+    uint32_t sum = counts.x + counts.y + counts.z + counts.w, upto = warp_inclusive_sum(sum);
+    if (lane == 31) s.scan[warp] = upto;
+    bool crowded = max(max(counts.x, counts.y), max(counts.z, counts.w)) > kCrowd;
+    if (__syncthreads_or(crowded)) return rank_by_sorting(s, candidates, wanted, index);
+    uint32_t first = __reduce_add_sync(kAll, lane < warp ? s.scan[lane] : 0) + upto - sum;
+    ((uint4*)s.start)[threadIdx.x] = {first, first + counts.x, first + counts.x + counts.y,
+                                      first + sum - counts.w};
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < candidates; i += kThreads) {
+        uint64_t candidate = s.candidates[i];
+        s.ranked[atomicAdd(&s.start[bin_of(candidate)], 1)] = candidate;
+    }
+    __syncthreads();  // now s.start[bin] is where the bin ends
+    for (uint32_t i = threadIdx.x; i < candidates; i += kThreads) {
+        uint64_t candidate = s.ranked[i];
+        uint32_t bin = bin_of(candidate), first = bin ? s.start[bin - 1] : 0, rank = first;
+        for (uint32_t other = first; other < s.start[bin]; other++)
+            rank += s.ranked[other] > candidate;
+        if (rank < wanted) index[rank] = (int)~(uint32_t)candidate;
+    }
+}
+
+template <int Quads>
+__global__ void __launch_bounds__(kThreads, Quads > 2 ? 1 : 2)
     topk_kernel(const float* score, const int64_t* visible, int64_t total, int k, int* index) {
     extern __shared__ __align__(16) char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
-    const int warp = threadIdx.x / 32;
     let_next_start();
+    for (int i = threadIdx.x; i < kBins; i += kThreads) s.count[i] = 0;
+    for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.start[i] = 0;
+    if (threadIdx.x == 0) {
+        s.own_least = ~0u;
+        s.own_most = s.taken = 0;
+        s.cut = {};
+    }
+    const int per_cta = ((int)total + 4 * ctas - 1) / (4 * ctas) * 4;
+    const int per_warp = (per_cta + 128 * kWarps - 1) / (128 * kWarps) * 128;
+    const int begin = per_cta * (int)rank + per_warp * (threadIdx.x / 32);
+    const int stop = min(min(begin + per_warp, per_cta * (int)(rank + 1)), (int)total);
+    index += row * k;
+    cluster_arrive();
     wait_for_previous();
     const int count = visible[row] < total ? (int)visible[row] : (int)total;
-    const int per_cta = (count + ctas - 1) / ctas, per_warp = (per_cta + kThreads - 1) / kThreads * 32;
-    const int end_of_cta = min(per_cta * (int)(rank + 1), count);
-    Slice slice = {score + row * total, per_cta * (int)rank + per_warp * warp, 0, s.keys[warp], false};
-    slice.end = min(slice.begin + per_warp, end_of_cta);
-    slice.read(slice.begin);
+    Slice<Quads> slice = {score + row * total, begin, stop, min(stop, count), total % 4 == 0};
+    slice.read(begin);
+    cluster_wait();  // the counters are 0, and every CTA of the cluster has started
 
+    find_cut(s, slice, count, per_cta, k, rank, ctas);
+    const Cut cut = s.cut;
     const uint32_t wanted = min(count, k);
-    uint32_t need = 0, threshold = 0;
-    if (count > k) {
-        need = wanted;
-        threshold = find_threshold(s, slice, rank, ctas, need);
-    }
-    pick(s, slice, rank, ctas, threshold, need, wanted - need);
+    const uint32_t candidates = cut.above + (cut.exact ? 0 : cut.here);
+    if (cut.exact) take_equals(s, slice, wanted - cut.above, index);
+    if (candidates > 0)
+        collect(s, slice, cut.low + cut.exact, cut.before_above + (cut.exact ? 0 : cut.before_here));
+    sync(ctas);
     if (rank != 0) return;
-    int size = 32;
-    while (size < wanted) size *= 2;
-    for (int i = threadIdx.x + (int)wanted; i < k; i += kThreads) index[row * k + i] = -1;
-    if (threadIdx.x >= size) return;
-    uint64_t mine = threadIdx.x < wanted ? s.picked[threadIdx.x] : 0;
-    mine = sort(s, mine, size);
-    if (threadIdx.x < wanted) index[row * k + threadIdx.x] = (int)~(uint32_t)mine;
+    if (candidates > 0)
+        rank_candidates(s, candidates, cut.low, cut.most, wanted, index);
+    for (int i = threadIdx.x + (int)wanted; i < k; i += kThreads) index[i] = -1;
 }
 
-// CTAs a row: enough for slices of kSlice, as long as the device has room for all rows at once.
+// CTAs a row: as many as have kSlice scores each, while all rows fit on the device at once.
 int cluster_for(int64_t n, int64_t total, int64_t processors) {
     int ctas = 1;
-    while (ctas < kMostCluster && ctas * kSlice < total && 2 * ctas * n <= processors) ctas *= 2;
+    while (ctas < kMostCluster && ctas * kSlice < total && ctas * n <= processors) ctas *= 2;
     return ctas;
+}
+
+template <int Quads>
+int launch_topk(unsigned ctas, const float* score, const int64_t* visible, int64_t n, int64_t total,
+                int k, int* index, void* stream) {
+    static const int allowed = [] {
+        int status = allow_shared(topk_kernel<Quads>, sizeof(Shared));
+        if (status) return status;
+        return (int)cudaFuncSetAttribute(topk_kernel<Quads>,
+                                         cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }();
+    if (allowed) return allowed;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {ctas, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    config.gridDim = (unsigned)(n * ctas);
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = sizeof(Shared);
+    config.stream = (cudaStream_t)stream;
+    return (int)cudaLaunchKernelEx(&config, topk_kernel<Quads>, score, visible, total, k, index);
 }
 
 }  // namespace
@@ -279,25 +432,7 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t k, int64_t processors, int* index, void* stream) {
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
-    static const int allowed = [] {
-        int status = allow_shared(topk_kernel, sizeof(Shared));
-        if (status) return status;
-        return (int)cudaFuncSetAttribute(topk_kernel,
-                                         cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }();
-    if (allowed) return allowed;
     unsigned ctas = cluster_for(n, total, processors);
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {ctas, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    config.gridDim = (unsigned)(n * ctas);
-    config.blockDim = kThreads;
-    config.dynamicSmemBytes = sizeof(Shared);
-    config.stream = (cudaStream_t)stream;
-    return (int)cudaLaunchKernelEx(&config, topk_kernel, score, visible, total, (int)k, index);
+    auto run = total <= ctas * 256 * kWarps ? launch_topk<2> : launch_topk<8>;
+    return run(ctas, score, visible, n, total, (int)k, index, stream);
 }
