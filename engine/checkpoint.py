@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,6 +276,19 @@ class Experts:
             stored = self.checkpoint.expert(self.layer, expert)
             self._loaded[expert] = Expert(*(w.to(self.device) for w in stored))
         return self._loaded[expert]
+
+    def stored_as(self, expert: int) -> tuple[str, ...]:
+        """The stored dtypes of w1, w2 and w3 and their companions, without opening them: experts for
+        which it is the same have the same size."""
+        prefix = f"layers.{self.layer}.ffn.experts.{expert}."
+        matrices = (self.checkpoint.matrices[prefix + leaf] for leaf in Expert._fields)
+        return tuple(f"{role} {info.dtype}" for m in matrices for role, info in m.roles.items())
+
+    def moved(self, move: Callable[[Expert], Expert]) -> Experts:
+        """The same experts, all opened now, each as `move` returns it."""
+        bank = Experts(self.checkpoint, self.layer, self.device)
+        bank._loaded = {expert: move(self[expert]) for expert in range(len(self))}
+        return bank
 
 
 # ModelOpt's and compressed-tensors' names of the two global scales.

@@ -18,6 +18,7 @@ from dsv4_bench.engine.demo import resolve_checkpoint
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import RouteEntry, parse_route
+from dsv4_bench.engine.streaming import Progress, open_model, parse_size
 from dsv4_bench.engine.tokens import check_token_ids
 from dsv4_bench.probes import nvtx
 
@@ -98,10 +99,13 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_model(options: dict[str, Any]) -> Loaded:
+def load_model(options: dict[str, Any], progress: Progress | None = None) -> Loaded:
     """Open `options["checkpoint"]` (None: the default) and set the route.
 
     Uses checkpoint, plugins, device, dtype and route; raises DSV4Error, changing nothing on disk.
+    With `gpu_memory` (a size, or None for the default), a GPU gets as many layers as fit, the others
+    are streamed, and `progress` is told of layers read; without it weights are read when used. `kv`
+    says how the cache holds keys.
     """
     import dsv4_bench.engine.cpu  # (registers the CPU kernels)
     import dsv4_bench.engine.cuda  # noqa: F401  (and those for sm_90a)
@@ -113,12 +117,32 @@ def load_model(options: dict[str, Any]) -> Loaded:
     checkpoint = Checkpoint(resolve_checkpoint(options.get("checkpoint")))
     checkpoint.require_complete()
     nvtx.annotate()
-    model = Transformer(checkpoint, dtype, device)
+    model, notes = _open_model(checkpoint, dtype, device, options, progress)
     model.set_route(route)
     loaded = Loaded(model, load_tokenizer(checkpoint.folder), layout_words(checkpoint))
     fallbacks = sorted({f"{s.op}: {s.stamp.note}" for s in model.sites.values() if s.stamp.note})
-    loaded.notes = [f"reference instead of a kernel for {text}" for text in fallbacks]
+    loaded.notes = [*notes, *(f"reference instead of a kernel for {text}" for text in fallbacks)]
     return loaded
+
+
+def _open_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+    progress: Progress | None,
+) -> tuple[Transformer, list[str]]:
+    """The model where the options want it, and notes about that."""
+    kv, size = options.get("kv", "dtype"), options.get("gpu_memory")
+    budget = None if size is None else parse_size(size)
+    if device.type == "cuda" and "gpu_memory" in options:
+        return open_model(checkpoint, dtype, device, kv, budget, progress)
+    if budget is not None:
+        raise DSV4Error(
+            f"--gpu-memory {size}, but the model runs on the CPU",
+            "there, weights are mapped from the checkpoint and take no memory of their own",
+        )
+    return Transformer(checkpoint, dtype, device, kv), []
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -26,6 +26,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """--gpu-memory and --kv: what is kept where, for commands that run the model from end to end."""
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="of weights on the GPU, e.g. 80GB; layers beyond it are streamed from host memory "
+        "(default: what is free, less an eighth)",
+    )
+    parser.add_argument(
+        "--kv",
+        choices=("dtype", "fp8"),
+        default="dtype",
+        help="cached keys as the activations are (default), or fp8 entries of 584 bytes",
+    )
+
+
 def check_numerics(args: argparse.Namespace) -> None:
     """Raise CannotAnswer for numerics the engine does not have."""
     if args.numerics != "plain":
@@ -60,7 +76,9 @@ def parse_chunks(text: str | None) -> tuple[int, ...]:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The dictionary `load_model` takes. Raises CannotAnswer for numerics that are not built."""
     check_numerics(args)
+    memory = {"gpu_memory": args.gpu_memory, "kv": args.kv} if hasattr(args, "kv") else {}
     return {
+        **memory,
         "checkpoint": args.checkpoint,
         "route": args.route or ["kernel"],
         "dtype": args.dtype,

@@ -14,6 +14,7 @@ from dsv4_bench.workbench.cli import common, output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_engine_arguments(parser)
     common.add_prompt_arguments(parser)
+    common.add_memory_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dsv4_bench.workbench.loading import load_model, prompt_tokens
 
-    loaded = load_model(common.engine_options(args))
+    loaded = load_model(common.engine_options(args), output.loading)
     for note in loaded.notes:
         output.narrate(f"note: {note}")
     prompt = prompt_tokens(loaded, args.prompt, tokens)
@@ -72,7 +73,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from dsv4_bench.engine.demo_model.evaluate import evaluate, show
     from dsv4_bench.workbench.loading import load_model
 
-    loaded = load_model(common.engine_options(args))
+    loaded = load_model(common.engine_options(args), output.loading)
     words = loaded.tokenizer.get_vocab() if loaded.tokenizer else {}
     if words != tasks.ID:
         raise CannotAnswer(

@@ -14,6 +14,7 @@ from dsv4_bench.workbench.cli import common, output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_engine_arguments(parser)
+    common.add_memory_arguments(parser)
     parser.add_argument("--tokens", metavar="FILE", required=True, help="a JSON list of token ids")
     parser.add_argument(
         "--chunks", metavar="N,N,...", help="feed in these pieces; the last repeats"
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_bench.engine.generate import teacher_forced_logits
     from dsv4_bench.workbench.loading import load_model
 
-    loaded = load_model(common.engine_options(args))
+    loaded = load_model(common.engine_options(args), output.loading)
     for note in loaded.notes:
         output.narrate(f"note: {note}")
     started = time.perf_counter()

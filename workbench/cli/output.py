@@ -71,6 +71,11 @@ def progress(text: str, done: int, total: int) -> None:
         print(f"\r{text} {done}/{total}\033[K", end=end, file=sys.stderr, flush=True)
 
 
+def loading(done: int, total: int) -> None:
+    """Progress of `load_model`."""
+    progress("loading layer", done, total)
+
+
 def narrate(text: str) -> None:
     """A line for people, on stderr."""
     print(text, file=sys.stderr, flush=True)
