@@ -40,9 +40,10 @@ def seconds(work: Callable[[], Any], times: int = 5) -> float:
 def streamer_of(size: int, allocate: Callable[[int], torch.Tensor | None]) -> Streamer:
     copies = CudaCopies(torch.device("cuda", torch.cuda.current_device()))
     buffers, layers = copies.buffers(size), []
+    random = torch.randint(0, 255, (1 << 20,), dtype=torch.uint8).repeat(-(-size // (1 << 20)))
     for number in range(LAYERS):
         layer = HostLayer()
-        layer.put(buffers[number % 2])(torch.randint(0, 255, (size,), dtype=torch.uint8))
+        layer.put(buffers[number % 2])(random[:size])
         layer.gather(allocate)
         layers.append(layer)
     return Streamer(layers, buffers, copies)
