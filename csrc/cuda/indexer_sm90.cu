@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
 // of wgmma, the next ones on their way, and the query, permuted alike, is the right one.
 
 constexpr int kTile = 64, kHeads = 64, kTileThreads = 128, kTileBlocks = 4;  // blocks a processor
+constexpr int kRing = 2;  // tiles of a block in registers
 
 struct TokenQuery {
     alignas(1024) char q[2][kHeads * 128];  // halves of the columns, 128-byte swizzle
@@ -262,18 +263,20 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(
     const int64_t token = blockIdx.y, step = (int64_t)gridDim.x * kTile;
     const int64_t sequence = p.sequence_of(token), visible = p.visible(token);
     int64_t first = (int64_t)blockIdx.x * kTile;
-    Tile tile[2];
+    Tile tile[kRing];
     tile[0].load(p, sequence, first);  // does not wait to know what is visible
-    if (first + step < visible) tile[1].load(p, sequence, first + step);
+#pragma unroll
+    for (int i = 1; i < kRing; i++)
+        if (first + i * step < visible) tile[i].load(p, sequence, first + i * step);
     load_token_query(p, token, query);
     fence_async_proxy();
     __syncthreads();
     while (true) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < kRing; i++) {
             float dot[32];
             score_tile(query, tile[i], dot);
-            if (first + 2 * step < visible) tile[i].load(p, sequence, first + 2 * step);
+            if (first + kRing * step < visible) tile[i].load(p, sequence, first + kRing * step);
             write_scores(p, query, dot, token, first, visible);
             first += step;
             if (first >= p.total) return;
