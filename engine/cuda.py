@@ -1,9 +1,11 @@
-"""Registers every `sm90` implementation; importing it touches no GPU and builds nothing."""
+"""Registers every `sm90` and `cutedsl` implementation; importing it touches no GPU and builds nothing."""
 
 import dsv4_bench.engine.cuda_attention
+import dsv4_bench.engine.cuda_experts
 import dsv4_bench.engine.cuda_hyper
 import dsv4_bench.engine.cuda_indexer
 import dsv4_bench.engine.cuda_linear
 import dsv4_bench.engine.cuda_rows
 import dsv4_bench.engine.cuda_stats
-import dsv4_bench.engine.cuda_timing  # noqa: F401
+import dsv4_bench.engine.cuda_timing
+import dsv4_bench.engine.dsl.linear  # noqa: F401
