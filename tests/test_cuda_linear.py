@@ -24,7 +24,6 @@ from dsv4_bench.engine.formats import DENSE_CACHE, Weight
 from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.numerics import double_precision
-from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.metrics import relative_error
@@ -294,75 +293,6 @@ def test_gate_breaks_ties_to_the_lower_expert():
     routing, chosen, _ = kernel("gate", x, tokens, bias=bias, **params)
     assert chosen.tolist() == [[100, 200, 0, 1, 2, 3]] * 3
     same(routing.cpu(), torch.full((3, 6), 1 / 6), 1e-6)
-
-
-# ------------------------------------------------------------------------------ experts
-
-
-def make_experts(kind: str, count: int, d: int, inner: int) -> list[Expert]:
-    def one(n: int, k: int) -> Weight:
-        weight = on_gpu(make_weight(kind, n, k))
-        return replace(weight, global_scale=weight.global_scale * float(1 + torch.rand(1)))
-
-    if kind not in ("nvfp4",):  # only NVFP4 has a global scale
-        return [
-            Expert(*(on_gpu(make_weight(kind, n, k)) for n, k in _expert_shapes(d, inner)))
-            for _ in range(count)
-        ]
-    return [Expert(*(one(n, k) for n, k in _expert_shapes(d, inner))) for _ in range(count)]
-
-
-def _expert_shapes(d: int, inner: int) -> list[tuple[int, int]]:
-    return [(inner, d), (d, inner), (inner, d)]
-
-
-@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16"])
-@pytest.mark.parametrize("d, inner", [(256, 128), (160, 96), (1024, 512)])
-def test_experts(kind, d, inner):
-    bank = make_experts(kind, 10, d, inner)
-    for n in (1, 2, 3, 9, 64, 65):
-        x = torch.randn(n, d, device=CUDA).to(BF16)
-        ids = torch.stack([torch.randperm(10)[:4] for _ in range(n)]).int().to(CUDA)
-        routing = torch.rand(n, 4, device=CUDA)
-        want = truth("experts", x, routing, ids, bank=bank, limit=2.0)
-        got = kernel("experts", x, routing, ids, bank=bank, limit=2.0)
-        close(got, want, f"{n} tokens", limit=1e-3)
-        want = truth("shared_expert", x, expert=bank[0], limit=2.0)
-        close(kernel("shared_expert", x, expert=bank[0], limit=2.0), want, "shared", limit=1e-3)
-
-
-def test_experts_chosen_by_all_and_by_none():
-    bank = make_experts("nvfp4", 12, 128, 64)
-    for n in (1, 40):
-        x = torch.randn(n, 128, device=CUDA).to(BF16)
-        ids = torch.tensor([3, 7], dtype=torch.int32, device=CUDA).repeat(n, 1)
-        routing = torch.rand(n, 2, device=CUDA)
-        want = truth("experts", x, routing, ids, bank=bank, limit=10.0)
-        close(kernel("experts", x, routing, ids, bank=bank, limit=10.0), want, limit=1e-3)
-    nothing = kernel("experts", x[:0], routing[:0], ids[:0], bank=bank, limit=10.0)
-    assert nothing.shape == (0, 128)
-
-
-def test_experts_repeat_to_the_bit_and_keep_nan():
-    bank = make_experts("nvfp4", 16, 256, 128)
-    x = torch.randn(8, 256, device=CUDA).to(BF16)
-    ids = torch.stack([torch.randperm(16)[:6] for _ in range(8)]).int().to(CUDA)
-    routing = torch.rand(8, 6, device=CUDA)
-    first = kernel("experts", x, routing, ids, bank=bank, limit=7.0)
-    for _ in range(100):
-        assert torch.equal(kernel("experts", x, routing, ids, bank=bank, limit=7.0), first)
-    x[3, 9] = math.nan
-    got = kernel("experts", x, routing, ids, bank=bank, limit=7.0)
-    assert got[3].isnan().all()
-    rest = [i for i in range(8) if i != 3]
-    assert torch.equal(got[rest], first[rest])
-
-
-def test_experts_of_unlike_formats_are_refused():
-    bank = [*make_experts("nvfp4", 1, 128, 64), *make_experts("mxfp4", 1, 128, 64)]
-    x, ids = torch.randn(1, 128, device=CUDA).to(BF16), torch.zeros(1, 1, device=CUDA).int()
-    with pytest.raises(DSV4Error, match="expert 1"):
-        kernel("experts", x, torch.ones(1, 1, device=CUDA), ids, bank=bank, limit=1.0)
 
 
 # ------------------------------------------------------------------------------ rows

@@ -67,6 +67,24 @@ struct Fp4Chunk {
             b[2 * i + 1][1] = select_bytes(x[i].y, x[i].w, 0x7632);
         }
     }
+
+    // Operands of the two products that eight codes take part in.
+    template <class Policy>
+    __device__ static void scaled_pairs(uint32_t codes, uint32_t factor, uint32_t (&a)[2][2]) {
+        uint32_t pair[4];
+        e2m1_pairs(codes, pair);
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[j / 2][j % 2] = Policy::scaled(pair[j], factor);
+    }
+    template <class Policy>
+    __device__ static void scaled_pairs(uint2 codes, uint32_t factor,
+                                        uint32_t (&a)[kProducts][2]) {
+        uint32_t two[2][2][2];
+        scaled_pairs<Policy>(codes.x, factor, two[0]);
+        scaled_pairs<Policy>(codes.y, factor, two[1]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[j][0] = two[j / 2][j % 2][0], a[j][1] = two[j / 2][j % 2][1];
+    }
 };
 
 // e2m1 * e4m3 is exact in bf16 (6 bits). 2^-126 from e2m1_pairs and 2^119 in the scale leave 2^-7.
@@ -80,18 +98,18 @@ struct Nvfp4 : Fp4Chunk {
     }
     __device__ static Scale load_scale(const Scale* row, int chunk) { return __ldg(row + chunk); }
 
-    __device__ static void operand(uint2 codes, Scale scales, int half,
-                                   uint32_t (&a)[kProducts][2]) {
+    // Both halves of the result: the scale of half a chunk.
+    __device__ static uint32_t factor(Scale scales, int half) {
         float2 both = e4m3_pair(scales);
         float scale = (half == 0 ? both.x : both.y) * kUp119;
-        uint32_t factor = pair_of(scale, scale);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t pair[4];
-            e2m1_pairs(i == 0 ? codes.x : codes.y, pair);
-#pragma unroll
-            for (int j = 0; j < 4; j++) a[2 * i + j / 2][j % 2] = multiply(pair[j], factor);
-        }
+        return pair_of(scale, scale);
+    }
+    __device__ static uint32_t scaled(uint32_t pair, uint32_t factor) {
+        return multiply(pair, factor);
+    }
+    __device__ static void operand(uint2 codes, Scale scales, int half,
+                                   uint32_t (&a)[kProducts][2]) {
+        scaled_pairs<Nvfp4>(codes, factor(scales, half), a);
     }
 };
 
@@ -106,17 +124,16 @@ struct Mxfp4 : Fp4Chunk {
     }
     __device__ static Scale load_scale(const Scale* row, int chunk) { return __ldg(row + chunk); }
 
-    __device__ static void operand(uint2 codes, Scale scale, int, uint32_t (&a)[kProducts][2]) {
+    __device__ static uint32_t factor(Scale scale, int) {
         uint32_t bits = e8m0_bits(scale);
-        uint32_t factor = select_bytes(bits, bits, 0x3232);  // as two bf16
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t pair[4];
-            e2m1_pairs(i == 0 ? codes.x : codes.y, pair);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                a[2 * i + j / 2][j % 2] = multiply(multiply(pair[j], kUp126Pair), factor);
-        }
+        return select_bytes(bits, bits, 0x3232);  // as two bf16
+    }
+    __device__ static uint32_t scaled(uint32_t pair, uint32_t factor) {
+        return multiply(multiply(pair, kUp126Pair), factor);
+    }
+    __device__ static void operand(uint2 codes, Scale scale, int half,
+                                   uint32_t (&a)[kProducts][2]) {
+        scaled_pairs<Mxfp4>(codes, factor(scale, half), a);
     }
 };
 

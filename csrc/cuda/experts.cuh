@@ -4,8 +4,6 @@
 // of one expert; pieces are listed on the GPU, so nothing returns to the host.
 #pragma once
 
-#include <assert.h>
-
 #include "decode.cuh"
 
 namespace dsv4 {
@@ -36,7 +34,7 @@ struct Moe {
 
     __device__ int expert_of(int64_t pair) const {
         int expert = ids == nullptr ? 0 : ids[pair];
-        assert(expert >= 0 && expert < count && "experts: an expert id is out of range");
+        if (expert < 0 || expert >= count) __trap();
         return expert;
     }
     // Without a list there is either one expert for all pairs, or one token.

@@ -48,8 +48,9 @@ template <class Policy, Product kProduct> struct Few {
 
     const Moe& m;
     FewShared& s;
-    uint4* x;    // activations: [step][vector][lane]
-    char* ring;  // [stages]
+    uint4* x;      // activations: [step][vector][lane]
+    uint4* zeros;  // [vector][lane], the first of each vector for all lanes without a pair
+    char* ring;    // [stages]
     int stages, rows, chunks, slices, tiles, experts;  // experts: of an item
     Items items;
 
@@ -59,10 +60,12 @@ template <class Policy, Product kProduct> struct Few {
           tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
           items((kTogether ? 1 : m.piece_count()) * tiles) {
         ring = memory + x_bytes(chunks);
+        zeros = (uint4*)ring - kVectors * 32;
     }
 
+    // Activations and zeros.
     __host__ __device__ static size_t x_bytes(int chunks) {
-        return (chunks + 3) / 4 * (size_t)kVectors * 32 * sizeof(uint4);
+        return ((chunks + 3) / 4 + 1) * (size_t)kVectors * 32 * sizeof(uint4);
     }
 
     __device__ const Expert& expert(const Work& work, int i) const {
@@ -130,6 +133,7 @@ template <class Policy, Product kProduct> struct Few {
     // Activation rows of a piece, zeros behind the last column.
     __device__ void stage_x(const Work& work) const {
         named_barrier(1, kMultipliers * 32);
+        if (threadIdx.x < kVectors * 32) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         int units = (chunks + 3) / 4 * 4 * kVectors, present = chunks * kVectors;
         for (int t = 0; t < work.count; t++) {
             int pair = m.pair(work.first + t);
@@ -157,7 +161,17 @@ template <class Policy, Product kProduct> struct Few {
 
     using Scale = typename Policy::Scale;
 
+    // Where a thread finds its part of every stage, and its activations of the first step.
+    struct Place {
+        Lane lane;
+        int warp = threadIdx.x / 32;
+        int codes = lane.group * kRowStride + (warp * 4 + lane.member) * 16;
+        int scales = 16 * kRowStride + lane.group * Stage<Policy>::kScaleStride +
+                     (warp * 4 + lane.member) * (int)sizeof(Scale);
+    };
+
     __device__ void multiply() const {
+        const Place place;
         Turn turn;
         Work work;
         int known = -1;
@@ -167,53 +181,53 @@ template <class Policy, Product kProduct> struct Few {
                 stage_x(work);
             }
             float sum[4] = {};
-            for (int e = 0; e < experts; e++)
-                for (int slice = 0; slice < slices; slice++, turn.next(stages))
-                    multiply_stage(turn, slice, tile, expert(work, e), e, work.count, sum);
+            for (int e = 0; e < experts; e++) {
+                bool mine = kTogether ? place.lane.group == e : place.lane.group < work.count;
+                const uint4* from = mine ? x + place.warp * kVectors * 32 + threadIdx.x % 32 : zeros;
+                for (int slice = 0; slice < slices; slice++, turn.next(stages)) {
+                    multiply_stage(place, turn, slice, tile, expert(work, e), from, sum);
+                    from += mine ? kMultipliers * kVectors * 32 : 0;
+                }
+            }
             keep_sums(sum, number, work.count);
         });
     }
 
-    __device__ void multiply_stage(const Turn& turn, int slice, int tile, const Expert& e, int column,
-                                   int count, float (&sum)[4]) const {
-        const int warp = threadIdx.x / 32, step = slice * kMultipliers + warp;
-        const Lane lane;
-        const int chunk = step * 4 + lane.member;
+    __device__ void multiply_stage(const Place& place, const Turn& turn, int slice, int tile,
+                                   const Expert& e, const uint4* from, float (&sum)[4]) const {
+        const int first = slice * 64 + place.warp * 4, chunk = first + place.lane.member;
         const bool valid = chunk < chunks, staged = scales_staged();
         const char* stage = ring + turn.stage * Stage<Policy>::kBytes;
         uint4 codes[2];
         Scale scales[2] = {};
-        if (!staged && step * 4 < chunks)
+        if (!staged && first < chunks)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const auto* row = Policy::scale_row(matrix(e, 8 * h),
-                                                    weight_row(tile, lane.group + 8 * h));
+                                                    weight_row(tile, place.lane.group + 8 * h));
                 if (valid || Policy::kBlockScale)
-                    scales[h] = Policy::load_scale(row, valid ? chunk : step * 4);
+                    scales[h] = Policy::load_scale(row, valid ? chunk : first);
             }
         barrier_wait(&s.full[turn.stage], turn.parity);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int row = lane.group + 8 * h, at = warp * 4 + lane.member;
-            codes[h] = valid ? *(const uint4*)(stage + row * kRowStride + at * 16)
+            codes[h] = valid ? *(const uint4*)(stage + place.codes + h * 8 * kRowStride)
                              : make_uint4(0, 0, 0, 0);
             if (staged && valid)
-                scales[h] = ((const Scale*)(stage + 16 * kRowStride +
-                                            row * Stage<Policy>::kScaleStride))[at];
+                scales[h] = *(const Scale*)(stage + place.scales +
+                                            h * 8 * Stage<Policy>::kScaleStride);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[turn.stage]);
-        if (step * 4 >= chunks) return;
-        bool mine = kTogether ? lane.group == column : lane.group < count;
-        multiply_codes(codes, scales, x + step * kVectors * 32 + threadIdx.x % 32, mine, sum);
+        if (first < chunks) multiply_codes(codes, scales, from, sum);
     }
 
     __device__ static void multiply_codes(const uint4 (&codes)[2], const Scale (&scales)[2],
-                                          const uint4* x, bool mine, float (&sum)[4]) {
+                                          const uint4* from, float (&sum)[4]) {
         float part[4] = {};
         uint4 b[kVectors];
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) b[v] = mine ? x[v * 32] : make_uint4(0, 0, 0, 0);
+        for (int v = 0; v < kVectors; v++) b[v] = from[v * 32];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t a[2][Policy::kProducts][2];

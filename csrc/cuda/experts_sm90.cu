@@ -1,8 +1,12 @@
 // Ops experts and shared_expert: gate and up with clamped SwiGLU and routing weight, then down, then
 // the sum over a token's experts in slot order. Few pairs an expert: the weights are streamed
-// (experts_few.cuh). Many: in tiles (experts_tile.cuh).
+// (experts_few.cuh). Many: in tiles, 4-bit formats by experts_many.cuh, others by experts_tile.cuh.
+
+#include <assert.h>
+#include <stdlib.h>
 
 #include "experts_few.cuh"
+#include "experts_many.cuh"
 #include "experts_tile.cuh"
 
 namespace dsv4 {
@@ -19,7 +23,10 @@ __global__ void __launch_bounds__(kMostExperts) list_kernel(const Moe m) {
     int e = threadIdx.x, pairs = m.n * m.k;
     counts[e] = 0;
     __syncthreads();
-    for (int p = e; p < pairs; p += kMostExperts) atomicAdd(&counts[m.expert_of(p)], 1);
+    for (int p = e; p < pairs; p += kMostExperts) {
+        assert(m.ids[p] >= 0 && m.ids[p] < m.count && "experts: an expert id is out of range");
+        atomicAdd(&counts[m.ids[p]], 1);
+    }
     __syncthreads();
     int mine = counts[e], pieces = (mine + m.most - 1) / m.most;
     pairs_to[e] = mine;
@@ -37,7 +44,7 @@ __global__ void __launch_bounds__(kMostExperts) list_kernel(const Moe m) {
     if (e == kMostExperts - 1) *m.pieces = pieces_to[e];
     counts[e] = first;
     __syncthreads();
-    for (int p = e; p < pairs; p += kMostExperts) m.order[atomicAdd(&counts[m.expert_of(p)], 1)] = p;
+    for (int p = e; p < pairs; p += kMostExperts) m.order[atomicAdd(&counts[m.ids[p]], 1)] = p;
 }
 
 // y[token] = the sum of its pairs' partial results, in slot order.
@@ -57,11 +64,17 @@ inline int combine(const Moe& m, void* stream) {
                   stream, m);
 }
 
+// Blocks of which one fits on a multiprocessor.
+inline int block_count() {
+    int count = 1, device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 template <class Policy> int few_pairs(const Moe& m, void* stream) {
-    int blocks = 0, device = 0, status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess) status = launch_few<Policy, Product::kHidden>(m, blocks, stream);
+    const int blocks = block_count();
+    int status = launch_few<Policy, Product::kHidden>(m, blocks, stream);
     if (status != cudaSuccess) return status;
     if (m.n == 1 && m.k > 1 && m.k <= kFewPairs)
         return launch_few<Policy, Product::kDownToken>(m, blocks, stream);
@@ -69,19 +82,40 @@ template <class Policy> int few_pairs(const Moe& m, void* stream) {
     return status == cudaSuccess ? combine(m, stream) : status;
 }
 
-template <class Policy> int experts(Moe m, void* stream) {
+// The pairs of a piece: 8 stand for few_pairs.
+template <class Policy> int piece_size(const Moe& m) {
     int64_t pairs = m.n * m.k;
-    bool many = pairs > 8 * m.count;
-    int status = cudaSuccess;
-    m.most = many ? kTileTokens : kFewPairs;
+    if (const char* forced = getenv("DSV4_EXPERTS_FEW"))
+        if (pairs <= atoi(forced) * m.count) return kFewPairs;
+    if (pairs <= 8 * m.count) return kFewPairs;
+    if constexpr (!kHasMany<Policy>) return kTileTokens;
+    if (!many_fits(m)) return kFewPairs;
+    if (std::is_same_v<Policy, Mxfp4>) return 64;
+    if (const char* forced = getenv("DSV4_EXPERTS_PIECE")) return atoi(forced);
+    return pairs <= 48 * m.count ? 64 : 128;
+}
+
+template <class Policy> int experts(Moe m, void* stream) {
+    m.most = piece_size<Policy>(m);
     if (m.k == 1) m.partial = m.y;
+    int status = cudaSuccess;
     if (m.ids == nullptr || m.n == 1) m.order = nullptr;
     else status = launch(list_kernel, 1, kMostExperts, 0, stream, m);
     if (status != cudaSuccess) return status;
-    if (!many) return few_pairs<Policy>(m, stream);
-    int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
-                                        : min(pairs, pairs / m.most + m.count);  // the most there can be
-    status = launch_tiles<Policy>(m, pieces, stream);
+    if (m.most == kFewPairs) return few_pairs<Policy>(m, stream);
+    if constexpr (kHasMany<Policy>) {
+        if constexpr (std::is_same_v<Policy, Mxfp4>)
+            status = many_pairs<Policy, 64, 1>(m, block_count(), stream);
+        else
+            status = m.most == 64   ? many_pairs<Policy, 64, 1>(m, block_count(), stream)
+                     : m.most == 96 ? many_pairs<Policy, 96, 1>(m, block_count(), stream)
+                                    : many_pairs<Policy, 128, 2>(m, block_count(), stream);
+    } else {
+        int64_t pairs = m.n * m.k;
+        int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
+                                            : min(pairs, pairs / m.most + m.count);  // at most
+        status = launch_tiles<Policy>(m, pieces, stream);
+    }
     return status == cudaSuccess ? combine(m, stream) : status;
 }
 

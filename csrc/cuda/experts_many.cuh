@@ -1,0 +1,314 @@
+// Experts of many pairs, 4-bit formats: tiles of 256 weight rows times up to kMostPairs pairs of one
+// expert, on the tensor cores' asynchronous products.
+//
+// A block is persistent. Four producing warps copy a step (128 columns) of codes, scales and gathered
+// activation rows into a ring in shared memory. Sixteen consuming warps have 16 weight rows each, decode
+// them into registers and multiply them with the activations in shared memory; while one word of eight
+// codes is being multiplied, the next one is decoded.
+//
+// A thread decodes the 32 columns of its own 16 bytes, so the four threads of a quad bring columns from
+// four different places to a product. The activations are held in that order: place_of. For the hidden
+// vector, a warp's 16 rows are eight of w1 above the same eight of w3.
+#pragma once
+
+#include "experts.cuh"
+#include "wgmma.cuh"
+
+namespace dsv4 {
+
+constexpr int kManyColumns = 128, kManyRows = 256;
+constexpr int kManyProducers = 128;
+
+// Where column c of every 128 lies: beside the column whose code is decoded into the same register.
+__host__ __device__ inline int place_of(int c) {
+    int member = c / 32, word = c / 8 % 4, pair = c % 4, second = c / 4 % 2;
+    return (2 * word + pair / 2) * 16 + pair % 2 * 8 + 2 * member + second;
+}
+
+// to[row] = from[row] with its columns in places; `vectors` of eight columns in all.
+__global__ void __launch_bounds__(256) place_kernel(const bf16* from, bf16* to, int64_t vectors) {
+    let_next_start();
+    wait_for_previous();
+    int64_t i = blockIdx.x * 256ll + threadIdx.x;
+    if (i >= vectors) return;
+    uint4 v = ((const uint4*)from)[i];
+    const uint32_t pairs[4] = {
+        select_bytes(v.x, v.z, 0x5410), select_bytes(v.x, v.z, 0x7632),
+        select_bytes(v.y, v.w, 0x5410), select_bytes(v.y, v.w, 0x7632)};
+    int column = i * 8 % kManyColumns;
+    bf16* group = to + i / (kManyColumns / 8) * kManyColumns;
+#pragma unroll
+    for (int j = 0; j < 4; j++) *(uint32_t*)(group + place_of(column + j)) = pairs[j];
+}
+
+template <int kBytes> __device__ inline void copy_small(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit values, two of a row in each thread: transposed.
+__device__ inline uint32_t transposed(uint32_t pair) {
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+    return r;
+}
+
+// kTiles: 64-row products of a consuming warpgroup.
+template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
+    static constexpr int kConsumers = kManyRows / 64 / kTiles * 128;
+    static constexpr int kThreads = kConsumers + kManyProducers;
+    using Scale = typename Policy::Scale;
+    struct alignas(1024) Stage {
+        bf16 x[2][kMostPairs][64];  // swizzled
+        uint4 codes[kManyRows][4];
+        Scale scales[kManyRows][4];
+    };
+    static constexpr int kStages = 220 * 1024 / sizeof(Stage) < 8 ? 220 * 1024 / sizeof(Stage) : 8;
+    struct Shared {
+        Stage stages[kStages];
+        uint64_t full[kStages], empty[kStages];
+        int sources[kMostPairs];  // activation rows of the producers' piece
+    };
+    static constexpr int kOutputs = kGated ? kManyRows / 2 : kManyRows;  // rows of the result
+
+    const Moe& m;
+    Shared& s;
+    const bf16* x;  // with columns in places
+    int columns, rows, steps, tiles, total;
+
+    __device__ Many(const Moe& m, const bf16* x, Shared& s)
+        : m(m), s(s), x(x), columns(kGated ? m.d : m.inner), rows(kGated ? m.inner : m.d),
+          steps(columns / kManyColumns), tiles(rows / kOutputs), total(m.piece_count() * tiles) {}
+
+    // The matrix row that lies in row r of a tile. Rows of the hidden vector are exchanged so that a
+    // thread's two are neighbours by place_of.
+    __device__ int64_t weight_row(int tile, int r) const {
+        if (!kGated) return tile * kOutputs + r;
+        return tile * kOutputs + r / 16 * 8 + r % 8 / 2 + r % 2 * 4;
+    }
+    __device__ const dsv4_weight& matrix(const Work& work, int r) const {
+        const Expert& e = m.table[work.expert];
+        return kGated ? (r % 16 < 8 ? e.w1 : e.w3) : e.w2;
+    }
+
+    // ---- producers
+
+    __device__ void produce() const {
+        const int thread = threadIdx.x - kConsumers;
+        const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + 32, ...
+        Turn turn;
+        for (int item = blockIdx.x, known = -1; item < total; item += gridDim.x) {
+            int piece = item / tiles, tile = item % tiles;
+            Work work = m.work_of(piece);
+            if (piece != known) find_sources(work), known = piece;
+            const dsv4_weight& w = matrix(work, r);
+            const int64_t row = weight_row(tile, r), next = kGated ? 16 : 32;
+            const char* codes = (const char*)w.data + row * (columns / 2) + quarter * 16;
+            const Scale* scales = Policy::scale_row(w, row + quarter * next);
+            for (int step = 0; step < steps; step++, turn.next(kStages)) {
+                Stage& stage = s.stages[turn.stage];
+                barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
+#pragma unroll
+                for (int i = 0; i < kManyRows / 32; i++)
+                    copy_async(&stage.codes[r + 32 * i][quarter],
+                               codes + i * next * (columns / 2) + step * 64, true);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    copy_small<4 * sizeof(Scale)>(
+                        stage.scales[r + 32 * (quarter + 4 * i)],
+                        scales + i * 4 * next * (columns / Policy::kChunk) + step * 4);
+                copy_x(stage, work.count, step, thread);
+                copy_arrive(&s.full[turn.stage]);
+            }
+        }
+        copy_commit();
+        copy_wait<0>();
+    }
+
+    __device__ void find_sources(const Work& work) const {
+        const int thread = threadIdx.x - kConsumers;
+        named_barrier(1, kManyProducers);
+        for (int i = thread; i < work.count; i += kManyProducers) {
+            int pair = m.pair(work.first + i);
+            s.sources[i] = kGated ? pair / (int)m.k : pair;
+        }
+        named_barrier(1, kManyProducers);
+    }
+
+    // Rows from `count` on are left as they are: their results are not used.
+    __device__ void copy_x(Stage& stage, int count, int step, int thread) const {
+        const int row = thread / 16, unit = thread % 16;
+        char* to = (char*)stage.x[unit / 8][row] + ((unit % 8 ^ row % 8) << 4);
+        const bf16* from = x + step * kManyColumns + unit * 8;
+#pragma unroll 4
+        for (int i = row; i < count; i += 8, to += 8 * 128)
+            copy16(shared_address(to), from + s.sources[i] * (int64_t)columns, true);
+    }
+
+    // ---- consumers
+
+    __device__ void consume() const {
+        Turn turn;
+        for (int item = blockIdx.x; item < total; item += gridDim.x) {
+            Work work = m.work_of(item / tiles);
+            int tile = item % tiles;
+            if (work.count <= 32) multiply<16>(turn, work, tile);
+            else if (work.count <= 64) multiply<32>(turn, work, tile);
+            else if (work.count <= 96) multiply<kMostPairs < 96 ? 32 : 48>(turn, work, tile);
+            else multiply<kMostPairs < 128 ? 32 : 64>(turn, work, tile);
+        }
+    }
+
+    // The row of a tile that holds this thread's first of 64-row product t; its second is 8 below.
+    __device__ static int first_row(int t) {
+        return (threadIdx.x / 128 * kTiles + t) * 64 + threadIdx.x % 128 / 32 * 16 +
+               threadIdx.x % 32 / 4;
+    }
+
+    template <int kSums>
+    __device__ void multiply(Turn& turn, const Work& work, int tile) const {
+        float sum[kTiles][kSums] = {};
+        uint32_t a[2][2][2][2];  // of this product and the one before: [row][step][register]
+        for (int step = 0; step < steps; step++, turn.next(kStages)) {
+            const Stage& stage = s.stages[turn.stage];
+            barrier_wait(&s.full[turn.stage], turn.parity);
+            fence_async_proxy();
+            uint32_t codes[kTiles][2][4];
+            Scale scales[kTiles][2];
+#pragma unroll
+            for (int i = 0; i < 2 * kTiles; i++) {
+                int row = first_row(i / 2) + i % 2 * 8;
+                const uint4 v = stage.codes[row][threadIdx.x % 4];
+                codes[i / 2][i % 2][0] = v.x, codes[i / 2][i % 2][1] = v.y;
+                codes[i / 2][i % 2][2] = v.z, codes[i / 2][i % 2][3] = v.w;
+                scales[i / 2][i % 2] = stage.scales[row][threadIdx.x % 4];
+            }
+            const uint64_t b = matrix_descriptor(shared_address(stage.x), 16, 1024);
+#pragma unroll
+            for (int i = 0; i < 4 * kTiles; i++) {
+                const int word = i / kTiles, t = i % kTiles;
+                wgmma_wait<1>();
+                auto& now = a[i % 2];
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    Policy::template scaled_pairs<Policy>(
+                        codes[t][h][word], Policy::factor(scales[t][h], word / 2), now[h]);
+                wgmma_fence();
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    int k = 2 * word + j;
+                    multiply_async(sum[t], now[0][j][0], now[1][j][0], now[0][j][1], now[1][j][1],
+                                   b + ((k / 4 * sizeof(stage.x[0]) + k % 4 * 32) >> 4));
+                }
+                wgmma_commit();
+            }
+            wgmma_wait<0>();  // ptxas keeps no operands in flight from one round of a loop to the next
+            if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[turn.stage]);
+        }
+#pragma unroll
+        for (int t = 0; t < kTiles; t++) {
+            if constexpr (kGated) finish_hidden(sum[t], work, tile, first_row(t) / 16);
+            else finish_down(sum[t], work, tile, first_row(t));
+        }
+    }
+
+    template <int kSums>
+    __device__ void finish_hidden(const float (&sum)[kSums], const Work& work, int tile,
+                                  int sixteen) const {
+        const Expert& e = m.table[work.expert];
+        const int member = threadIdx.x % 4;
+        bf16* to = m.hidden + tile * kOutputs + place_of(sixteen * 8 + member);
+#pragma unroll
+        for (int j = 0; j < kSums / 4; j++) {
+            float value[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int at = 8 * j + 2 * member + i;
+                float weight = at < work.count ? m.weight_of(m.pair(work.first + at)) : 0.0f;
+                value[i] = hidden_value(e, Policy::kFactor, sum[4 * j + i], sum[4 * j + 2 + i],
+                                        m.limit, weight);
+            }
+            uint32_t rows_of_pair = transposed(pack_bf16(value[0], value[1]));
+            int at = 8 * j + threadIdx.x % 32 / 4;
+            if (at < work.count)
+                *(uint32_t*)(to + m.pair(work.first + at) * (int64_t)rows) = rows_of_pair;
+        }
+    }
+
+    template <int kSums>
+    __device__ void finish_down(const float (&sum)[kSums], const Work& work, int tile,
+                                int row) const {
+        const float factor = Policy::kFactor * m.table[work.expert].w2.global_scale;
+        float* to = m.partial + tile * kOutputs + row;
+#pragma unroll
+        for (int j = 0; j < kSums / 4; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int at = 8 * j + 2 * (threadIdx.x % 4) + i;
+                if (at >= work.count) continue;
+                float* row_of = to + m.pair(work.first + at) * (int64_t)rows;
+                row_of[0] = sum[4 * j + i] * factor;
+                row_of[8] = sum[4 * j + 2 + i] * factor;
+            }
+    }
+};
+
+template <class Policy, bool kGated, int kMostPairs, int kTiles>
+__global__ void
+    __launch_bounds__(Many<Policy, kGated, kMostPairs, kTiles>::kThreads, 1)
+    many_kernel(const Moe m, const bf16* x) {
+    using Kernel = Many<Policy, kGated, kMostPairs, kTiles>;
+    extern __shared__ char memory[];
+    auto& s = *reinterpret_cast<typename Kernel::Shared*>(
+        memory + (1024 - shared_address(memory) % 1024) % 1024);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Kernel::kStages; i++) {
+            barrier_init(&s.full[i], kManyProducers);
+            barrier_init(&s.empty[i], Kernel::kConsumers / 32);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
+    const Kernel kernel(m, x, s);
+    if (threadIdx.x >= Kernel::kConsumers) {
+        fewer_registers<kTiles == 1 ? 48 : 56>();
+        kernel.produce();
+    } else {
+        more_registers<kTiles == 1 ? 104 : 224>();
+        kernel.consume();
+    }
+}
+
+template <class Policy> constexpr bool kHasMany = std::is_base_of_v<Fp4Chunk, Policy>;
+
+inline bool many_fits(const Moe& m) {
+    return m.d % kManyRows == 0 && m.inner % kManyColumns == 0;
+}
+
+template <class Policy, bool kGated, int kMostPairs, int kTiles>
+int launch_many(const Moe& m, const bf16* x, int blocks, void* stream) {
+    auto kernel = many_kernel<Policy, kGated, kMostPairs, kTiles>;
+    using Kernel = Many<Policy, kGated, kMostPairs, kTiles>;
+    constexpr size_t kShared = sizeof(typename Kernel::Shared) + 1024;
+    int status = allow_shared(kernel, kShared);
+    if (status != cudaSuccess) return status;
+    return launch(kernel, blocks, Kernel::kThreads, kShared, stream, m, x);
+}
+
+// hidden, then partial; the activations in their places lie where partial will be.
+template <class Policy, int kMostPairs, int kTiles>
+int many_pairs(const Moe& m, int blocks, void* stream) {
+    bf16* x = (bf16*)m.partial;
+    int64_t vectors = m.n * m.d / 8;
+    int status = launch(place_kernel, ceil_div(vectors, 256), 256, 0, stream, m.x, x, vectors);
+    if (status == cudaSuccess)
+        status = launch_many<Policy, true, kMostPairs, kTiles>(m, x, blocks, stream);
+    if (status == cudaSuccess)
+        status = launch_many<Policy, false, kMostPairs, kTiles>(m, m.hidden, blocks, stream);
+    return status;
+}
+
+}  // namespace dsv4

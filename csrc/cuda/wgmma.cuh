@@ -1,0 +1,63 @@
+// Tensor-core products of a warpgroup whose first operand is in registers, by the width of the second.
+//
+// multiply_async(c, a0, a1, a2, a3, b): c [64, N] += a [64, 16] b [N, 16]^T in bfloat16 with float32
+// sums. Warp w of the group has rows 16 w ... of a and c, laid out as in mma(); b is the descriptor of a
+// matrix in shared memory whose contracted columns are contiguous (matrix_descriptor). Between
+// wgmma_fence() and wgmma_wait(), neither c nor a may be touched.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace dsv4 {
+
+#define DSV4_F16(c, i) DSV4_F8(c, i), DSV4_F8(c, i + 8)
+
+__device__ __forceinline__ void multiply_async(float (&c)[16], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;\n"
+        : DSV4_F16(c, 0)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+__device__ __forceinline__ void multiply_async(float (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n"
+        : DSV4_F16(c, 0), DSV4_F16(c, 16)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+__device__ __forceinline__ void multiply_async(float (&c)[48], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+        "{%48, %49, %50, %51}, %52, 1, 1, 1, 0;\n"
+        : DSV4_F16(c, 0), DSV4_F16(c, 16), DSV4_F16(c, 32)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+__device__ __forceinline__ void multiply_async(float (&c)[64], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
+        : DSV4_F16(c, 0), DSV4_F16(c, 16), DSV4_F16(c, 32), DSV4_F16(c, 48)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+#undef DSV4_F16
+
+}  // namespace dsv4
