@@ -21,8 +21,11 @@ step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
 step 40 demo "${bench[@]}" profile --layer 3 --json --ceilings \
     --trace "$out/demo_trace.json" --plot "$out/demo.png"
 step 60 flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 --json --seconds 0.2
-step 40 flash_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --json --seconds 0.2
-step 40 flash_prefill "${bench[@]}" profile "$flash" --layer 1 --context 1024 --phase prefill --json --seconds 0.2
 (cd "$out" && step 60 ncu "${bench[@]}" profile "$flash" --layer 1 --context 511 --ncu --json)
-(cd "$out" && step 60 ncu_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --ncu --json)
 step 40 reload python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
+step 40 flash_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --json \
+    --seconds 0.2
+(cd "$out" && step 60 ncu_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 \
+    --ncu --json)
+step 40 flash_prefill "${bench[@]}" profile "$flash" --layer 1 --context 1024 --phase prefill --json \
+    --seconds 0.2
