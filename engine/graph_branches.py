@@ -62,13 +62,10 @@ def _mark(stream: torch.cuda.Stream, number: int, before: Iterable[_Work]) -> _W
     return _Work(stream, event, number, covers)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def storages(tensors: Iterable[Any]) -> set[int]:
-    """The addresses of the memory behind `tensors`; what is no tensor is left out."""
-    return {_storage(t) for t in tensors if isinstance(t, Tensor)}
+    """The addresses of the memory behind `tensors`; what is no tensor, or empty, is left out."""
+    found = {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+    return found - {0}
 
 
 class Branches:
