@@ -261,6 +261,7 @@ def test_who_overwrites_waits_for_those_who_read_and_all_are_joined(
     slots = torch.arange(5)
     branches = Branches(None, None)
     with launches, branches.part([ring, kv, slots]):
+        branches.around(model.sites["L0/attn/kv_norm"], (kv,))
         branches.around(model.sites["L0/attn/gather_swa"], (ring, kv))
         branches.around(model.sites["L0/attn/window_write"], (kv, slots, ring))
         branches.around(model.sites["L0/attn/kv_norm"], (kv,))
