@@ -54,11 +54,11 @@ struct Moe {
     __device__ float weight_of(int pair) const { return routing == nullptr ? 1.0f : routing[pair]; }
 };
 
-// silu(min(gate, limit)) * clamp(up, -limit, limit); NaN stays NaN.
+// silu(min(gate, limit)) * clamp(up, -limit, limit) to a few units in the last place; NaN stays NaN.
 __device__ inline float swiglu(float gate, float up, float limit) {
     gate = gate > limit ? limit : gate;
     up = up > limit ? limit : up < -limit ? -limit : up;
-    return gate / (1 + expf(-gate)) * up;
+    return __fdividef(gate, 1 + __expf(-gate)) * up;
 }
 
 __device__ inline float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }

@@ -1,12 +1,12 @@
 // Experts of few pairs: every weight row in use is streamed from memory once, at the memory's pace.
 //
 // A block is persistent and walks over its share of all (piece, row tile) items. One warp keeps a ring
-// in shared memory filled by the copy engine: a stage holds 1024 bytes of each of 16 weight rows and
+// in shared memory filled by the copy engine: a stage holds 1024 bytes of each of 32 weight rows and
 // their scales. Sixteen warps share the columns of a stage, 64 bytes of every row each, and multiply
 // them with up to eight activation rows, which lie in shared memory as the matrix unit wants them. Two
 // warps in turn add up the sixteen sums of an item and finish it, while the others go on.
 //
-// For the hidden vector, a tile is eight rows of w1 above the same eight of w3.
+// For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
 
 #include <type_traits>
@@ -19,8 +19,9 @@ namespace dsv4 {
 constexpr int kMultipliers = 16, kFinishers = 2;  // warps
 constexpr int kFewThreads = (kMultipliers + kFinishers + 1) * 32;
 constexpr int kFewPairs = 8, kMostStages = 12;
+constexpr int kGroups = 2, kFewRows = 16 * kGroups;                  // of a tile: 16-row products
 constexpr int kSlice = kMultipliers * 64, kRowStride = kSlice + 64;  // 64: rows on unlike banks
-constexpr int kSumStride = 20;                                       // floats from pair to pair
+constexpr int kSumStride = kFewRows + 4;                             // floats from pair to pair
 
 enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
 
@@ -31,26 +32,27 @@ template <class Policy> struct Stage {
     static constexpr int kScales =
         kRowScales<Policy> ? kSlice / 16 * (int)sizeof(typename Policy::Scale) : 0;
     static constexpr int kScaleStride = kScales + 16;
-    static constexpr int kBytes = 16 * (kRowStride + (kScales ? kScaleStride : 0));
+    static constexpr int kBytes = kFewRows * (kRowStride + (kScales ? kScaleStride : 0));
 };
 
 struct FewShared {
     uint64_t full[kMostStages], empty[kMostStages], summed[kFinishers], taken[kFinishers];
-    float sums[kFinishers][kMultipliers][kFewPairs * kSumStride];
 };
 
-// One kernel's view of its matrices. Rows of a tile: 0 ... 15.
+// One kernel's view of its matrices.
 template <class Policy, Product kProduct> struct Few {
     static constexpr bool kGated = kProduct == Product::kHidden;
     static constexpr bool kTogether = kProduct == Product::kDownToken;
-    static constexpr int kOutputs = kGated ? 8 : 16;          // rows of the result
-    static constexpr int kVectors = Policy::kChunk / 8;        // 16 bytes of activations, a chunk
+    static constexpr int kOutputs = kGated ? kFewRows / 2 : kFewRows;  // rows of the result
+    static constexpr int kVectors = Policy::kChunk / 8;                // 16 bytes of activations, a chunk
 
     const Moe& m;
     FewShared& s;
-    uint4* x;      // activations: [step][vector][lane]
-    uint4* zeros;  // [vector][lane], the first of each vector for all lanes without a pair
-    char* ring;    // [stages]
+    const int lanes = 4 * m.most;  // of a warp that have a pair
+    uint4* x;                      // activations: [step][vector][lane]
+    uint4* zeros;                  // [vector][lane], one of each vector for all other lanes
+    float* sums;                   // [finisher][multiplier][pair]
+    char* ring;                    // [stages]
     int stages, rows, chunks, slices, tiles, experts;  // experts: of an item
     Items items;
 
@@ -59,23 +61,28 @@ template <class Policy, Product kProduct> struct Few {
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + 63) / 64),
           tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
           items((kTogether ? 1 : m.piece_count()) * tiles) {
-        ring = memory + x_bytes(chunks);
-        zeros = (uint4*)ring - kVectors * 32;
+        zeros = x + (chunks + 3) / 4 * kVectors * lanes;
+        sums = (float*)(zeros + kVectors * lanes);
+        ring = memory + fixed_bytes(chunks, m.most);
     }
 
-    // Activations and zeros.
-    __host__ __device__ static size_t x_bytes(int chunks) {
-        return ((chunks + 3) / 4 + 1) * (size_t)kVectors * 32 * sizeof(uint4);
+    // All but the ring.
+    __host__ __device__ static int fixed_bytes(int chunks, int most) {
+        return ((chunks + 3) / 4 + 1) * kVectors * 4 * most * (int)sizeof(uint4) +
+               kFinishers * kMultipliers * most * kSumStride * (int)sizeof(float);
+    }
+    __device__ float* sums_of(int buffer, int warp) const {
+        return sums + (buffer * kMultipliers + warp) * m.most * kSumStride;
     }
 
     __device__ const Expert& expert(const Work& work, int i) const {
         return m.table[kTogether ? m.expert_of(i) : work.expert];
     }
     __device__ const dsv4_weight& matrix(const Expert& e, int row) const {
-        return kGated ? (row < 8 ? e.w1 : e.w3) : e.w2;
+        return kGated ? (row % 16 < 8 ? e.w1 : e.w3) : e.w2;
     }
     __device__ int64_t weight_row(int tile, int row) const {
-        int r = tile * kOutputs + (kGated ? row % 8 : row);
+        int r = tile * kOutputs + (kGated ? row / 16 * 8 + row % 8 : row);
         return r < rows ? r : rows - 1;
     }
     // Rows of scales that the copy engine cannot take are read where they are needed.
@@ -95,12 +102,13 @@ template <class Policy, Product kProduct> struct Few {
         return kTogether ? Work{0, 0, (int)m.k} : m.work_of(piece);
     }
 
-    // ---- the copying warp: lane r copies row r's codes, lane 16 + r its scales
+    // ---- the copying warp: a lane copies a row and its scales
 
     __device__ void copy() const {
-        const int lane = threadIdx.x % 32, row = lane % 16;
-        const bool scales = lane >= 16, staged = scales_staged();
-        const int unit = scales ? (int)sizeof(typename Policy::Scale) : 16;  // bytes of a chunk
+        static_assert(kFewRows == 32);
+        constexpr int kScale = sizeof(typename Policy::Scale);
+        const int row = threadIdx.x % 32;
+        const bool staged = scales_staged();
         Turn turn;
         Work work;
         int known = -1;
@@ -108,21 +116,21 @@ template <class Policy, Product kProduct> struct Few {
             if (piece != known) work = work_of(piece), known = piece;
             for (int e = 0; e < experts; e++) {
                 const dsv4_weight& w = matrix(expert(work, e), row);
-                const char* from = (const char*)(scales ? w.scale : w.data) +
-                                   weight_row(tile, row) * chunks * unit;
-                for (int slice = 0; slice < slices; slice++, turn.next(stages)) {
-                    int count = min(64, chunks - slice * 64);
-                    char* to = ring + turn.stage * Stage<Policy>::kBytes +
-                               (scales ? 16 * kRowStride + row * Stage<Policy>::kScaleStride
-                                       : row * kRowStride);
+                const int64_t at = weight_row(tile, row) * chunks;
+                const char *codes = (const char*)w.data + at * 16,
+                           *scales = (const char*)w.scale + at * kScale;
+                for (int first = 0; first < chunks; first += 64, turn.next(stages)) {
+                    const int count = min(64, chunks - first);
+                    char* stage = ring + turn.stage * Stage<Policy>::kBytes;
+                    uint64_t* full = &s.full[turn.stage];
                     barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
-                    if (lane == 0) {
-                        int each = 16 + (staged ? (int)sizeof(typename Policy::Scale) : 0);
-                        barrier_expect(&s.full[turn.stage], 16 * count * each);
-                    }
+                    if (row == 0)
+                        barrier_expect(full, kFewRows * count * (16 + (staged ? kScale : 0)));
                     __syncwarp();
-                    if (!scales || staged)
-                        bulk_load(to, from + slice * 64 * unit, count * unit, &s.full[turn.stage]);
+                    bulk_load(stage + row * kRowStride, codes + first * 16, count * 16, full);
+                    if (staged)
+                        bulk_load(stage + kFewRows * kRowStride + row * Stage<Policy>::kScaleStride,
+                                  scales + first * kScale, count * kScale, full);
                 }
             }
         });
@@ -133,7 +141,7 @@ template <class Policy, Product kProduct> struct Few {
     // Activation rows of a piece, zeros behind the last column.
     __device__ void stage_x(const Work& work) const {
         named_barrier(1, kMultipliers * 32);
-        if (threadIdx.x < kVectors * 32) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
+        if (threadIdx.x < kVectors * lanes) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         int units = (chunks + 3) / 4 * 4 * kVectors, present = chunks * kVectors;
         for (int t = 0; t < work.count; t++) {
             int pair = m.pair(work.first + t);
@@ -142,7 +150,7 @@ template <class Policy, Product kProduct> struct Few {
             for (int u = threadIdx.x; u < units; u += kMultipliers * 32) {
                 int chunk = u / kVectors, at = chunk / 4 * kVectors + u % kVectors;
                 uint4 v = u < present ? *(const uint4*)(from + u * 8) : make_uint4(0, 0, 0, 0);
-                x[at * 32 + t * 4 + chunk % 4] = operand_order(v);
+                x[at * lanes + t * 4 + chunk % 4] = operand_order(v);
             }
         }
         named_barrier(1, kMultipliers * 32);
@@ -166,7 +174,7 @@ template <class Policy, Product kProduct> struct Few {
         Lane lane;
         int warp = threadIdx.x / 32;
         int codes = lane.group * kRowStride + (warp * 4 + lane.member) * 16;
-        int scales = 16 * kRowStride + lane.group * Stage<Policy>::kScaleStride +
+        int scales = kFewRows * kRowStride + lane.group * Stage<Policy>::kScaleStride +
                      (warp * 4 + lane.member) * (int)sizeof(Scale);
     };
 
@@ -180,13 +188,13 @@ template <class Policy, Product kProduct> struct Few {
                 work = work_of(piece), known = piece;
                 stage_x(work);
             }
-            float sum[4] = {};
+            float sum[kGroups][4] = {};
             for (int e = 0; e < experts; e++) {
                 bool mine = kTogether ? place.lane.group == e : place.lane.group < work.count;
-                const uint4* from = mine ? x + place.warp * kVectors * 32 + threadIdx.x % 32 : zeros;
+                const uint4* from = mine ? x + place.warp * kVectors * lanes + threadIdx.x % 32 : zeros;
                 for (int slice = 0; slice < slices; slice++, turn.next(stages)) {
                     multiply_stage(place, turn, slice, tile, expert(work, e), from, sum);
-                    from += mine ? kMultipliers * kVectors * 32 : 0;
+                    from += mine ? kMultipliers * kVectors * lanes : 0;
                 }
             }
             keep_sums(sum, number, work.count);
@@ -194,40 +202,43 @@ template <class Policy, Product kProduct> struct Few {
     }
 
     __device__ void multiply_stage(const Place& place, const Turn& turn, int slice, int tile,
-                                   const Expert& e, const uint4* from, float (&sum)[4]) const {
+                                   const Expert& e, const uint4* from,
+                                   float (&sum)[kGroups][4]) const {
         const int first = slice * 64 + place.warp * 4, chunk = first + place.lane.member;
         const bool valid = chunk < chunks, staged = scales_staged();
         const char* stage = ring + turn.stage * Stage<Policy>::kBytes;
-        uint4 codes[2];
-        Scale scales[2] = {};
+        uint4 codes[kGroups][2];
+        Scale scales[kGroups][2] = {};
         if (!staged && first < chunks)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const auto* row = Policy::scale_row(matrix(e, 8 * h),
-                                                    weight_row(tile, place.lane.group + 8 * h));
+            for (int i = 0; i < 2 * kGroups; i++) {
+                const auto* row = Policy::scale_row(matrix(e, 8 * i),
+                                                    weight_row(tile, place.lane.group + 8 * i));
                 if (valid || Policy::kBlockScale)
-                    scales[h] = Policy::load_scale(row, valid ? chunk : first);
+                    scales[i / 2][i % 2] = Policy::load_scale(row, valid ? chunk : first);
             }
         barrier_wait(&s.full[turn.stage], turn.parity);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            codes[h] = valid ? *(const uint4*)(stage + place.codes + h * 8 * kRowStride)
-                             : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < 2 * kGroups; i++) {
+            codes[i / 2][i % 2] = valid ? *(const uint4*)(stage + place.codes + i * 8 * kRowStride)
+                                        : make_uint4(0, 0, 0, 0);
             if (staged && valid)
-                scales[h] = *(const Scale*)(stage + place.scales +
-                                            h * 8 * Stage<Policy>::kScaleStride);
+                scales[i / 2][i % 2] = *(const Scale*)(stage + place.scales +
+                                                       i * 8 * Stage<Policy>::kScaleStride);
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[turn.stage]);
-        if (first < chunks) multiply_codes(codes, scales, from, sum);
+        if (first >= chunks) return;
+        uint4 b[kVectors];
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) b[v] = from[v * lanes];
+#pragma unroll
+        for (int q = 0; q < kGroups; q++) multiply_codes(codes[q], scales[q], b, sum[q]);
     }
 
     __device__ static void multiply_codes(const uint4 (&codes)[2], const Scale (&scales)[2],
-                                          const uint4* from, float (&sum)[4]) {
+                                          const uint4 (&b)[kVectors], float (&sum)[4]) {
         float part[4] = {};
-        uint4 b[kVectors];
-#pragma unroll
-        for (int v = 0; v < kVectors; v++) b[v] = from[v * 32];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t a[2][Policy::kProducts][2];
@@ -250,15 +261,15 @@ template <class Policy, Product kProduct> struct Few {
     }
 
     // Leaves a warp's sums with the finisher of this item.
-    __device__ void keep_sums(const float (&sum)[4], int number, int count) const {
+    __device__ void keep_sums(const float (&sum)[kGroups][4], int number, int count) const {
         const int warp = threadIdx.x / 32, buffer = number % kFinishers;
         const Lane lane;
         barrier_wait(&s.taken[buffer], number / kFinishers % 2 ^ 1);
-        float* to = s.sums[buffer][warp];
+        float* to = sums_of(buffer, warp);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int pair = 2 * lane.member + i % 2;
-            if (pair < count) to[pair * kSumStride + lane.group + i / 2 * 8] = sum[i];
+        for (int i = 0; i < 4 * kGroups; i++) {
+            int pair = 2 * lane.member + i % 2, row = lane.group + i / 2 * 8;
+            if (pair < count) to[pair * kSumStride + row] = sum[i / 4][i % 4];
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.summed[buffer]);
@@ -287,7 +298,7 @@ template <class Policy, Product kProduct> struct Few {
         float total = 0;
 #pragma unroll
         for (int w = 0; w < kMultipliers; w++)
-            total += s.sums[buffer][w][pair * kSumStride + row];
+            total += sums_of(buffer, w)[pair * kSumStride + row];
         return total;
     }
 
@@ -300,11 +311,12 @@ template <class Policy, Product kProduct> struct Few {
         } else {
             int64_t pair = m.pair(work.first + which);
             const Expert& e = expert(work, 0);
-            if constexpr (kGated)
+            if constexpr (kGated) {
+                const int gate = at / 8 * 16 + at % 8;
                 m.hidden[pair * rows + row] = __float2bfloat16_rn(
-                    hidden_value(e, Policy::kFactor, total(me, which, at), total(me, which, at + 8),
-                                 m.limit, m.weight_of(pair)));
-            else
+                    hidden_value(e, Policy::kFactor, total(me, which, gate),
+                                 total(me, which, gate + 8), m.limit, m.weight_of(pair)));
+            } else
                 m.partial[pair * rows + row] =
                     total(me, which, at) * Policy::kFactor * e.w2.global_scale;
         }
@@ -344,14 +356,14 @@ template <class Policy, Product kProduct> int launch_few(const Moe& m, int block
     constexpr bool kGated = kProduct == Product::kHidden;
     constexpr int kRoom = 227 * 1024 - (int)sizeof(FewShared);
     int chunks = (int)((kGated ? m.d : m.inner) / Policy::kChunk);
-    int64_t x = Few<Policy, kProduct>::x_bytes(chunks);
-    int64_t stages = x < kRoom ? (kRoom - x) / Stage<Policy>::kBytes : 0;
-    if (stages < 2) return kUnsupported;
+    int fixed = Few<Policy, kProduct>::fixed_bytes(chunks, m.most);
+    int stages = (kRoom - fixed) / Stage<Policy>::kBytes;
+    if (chunks > 64 * 1024 || stages < 2) return kUnsupported;
     stages = stages < kMostStages ? stages : kMostStages;
-    size_t shared = x + stages * Stage<Policy>::kBytes;
+    size_t shared = fixed + stages * Stage<Policy>::kBytes;
     int status = allow_shared(few_kernel<Policy, kProduct>, shared);
     if (status != cudaSuccess) return status;
-    return launch(few_kernel<Policy, kProduct>, blocks, kFewThreads, shared, stream, m, (int)stages);
+    return launch(few_kernel<Policy, kProduct>, blocks, kFewThreads, shared, stream, m, stages);
 }
 
 }  // namespace dsv4

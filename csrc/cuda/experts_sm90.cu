@@ -82,12 +82,12 @@ template <class Policy> int few_pairs(const Moe& m, void* stream) {
     return status == cudaSuccess ? combine(m, stream) : status;
 }
 
-// The pairs of a piece: 8 stand for few_pairs.
+// The most pairs of a piece; up to kFewPairs they stand for few_pairs.
 template <class Policy> int piece_size(const Moe& m) {
     int64_t pairs = m.n * m.k;
-    if (const char* forced = getenv("DSV4_EXPERTS_FEW"))
-        if (pairs <= atoi(forced) * m.count) return kFewPairs;
-    if (pairs <= 8 * m.count) return kFewPairs;
+    const char* few = getenv("DSV4_EXPERTS_FEW");
+    if (m.n > 1 && pairs <= 2 * m.count && !few) return kFewPairs / 2;
+    if (pairs <= (few ? atoi(few) : 8) * m.count) return kFewPairs;
     if constexpr (!kHasMany<Policy>) return kTileTokens;
     if (!many_fits(m)) return kFewPairs;
     if (std::is_same_v<Policy, Mxfp4>) return 64;
@@ -102,7 +102,7 @@ template <class Policy> int experts(Moe m, void* stream) {
     if (m.ids == nullptr || m.n == 1) m.order = nullptr;
     else status = launch(list_kernel, 1, kMostExperts, 0, stream, m);
     if (status != cudaSuccess) return status;
-    if (m.most == kFewPairs) return few_pairs<Policy>(m, stream);
+    if (m.most <= kFewPairs) return few_pairs<Policy>(m, stream);
     if constexpr (kHasMany<Policy>) {
         if constexpr (std::is_same_v<Policy, Mxfp4>)
             status = many_pairs<Policy, 64, 1>(m, block_count(), stream);
