@@ -119,9 +119,9 @@ def project(
     return qr, q, rope(kv, cos, sin)
 
 
-def window_logits(q: Tensor, kv: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def window_logits(q: Tensor, kv: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [b, s, h, 256] of each token for its own block of 128 and the one before, hidden
-    where outside the last `window` tokens (at most 128); and those keys [b, s/128, 256, hd]."""
+    where outside the last windows[b] tokens (at most 128); and those keys [b, s/128, 256, hd]."""
     b, s, heads, width = q.shape
     blocks = s // WINDOW
     keys = kv.view(b, blocks, WINDOW, width)
@@ -130,10 +130,10 @@ def window_logits(q: Tensor, kv: Tensor, window: int) -> tuple[Tensor, Tensor]:
     logits = logits.view(b, blocks, WINDOW, heads, 2 * WINDOW).float()
     row = torch.arange(WINDOW, device=q.device)[:, None] + WINDOW
     column = torch.arange(2 * WINDOW, device=q.device)
-    seen = (column <= row) & (column > row - window)  # [128, 256]
+    seen = (column <= row) & (column > row - windows[:, None, None])  # [b, 128, 256]
     first = torch.arange(blocks, device=q.device)[:, None, None] > 0
-    seen = seen & (first | (column >= WINDOW))  # [n, 128, 256]
-    logits = torch.where(seen[None, :, :, None], logits * width**-0.5, HIDDEN)
+    seen = seen[:, None] & (first | (column >= WINDOW))  # [b, n, 128, 256]
+    logits = torch.where(seen[:, :, :, None], logits * width**-0.5, HIDDEN)
     return logits.view(b, s, heads, -1), keys
 
 
@@ -170,7 +170,7 @@ def attend(
     groups: int,
     ratio: int,
     topk: int,
-    window: int,
+    windows: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The attention sublayer, from its collapsed input u; topk 0: all visible entries are used."""
@@ -178,7 +178,7 @@ def attend(
     u = rms(u, p["input_layernorm.weight"], 1e-6).to(dtype)
     qr, q, kv = project(u, p, cos, sin, heads)
     width = q.shape[-1]
-    lw, keys = window_logits(q, kv, window)
+    lw, keys = window_logits(q, kv, windows)
     sink = p["self_attn.sinks"]
     m = torch.maximum(lw.amax(-1), sink)
     stats = u.new_zeros(2, dtype=torch.float32)
@@ -305,13 +305,19 @@ class FastForward:
         return found
 
     def __call__(
-        self, ids: Tensor, topk: int, override: Params | None = None, window: int = WINDOW
+        self,
+        ids: Tensor,
+        topk: int,
+        override: Params | None = None,
+        windows: Tensor | None = None,
     ) -> Output:
         """ids [b, s], s a multiple of 128; topk 0 lets every token see every entry.
 
-        A `window` below 128 makes the model look further back through the entries only.
+        windows [b], at most 128 each (128 if None): beyond them a sequence sees entries only.
         """
         c, override = self.config, override or {}
+        if windows is None:
+            windows = torch.full((len(ids),), WINDOW, device=ids.device)
         eps, dtype = c.hc_eps, self.dtype
         x = F.embedding(ids, self.params["model.embed_tokens.weight"])
         x = x.unsqueeze(2).expand(-1, -1, 4, -1).contiguous().float()
@@ -328,7 +334,7 @@ class FastForward:
             attn = {n: v for n, v in p.items() if n.startswith(("self_attn", "input"))}
             x, stats = self.attend(
                 x, u, post, comb, attn, cos, sin, heads, c.o_groups, ratio,
-                topk if ratio == CSA_RATIO else 0, window, dtype,
+                topk if ratio == CSA_RATIO else 0, windows, dtype,
             )  # fmt: skip
             if ratio == CSA_RATIO:
                 csa += 1

@@ -7,9 +7,9 @@
 A plan is a list of stages length:batch:steps:topk:quantised; steps may be "90s", which ends the
 stage 90 seconds after the program started (the log says at which step that was). A sixth number
 ends the stage sooner, once that share of the values beyond the window has been recalled over the
-last 200 steps. A seventh is the window of the stage, 128 if left out: with a short one nearly every
-value has to come through the compressed entries, which a model with the whole window learns to use
-by chance only (LOG.md). The data of stage s, sequence i comes from the seed "s/i", so a run that
+last 200 steps. A seventh is the window of every second sequence, 128 if left out: with a short one
+nearly every value has to come through the compressed entries, which a model with the whole window
+learns to use by chance only (LOG.md). The data of stage s, sequence i comes from the seed "s/i", so a run that
 goes on sees the texts it would have seen.
 Every two minutes the weights are written to --out as bfloat16 safetensors of at most 15.5 MiB each,
 and everything with the optimiser to --state, from which the next run continues exactly.
@@ -54,7 +54,7 @@ CONFIG = Config(
     compress_ratios=(0, 0, *(4, 128) * 7),
 )
 # The shipped checkpoint had 2775, 1690 and 732 steps; LOG.md says what fixed numbers led to.
-PLAN = "512:32:3500:0:0:0.99:16,2304:7:1690:1:0,2304:7:732:1:1"
+PLAN = "512:32:3200:0:0:0.97:16,2304:7:1690:1:0,2304:7:732:1:1"
 RECENT = 4  # reports over which a stage's goal is judged
 FAR = 3.0  # how much more a recalled value counts that stands beyond the window
 SHARD = 31 << 19  # 15.5 MiB
@@ -70,7 +70,13 @@ class Stage(NamedTuple):
     quantised: int
     until: float = math.inf  # seconds since the program started
     goal: float = math.inf  # share of recall beyond the window that ends it
-    window: int = CONFIG.sliding_window
+    window: int = CONFIG.sliding_window  # of every second sequence
+
+    def windows(self, device: torch.device) -> Tensor:
+        """[batch] int64: how many tokens back a sequence sees without entries."""
+        windows = torch.full((self.batch,), CONFIG.sliding_window, device=device)
+        windows[::2] = self.window
+        return windows
 
 
 def parse_plan(text: str) -> list[Stage]:
@@ -289,9 +295,10 @@ class Trainer:
         ids, kinds, distances = batch.to(self.device, non_blocking=True).long().unbind(1)
         override = fake_quantized(self.fast.params) if stage.quantised else None
         topk = CONFIG.index_topk if stage.topk else 0
-        out = self.fast(ids[:, :-1].contiguous(), topk, override, stage.window)
+        windows = stage.windows(self.device)
+        out = self.fast(ids[:, :-1].contiguous(), topk, override, windows)
         target, weight = ids[:, 1:], self.kind_weights[kinds[:, 1:]]
-        far = (kinds[:, 1:] == tasks.RECALL) & (distances[:, 1:] >= stage.window)
+        far = (kinds[:, 1:] == tasks.RECALL) & (distances[:, 1:] >= windows[:, None])
         weight = torch.where(far, FAR * weight, weight)
         each = F.cross_entropy(out.logits.flatten(0, 1), target.flatten(), reduction="none")
         loss = (each * weight.flatten()).sum() / weight.sum()
@@ -302,6 +309,7 @@ class Trainer:
             "right": (out.logits.argmax(-1) == target).detach(),
             "kinds": kinds[:, 1:],
             "distances": distances[:, 1:],
+            "far": far,
         }
         self._balance(out.loads)
         return loss + self.args.index_weight * out.index_loss, seen
@@ -366,7 +374,7 @@ class Trainer:
                 print(f"{line} {tokens / (time.monotonic() - since) / 1e3:.0f}k tok/s", flush=True)
                 since, tokens = time.monotonic(), 0
                 self._steer()
-                recalls.append(_far_recall(seen, stage.window))
+                recalls.append(_far_recall(seen))
                 if len(recalls) == RECENT and sum(recalls) / RECENT >= stage.goal:
                     print(f"goal {stage.goal} reached: {sum(recalls) / RECENT:.3f}", flush=True)
                     break
@@ -402,10 +410,10 @@ class Trainer:
         )
 
 
-def _far_recall(seen: dict[str, Tensor], window: int) -> float:
+def _far_recall(seen: dict[str, Tensor]) -> float:
     """Share of values beyond the window that were predicted right in one batch."""
-    far = (seen["kinds"] == tasks.RECALL) & (seen["distances"] >= window)
-    return float(seen["right"][far].float().mean()) if bool(far.any()) else 0.0
+    found = seen["right"][seen["far"]]
+    return float(found.float().mean()) if len(found) else 0.0
 
 
 class Replay:
