@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library, ptxas
-from dsv4_bench.engine.dsl.library import DslLibrary
+from dsv4_bench.engine import cuda_library, cuda_sm100, ptxas
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, KERNEL_ORDER, Context
 
@@ -45,7 +44,7 @@ def test_every_source_is_declared_and_every_function_is_exported(built: dict[str
     declared = {
         name: library
         for name, library in cuda_library._LIBRARIES.items()
-        if not isinstance(library, DslLibrary)  # built otherwise, by tests of their own
+        if type(library) is cuda_library.Library  # others are built otherwise
     }
     assert set(built) == set(declared)
     for name, path in built.items():
@@ -58,7 +57,7 @@ def test_every_source_is_declared_and_every_function_is_exported(built: dict[str
 @needs_nvcc
 def test_no_kernel_spills(built: dict[str, Path]) -> None:
     spilled = []
-    for name, path in built.items():
+    for name, path in [*built.items(), ("linear (sm_100a)", cuda_sm100.LINEAR.path())]:
         found = ptxas.resources_of(path)
         assert found, f"{name}: ptxas reported no kernel"
         for title, used in zip(ptxas.demangled([r.kernel for r in found]), found, strict=True):
@@ -66,6 +65,44 @@ def test_no_kernel_spills(built: dict[str, Path]) -> None:
             if used.spills and max(used.stack, used.spill_stores) > allowed(title):
                 spilled.append(f"{title}: {used}")
     assert not spilled, "\n".join(spilled)
+
+
+@needs_nvcc
+def test_the_blackwell_kernel_uses_its_own_tensor_cores(tmp_path: Path) -> None:
+    """It has never run: that its instructions are the intended ones is all that is known."""
+    library = ctypes.CDLL(str(cuda_sm100.LINEAR.path()))
+    assert all(getattr(library, f"dsv4_{name}") for name in cuda_sm100.LINEAR.signatures)
+    target = cuda_sm100.sm100_build()
+    ptx, source = tmp_path / "linear.ptx", target.root / target.sources[0]
+    arch = "-gencode=arch=compute_100a,code=compute_100a"
+    command = [target.compiler, arch, "-std=c++17", "--ptx", "-o", ptx, source]
+    subprocess.run(command, check=True, capture_output=True)
+    text = ptx.read_text()
+    for instruction in (
+        "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X",
+        "tcgen05.cp.cta_group::1.32x128b.warpx4",
+        "cvt.rn.satfinite.e2m1x2.f32",
+        "cp.async.bulk.tensor.2d",
+    ):
+        assert instruction in text
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 3), (12, 0)])
+def test_no_route_picks_the_blackwell_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    impl = IMPLEMENTATIONS["linear"]["sm100"]
+    context = Context("cuda", torch.bfloat16)
+    assert "sm100" not in KERNEL_ORDER["cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert impl.unavailable(context) == "compiled, never run; no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    name = "sm_{}{}".format(*capability)
+    assert impl.unavailable(context) == f"compiled, never run; needs sm_100a, this is {name}"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert impl.unavailable(context) is None
+    assert impl.unavailable(Context("cuda", torch.float32)) is not None
 
 
 # ------------------------------------------------------------------------------ bit tricks

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dsv4_bench.engine.registry import Implementation
     from dsv4_bench.engine.verified import Record
 
+NEVER_RUN, NEVER_RUN_ON = "compiled, never run", {"sm100"}  # nobody had the device
 HEADER = ("op", "implementation", "available", "code", "verified", "why not")
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             r["implementation"],
             "yes" if r["available"] else "no",
             r["hash"],
-            verified_text(r["verified"]),
+            verified_text(r["verified"]) or (NEVER_RUN if r["never_run"] else ""),
             r["reason"],
         )
         for r in rows
@@ -63,6 +64,7 @@ def kernel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "available": reason is None,
                     "reason": reason or "",
                     "hash": impl.hash if reason is None else "",
+                    "never_run": name in NEVER_RUN_ON,
                     "verified": verified(records.get(f"{op}/{name}"), impl),
                     "contract": OPS[op].doc.partition("\n")[0],
                 }
