@@ -8,5 +8,6 @@ import dsv4_bench.engine.cuda_linear
 import dsv4_bench.engine.cuda_rows
 import dsv4_bench.engine.cuda_sm100
 import dsv4_bench.engine.cuda_stats
+import dsv4_bench.engine.cuda_step
 import dsv4_bench.engine.cuda_timing
 import dsv4_bench.engine.dsl.linear  # noqa: F401

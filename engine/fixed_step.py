@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.config import CSA_RATIO
 from dsv4_bench.engine.step import Step
 
 
@@ -84,9 +85,10 @@ class FixedStep(Step):
             self._visible[ratio] = visible
             self._new[ratio] = index * ratio, torch.where(closes, base[:, 0] + index, -1)
             self._tables[ratio][:, 0] = p
-            columns = self._columns[ratio]
-            rows = torch.where(columns < visible[:, None], columns + base, -1)
-            self._all_rows[ratio] = rows.int()
+            if ratio != CSA_RATIO:  # whose layers select
+                columns = self._columns[ratio]
+                rows = torch.where(columns < visible[:, None], columns + base, -1)
+                self._all_rows[ratio] = rows.int()
 
     def tensors(self) -> list[Tensor]:
         """All tensors that sites are given."""

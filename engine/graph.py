@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine import cuda_library
 from dsv4_bench.engine.cache import Cache
+from dsv4_bench.engine.cuda_step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.graph_branches import Branches, Clock, Observer
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Site
+from dsv4_bench.engine.registry import Context, Site
 from dsv4_bench.engine.tokens import check_token_ids
 
 _ROUND, _SLACK = 128, 256  # tokens
@@ -42,7 +44,10 @@ def fixed_step(model: Transformer, cache: Cache, limit: int, tokens: Tensor) -> 
     cache.reserve(limit)
     capacities = {c.ratio: c.entries.shape[1] for c in cache.layers if c.entries is not None}
     positions = torch.tensor(cache.lengths, device=cache.device) - 1
-    return FixedStep(tokens, positions, model.config.sliding_window, limit, capacities)
+    context = Context(cache.device.type, torch.float32)
+    kernels = cuda_library.unavailable("step", context, [torch.float32]) is None
+    kind = CudaStep if kernels else FixedStep
+    return kind(tokens, positions, model.config.sliding_window, limit, capacities)
 
 
 class DecodeGraph:

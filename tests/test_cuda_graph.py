@@ -15,6 +15,7 @@ from dsv4_bench.engine import cuda_library, demo
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda_step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
@@ -203,6 +204,26 @@ def test_a_site_that_waits_for_the_device_is_named(model: Transformer, site: str
     finally:
         model.set_route(parse_route(["kernel"]))
     assert DecodeGraph(model, prefilled(model, texts(1))).captures == 1  # the device is as before
+
+
+@pytest.mark.parametrize("ratios", [(), (4,), (4, 128)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_step_kernel_makes_what_torch_makes(ratios: tuple[int, ...], batch: int) -> None:
+    """Every position up to 400 and far ones, each sequence at another."""
+    capacities = {4: 70_000, 128: 2_100}
+    for first in (0, 100, 261_900):
+        before = torch.arange(batch, device="cuda") * 37 + first - 1
+        tokens = torch.zeros_like(before)
+        given = (tokens, before.clone(), 128, 262_400, {r: capacities[r] for r in ratios})
+        wanted = FixedStep(*given)
+        step = CudaStep(tokens, before.clone(), *given[2:])
+        for _ in range(400):
+            wanted.advance()
+            step.advance()
+            for mine, other in zip(step.tensors(), wanted.tensors(), strict=True):
+                assert mine.dtype == other.dtype and torch.equal(mine, other)
+    index = torch.randint(-1, 500, (batch, 77), device="cuda", dtype=torch.int32)
+    assert torch.equal(step.pool_rows(index, 1000), wanted.pool_rows(index, 1000))
 
 
 # ------------------------------------------------------------------------------ sites and observers
