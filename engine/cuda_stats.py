@@ -228,8 +228,8 @@ class Ring:
         """Let go of what launches needed: the graph that holds them is gone."""
         self._scratch = []
 
-    def fetch(self, used: int | None = None) -> list[Row]:
-        """What the steps since the last fetch left in the first `used` slots, on the host. Waits.
+    def fetch(self, used: int | None = None, copied: int | None = None) -> list[Row]:
+        """What the steps since the last fetch left in the first `used` slots and `copied` columns. Waits.
 
         Steps that the ring has overwritten are left out: a gap in the numbers shows them.
         """
@@ -238,7 +238,7 @@ class Ring:
         numbers = list(range(max(self._seen, done - steps), done))
         self._seen = done
         rows = [number % steps for number in numbers]
-        columns = [self.values[rows, :used], self.copies[rows]]
+        columns = [self.values[rows, :used], self.copies[rows, :copied]]
         if self.exponents is not None:
             columns.append(self.exponents[rows, :used])
         on_host = [column.cpu() for column in columns]

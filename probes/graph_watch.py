@@ -121,7 +121,7 @@ class GraphWatch:
         What takes a closer look at tensors sees those of the last step.
         """
         found: list[Reading] = []
-        for row in self.ring.fetch(len(self._slots)):
+        for row in self.ring.fetch(len(self._slots), self._copied):
             self.missed += row.number - self._fetched
             self._fetched = row.number + 1
             self._settle(row)

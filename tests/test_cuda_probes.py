@@ -334,7 +334,8 @@ def test_the_same_readings_as_on_the_cpu_without_waiting(make_checkpoint: MakeCh
     cuda_stats.available(torch.device("cuda", 0))  # builds and loads the kernel
     folder = make_checkpoint("nvfp4", CONFIG)
     here, there = (readings_on(folder, device, PIECES) for device in ("cpu", "cuda"))
-    missing = [key for key in here if key not in there]
+    seldom = ("zero", "peaks")  # rounding decides whether there are any
+    missing = [key for key in here if key not in there and key[3] not in seldom]
     assert not missing, missing[:5]
     assert [r for r in there.values() if r.verdict == "alarm"] == []
     close = ("rms", "norm", "entropy", "sink_mass", "load", "entries_used", "growth", "post_max")
