@@ -24,10 +24,14 @@ __device__ inline uint32_t pair_of(float low, float high) {  // two bf16
     return r;
 }
 
-// Two e4m3 -> two floats, exactly, NaN included.
-__device__ inline float2 e4m3_pair(uint16_t codes) {
+// Two e4m3 -> two fp16, exactly, NaN included.
+__device__ inline uint32_t e4m3_halves(uint16_t codes) {
     uint32_t halves;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+    return halves;
+}
+__device__ inline float2 e4m3_pair(uint16_t codes) {
+    uint32_t halves = e4m3_halves(codes);
     return __half22float2(*reinterpret_cast<__half2*>(&halves));
 }
 

@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "experts.cuh"
-#include "stream.cuh"
+#include "gemv.cuh"
 
 namespace dsv4 {
 
@@ -24,6 +24,10 @@ constexpr int kSlice = kMultipliers * 64, kRowStride = kSlice + 64;  // 64: rows
 constexpr int kSumStride = kFewRows + 4;                             // floats from pair to pair
 
 enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
+
+// NVFP4 is multiplied in fp16, which takes fewer instructions: e2m1 * 2^-14 * e4m3 is exact there, and
+// activations are as gemv.cuh says. The scales of MXFP4 have too wide a range.
+template <class Policy> constexpr bool kInHalves = std::is_same_v<Policy, Nvfp4>;
 
 template <class Policy> constexpr bool kRowScales = std::is_base_of_v<Fp4Chunk, Policy>;
 
@@ -37,6 +41,7 @@ template <class Policy> struct Stage {
 
 struct FewShared {
     uint64_t full[kMostStages], empty[kMostStages], summed[kFinishers], taken[kFinishers];
+    uint32_t peak[kFewPairs];  // bits of the largest finite activation of each pair
 };
 
 // One kernel's view of its matrices.
@@ -44,6 +49,7 @@ template <class Policy, Product kProduct> struct Few {
     static constexpr bool kGated = kProduct == Product::kHidden;
     static constexpr bool kTogether = kProduct == Product::kDownToken;
     static constexpr int kOutputs = kGated ? kFewRows / 2 : kFewRows;  // rows of the result
+    static constexpr float kFactor = kInHalves<Policy> ? HalfFp4::kFactor : Policy::kFactor;
     static constexpr int kVectors = Policy::kChunk / 8;                // 16 bytes of activations, a chunk
 
     const Moe& m;
@@ -138,32 +144,57 @@ template <class Policy, Product kProduct> struct Few {
 
     // ---- the multiplying warps
 
+    __device__ static void meet() { named_barrier(1, kMultipliers * 32); }
+
+    __device__ const bf16* activations(const Work& work, int t) const {
+        int pair = m.pair(work.first + t);
+        return kGated ? m.x_of(pair) : m.hidden_of(pair);
+    }
+
     // Activation rows of a piece, zeros behind the last column.
     __device__ void stage_x(const Work& work) const {
-        named_barrier(1, kMultipliers * 32);
+        meet();
+        if constexpr (kInHalves<Policy>) find_peaks(work);
         if (threadIdx.x < kVectors * lanes) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         int units = (chunks + 3) / 4 * 4 * kVectors, present = chunks * kVectors;
         for (int t = 0; t < work.count; t++) {
-            int pair = m.pair(work.first + t);
-            const bf16* from = kGated ? m.x_of(pair) : m.hidden_of(pair);
+            const bf16* from = activations(work, t);
 #pragma unroll 4
             for (int u = threadIdx.x; u < units; u += kMultipliers * 32) {
                 int chunk = u / kVectors, at = chunk / 4 * kVectors + u % kVectors;
                 uint4 v = u < present ? *(const uint4*)(from + u * 8) : make_uint4(0, 0, 0, 0);
-                x[at * lanes + t * 4 + chunk % 4] = operand_order(v);
+                x[at * lanes + t * 4 + chunk % 4] = operand_order(v, t);
             }
         }
-        named_barrier(1, kMultipliers * 32);
+        meet();
     }
 
-    // Eight columns in the order of the products that Policy::operand makes.
-    __device__ static uint4 operand_order(const uint4& v) {
-        if constexpr (!kRowScales<Policy>) return v;
-        else {
+    __device__ void find_peaks(const Work& work) const {
+        if (threadIdx.x < kFewPairs) s.peak[threadIdx.x] = 0;
+        meet();
+        for (int t = 0; t < work.count; t++) {
+            const bf16* from = activations(work, t);
+            uint32_t most = 0;
+#pragma unroll 4
+            for (int u = threadIdx.x; u < chunks * kVectors; u += kMultipliers * 32)
+                most = max(most, largest_of(*(const uint4*)(from + u * 8)));
+            most = __reduce_max_sync(~0u, most);
+            if (threadIdx.x % 32 == 0) atomicMax(&s.peak[t], most);
+        }
+        meet();
+    }
+
+    // Eight columns of pair t in the order of the products.
+    __device__ uint4 operand_order(const uint4& v, int t) const {
+        if constexpr (kInHalves<Policy>) {
+            return to_halves<true>(v, HalfRows::exponent_of(s.peak[t]));
+        } else if constexpr (kRowScales<Policy>) {
             const uint4 twice[2] = {v, v};
             uint32_t b[Policy::kProducts][2];
             Policy::column(twice, b);
             return make_uint4(b[0][0], b[0][1], b[1][0], b[1][1]);
+        } else {
+            return v;
         }
     }
 
@@ -233,7 +264,10 @@ template <class Policy, Product kProduct> struct Few {
 #pragma unroll
         for (int v = 0; v < kVectors; v++) b[v] = from[v * lanes];
 #pragma unroll
-        for (int q = 0; q < kGroups; q++) multiply_codes(codes[q], scales[q], b, sum[q]);
+        for (int q = 0; q < kGroups; q++) {
+            if constexpr (kInHalves<Policy>) multiply_halves(codes[q], scales[q], b, sum[q]);
+            else multiply_codes(codes[q], scales[q], b, sum[q]);
+        }
     }
 
     __device__ static void multiply_codes(const uint4 (&codes)[2], const Scale (&scales)[2],
@@ -260,6 +294,36 @@ template <class Policy, Product kProduct> struct Few {
             for (int i = 0; i < 4; i++) sum[i] += part[i] * scales[i / 2];
     }
 
+    __device__ static void multiply_halves(const uint4 (&codes)[2], const uint16_t (&scales)[2],
+                                           const uint4 (&b)[kVectors], float (&sum)[4]) {
+        uint32_t factors[2][2];  // [row][half of the chunk]
+        const uint32_t words[2][4] = {{codes[0].x, codes[0].y, codes[0].z, codes[0].w},
+                                      {codes[1].x, codes[1].y, codes[1].z, codes[1].w}};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t both = e4m3_halves(scales[h]);
+            factors[h][0] = select_bytes(both, both, 0x1010);
+            factors[h][1] = select_bytes(both, both, 0x3232);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t a[2][4];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                HalfFp4::operand(words[h][i], a[h]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) a[h][j] = multiply_halves(a[h][j], factors[h][i / 2]);
+            }
+            mma_half(sum, a[0][0], a[1][0], a[0][1], a[1][1], b[i].x, b[i].y);
+            mma_half(sum, a[0][2], a[1][2], a[0][3], a[1][3], b[i].z, b[i].w);
+        }
+    }
+    __device__ static uint32_t multiply_halves(uint32_t a, uint32_t b) {
+        uint32_t r;
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+
     // Leaves a warp's sums with the finisher of this item.
     __device__ void keep_sums(const float (&sum)[kGroups][4], int number, int count) const {
         const int warp = threadIdx.x / 32, buffer = number % kFinishers;
@@ -269,7 +333,11 @@ template <class Policy, Product kProduct> struct Few {
 #pragma unroll
         for (int i = 0; i < 4 * kGroups; i++) {
             int pair = 2 * lane.member + i % 2, row = lane.group + i / 2 * 8;
-            if (pair < count) to[pair * kSumStride + row] = sum[i / 4][i % 4];
+            if (pair >= count) continue;
+            float value = sum[i / 4][i % 4];
+            if (kInHalves<Policy>)
+                value = HalfRows::undo(value, HalfRows::exponent_of(s.peak[pair]));
+            to[pair * kSumStride + row] = value;
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.summed[buffer]);
@@ -306,7 +374,7 @@ template <class Policy, Product kProduct> struct Few {
         if constexpr (kTogether) {
             float y = 0;
             for (int e = 0; e < experts; e++)
-                y += total(me, e, at) * Policy::kFactor * expert(work, e).w2.global_scale;
+                y += total(me, e, at) * kFactor * expert(work, e).w2.global_scale;
             m.y[row] = y;
         } else {
             int64_t pair = m.pair(work.first + which);
@@ -314,11 +382,11 @@ template <class Policy, Product kProduct> struct Few {
             if constexpr (kGated) {
                 const int gate = at / 8 * 16 + at % 8;
                 m.hidden[pair * rows + row] = __float2bfloat16_rn(
-                    hidden_value(e, Policy::kFactor, total(me, which, gate),
+                    hidden_value(e, kFactor, total(me, which, gate),
                                  total(me, which, gate + 8), m.limit, m.weight_of(pair)));
             } else
                 m.partial[pair * rows + row] =
-                    total(me, which, at) * Policy::kFactor * e.w2.global_scale;
+                    total(me, which, at) * kFactor * e.w2.global_scale;
         }
     }
 };
