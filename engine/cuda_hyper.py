@@ -28,6 +28,7 @@ HYPER = Library(
     {
         "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
+        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P),
     },
 )
 HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
@@ -112,3 +113,40 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     gates = (post.data_ptr(), comb.data_ptr())
     HYPER_POST.call(op, x, y.data_ptr(), x.data_ptr(), *gates, kind, n, d, out.data_ptr())
     return out
+
+
+def hc_post_pre(
+    y: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    *,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`hc_post(y, x, post, comb)`, then `hc_pre` of the result, which is returned first.
+
+    One kernel that reads the streams once, for bfloat16 at widths 4096 and 7168; two elsewhere.
+    """
+    if x.dtype != torch.bfloat16 or x.shape[-1] not in (4096, 7168):
+        new = hc_post(y, x, post, comb)
+        constants = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+        return new, *hc_pre(new, fn=fn, scale=scale, base=base, **constants)
+    op = "hc_post_pre"
+    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
+    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
+    n, hc, d = x.shape
+    if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
+        wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
+    post, comb = floats(op, post), floats(op, comb)
+    new, u = torch.empty_like(x), torch.empty_like(y)
+    new_post, new_comb = torch.empty_like(post), torch.empty_like(comb)
+    inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
+    weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
+    outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())
+    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs)
+    return new, u, new_post, new_comb

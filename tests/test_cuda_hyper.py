@@ -9,6 +9,8 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
+from dsv4_bench.engine.cuda_hyper import hc_post_pre
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
@@ -90,3 +92,17 @@ def test_repeats_are_identical(n: int) -> None:
     x = streams(n, 4096, torch.bfloat16)
     same_each_time("hc_pre", x, iters=20, **parameters(4096))
     same_each_time("hc_head", x, repeats=20, **parameters(4096, mixes=4))
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 65, 300, 2100])
+@pytest.mark.parametrize("d", [4096, 7168, 64])
+def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
+    """The same bits as the two kernels, which are judged above."""
+    x, y = streams(n, d, torch.bfloat16), torch.randn(n, d, device="cuda").bfloat16()
+    params = {**parameters(d), "iters": 20}
+    gates = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
+    streams_after = kernel("hc_post", y, x, *gates)["x"]
+    wanted = {"x": streams_after, **kernel("hc_pre", streams_after, **params)}
+    got = dict(zip(wanted, hc_post_pre(y, x, *gates, **params), strict=True))
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), name

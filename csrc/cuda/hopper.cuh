@@ -37,6 +37,10 @@ __device__ __forceinline__ void store16(void* to, uint32_t a, uint32_t b, uint32
                  : "memory");
 }
 
+__device__ __forceinline__ void store8(void* to, uint32_t a, uint32_t b) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
 // ------------------------------------------------------------------------------ mbarrier
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {

@@ -1,6 +1,8 @@
 // Collapsing the four residual streams of bfloat16 tokens: one kernel, by clusters, reading them once.
 #pragma once
 
+#include <type_traits>
+
 #include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hyper_math.cuh"
@@ -21,18 +23,27 @@ constexpr int kSlots = 4;       // exchange buffers; three tiles are under way a
 constexpr int kCombTiles = 32;  // tiles whose Sinkhorn one warp does at once, one token a lane
 
 struct Streams {
-    const bf16* x;  // [n, 4, d]
+    const bf16* x;  // [n, 4, d]; what was before the sublayer, if `sublayer` is set
     int n;
     const float* fn;
     HyperParameters p;
     bf16* u;
     float *post, *comb;
+    // Its output, to be mixed in first, and where the new streams go.
+    struct Sublayer {
+        const bf16* y;             // [n, d]
+        const float *post, *comb;  // [n, 4], [n, 4, 4]
+        bf16* x;                   // [n, 4, d]
+    } sublayer;
 };
 
 // Tile: tokens, 16 or 8. Groups: 32-column groups a warp. Warps: that multiply and collapse. Terms: of
-// bfloat16 a weight. Blocks: of 8 mixes, 3 or 1.
-template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> struct Collapse {
-    static constexpr bool kOwnWarp = Warps == 16;  // for gating
+// bfloat16 a weight. Blocks: of 8 mixes, 3 or 1. Expands: a tile first becomes the streams after a
+// sublayer, in place, as hc_post makes them.
+template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages, bool Expands = false>
+struct Collapse {
+    static constexpr bool kExpands = Expands;
+    static constexpr bool kOwnWarp = Warps == 16 && !Expands;  // for gating
     static constexpr int kTile = Tile, kWorkers = 32 * Warps, kThreads = kWorkers + (kOwnWarp ? 128 : 0);
     static constexpr int kSlice = Groups * Warps * 8;  // columns of a stream a CTA
     static constexpr int kWidth = kCluster * kSlice;   // d
@@ -41,13 +52,20 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
     static constexpr int kRows = Blocks == 1 ? kStreams : kMixes;  // of fn
     static constexpr int kPitch = 2 * kStreams * kSlice + 64;  // bytes a token; 64 spread the banks
     static constexpr int kAhead = Stages - 3;  // tiles being read while three are worked on
+    static_assert(!Expands || kAhead == 1);    // Sublayer has two stages
 
     struct Partial {  // sums over the columns of one warp
         alignas(16) float mix[Tile][kMix];
         float square[Tile + 8];  // 8 spread the banks
     };
+    struct Sublayer {
+        alignas(128) char y[Tile * 2 * kSlice];
+        alignas(16) float post[Tile][kStreams], comb[Tile][kCombs];
+    };
+    struct Nothing {};
     struct Shared {
         alignas(128) char x[Stages][Tile * kPitch];
+        std::conditional_t<Expands, Sublayer, Nothing> sublayer[2];
         Partial partial[2][Warps];
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
@@ -119,17 +137,57 @@ template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages> st
     // Starts to read tile i of this cluster, if there is one: a warp reads a token, a lane a stream.
     __device__ void start_read(int i) {
         constexpr uint32_t kBytes = 2 * kSlice;
+        constexpr uint32_t kToken = kStreams * kBytes + (Expands ? kBytes + 4 * (kStreams + kCombs) : 0);
         if (i >= tiles()) return;
         const int stage = i % Stages, left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
-        if (threadIdx.x == 0) barrier_expect(&s.loaded[stage], tokens * kStreams * kBytes);
+        uint64_t* loaded = &s.loaded[stage];
+        if (threadIdx.x == 0) barrier_expect(loaded, tokens * kToken);
+        if constexpr (Expands)
+            if (threadIdx.x == 0) {
+                const int64_t token = token_at(i, 0);
+                bulk_load(s.sublayer[i % 2].post, in.sublayer.post + token * kStreams,
+                          tokens * 4 * kStreams, loaded);
+                bulk_load(s.sublayer[i % 2].comb, in.sublayer.comb + token * kCombs,
+                          tokens * 4 * kCombs, loaded);
+#pragma unroll 1
+                for (int row = 0; row < tokens; row++)
+                    bulk_load(s.sublayer[i % 2].y + row * kBytes,
+                              in.sublayer.y + (token + row) * kWidth + rank * kSlice, kBytes, loaded);
+            }
         if (lane < kStreams)
 #pragma unroll 1  // registers are short
             for (int row = warp; row < tokens; row += Warps) {
                 int64_t from = (int64_t)token_at(i, row) * kStreams + lane;
                 bulk_load(s.x[stage] + row * kPitch + lane * kBytes,
-                          in.x + from * kWidth + rank * kSlice, kBytes, &s.loaded[stage]);
+                          in.x + from * kWidth + rank * kSlice, kBytes, loaded);
             }
         __syncwarp();
+    }
+
+    // The streams of tile i after the sublayer, in place and to memory.
+    __device__ void expand(int i) {
+        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        const Sublayer& from = s.sublayer[i % 2];
+#pragma unroll 1
+        for (int k = threadIdx.x; k < Tile * kSlice / 4; k += kWorkers) {
+            const int row = k / (kSlice / 4), column = k % (kSlice / 4) * 4, token = token_at(i, row);
+            if (token >= in.n) continue;
+            char* x = s.x[i % Stages] + row * kPitch + 2 * column;
+            bf16* out = in.sublayer.x + (int64_t)token * kStreams * kWidth + rank * kSlice + column;
+            using Four = Vector<bf16, 4>;
+            Four y = *(const Four*)(from.y + 2 * (row * kSlice + column)), old[kStreams];
+#pragma unroll
+            for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + 2 * j * kSlice);
+#pragma unroll
+            for (int stream = 0; stream < kStreams; stream++) {
+                float value[4];
+                expand_streams(y, old, from.post[row][stream], from.comb[row] + stream, value);
+                uint2 v = {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3])};
+                *(uint2*)(x + 2 * stream * kSlice) = v;
+                store8(out + stream * kWidth, v.x, v.y);
+            }
+        }
+        fence_async_proxy();  // the copy engine writes there next
     }
 
     // This warp's columns of tile i times fn, into s.partial[i % 2].
@@ -313,6 +371,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const Streams 
         named_barrier(1, C::kWorkers);  // tile i - 1 is multiplied, i - 3 collapsed
         if (i < count) c.start_read(i + C::kAhead);
         if (i > 0 && i <= count) c.send_sums(i - 1);
+        if constexpr (C::kExpands)
+            if (i < count) {
+                c.expand(i);
+                named_barrier(1, C::kWorkers);
+            }
         if (i < count) c.multiply(i);
         if (!C::kOwnWarp && c.warp == 0 && i > 0 && i <= count) c.gate(i - 1, count);
         if (i >= 2) c.collapse(i - 2);

@@ -59,4 +59,16 @@ __device__ inline void sinkhorn(float (&comb)[kCombs], int iters, float eps) {
     }
 }
 
+// One new stream: post * y + sum over j of comb[j] * x_j; `comb` points at a column of comb[4][4].
+template <class T, int N>
+__device__ inline void expand_streams(const Vector<T, N>& y, const Vector<T, N> (&x)[kStreams],
+                                      float post, const float* comb, float (&value)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) value[i] = post * to_float(y.at[i]);
+#pragma unroll
+    for (int j = 0; j < kStreams; j++)
+#pragma unroll
+        for (int i = 0; i < N; i++) value[i] += comb[j * kStreams] * to_float(x[j].at[i]);
+}
+
 }  // namespace dsv4

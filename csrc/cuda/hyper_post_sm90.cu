@@ -48,13 +48,7 @@ __global__ void __launch_bounds__(kExpandThreads)
 #pragma unroll
     for (int k = 0; k < kStreams; k++) {
         float value[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            value[i] = a[k] * to_float(in.at[i]);
-#pragma unroll
-            for (int j = 0; j < kStreams; j++)
-                value[i] += c[j * kStreams + k] * to_float(streams[j].at[i]);
-        }
+        expand_streams(in, streams, a[k], c + k, value);
         store_floats(out + k * d, value);
     }
 }
