@@ -12,6 +12,7 @@ from bench_peers import peers_of
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.cuda_hyper import hc_post_pre
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.engine.step import Step
 
@@ -63,6 +64,19 @@ def hyper(n: int, d: int) -> tuple[Callable[[], Arguments], Callable[[], Argumen
     return pre, post
 
 
+def fused(n: int, d: int) -> Case:
+    """hc_post with the next hc_pre: reads y, the streams and fn, writes streams and u."""
+    pre, post = hyper(n, d)
+
+    def make(_: int) -> Call:
+        params, (inputs, _none) = pre()[1], post()
+        return lambda: hc_post_pre(*inputs, **params)
+
+    values, weights = 2 * n * d * (1 + 4 + 4 + 1), 4 * 24 * 4 * d
+    flops = 2 * n * 4 * d * (5 + 24 + 2)
+    return Case("hc_post_pre", f"{n}x4x{d}", values + weights, flops, make)
+
+
 def hyper_cases() -> Iterator[Case]:
     rows = [  # tokens; pre: least, aim, best peer; post: the same
         (1, (9, 4, 14.1), (2, 1.43, 1.43)),
@@ -74,10 +88,12 @@ def hyper_cases() -> Iterator[Case]:
         pre, post = hyper(n, 4096)
         yield case("hc_pre", f"{n}x4x4096", pre, least, aim, DeepGEMM_FlashInfer=peer)
         yield case("hc_post", f"{n}x4x4096", post, post_least, post_aim, FlashInfer=post_peer)
+        yield fused(n, 4096)
     for n in (1, 1024):
         pre, post = hyper(n, 7168)
         yield case("hc_pre", f"{n}x4x7168", pre)
         yield case("hc_post", f"{n}x4x7168", post)
+        yield fused(n, 7168)
 
 
 # ------------------------------------------------------------------------------ attention
