@@ -26,7 +26,7 @@ from dsv4_bench.engine.cuda_step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.graph_branches import Branches, Clock, Observer
-from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.model import Layer, Transformer
 from dsv4_bench.engine.registry import Context, Site
 from dsv4_bench.engine.tokens import check_token_ids
 
@@ -76,6 +76,12 @@ class DecodeGraph:
                 f"a CUDA graph needs a GPU, the model is on {model.device}", "leave out the graph"
             )
         self.model, self.cache, self.layers = model, cache, layers
+        for number in self._covered():
+            if not isinstance(model.layers[number], Layer):
+                raise CannotAnswer(
+                    f"L{number}: a layer whose weights are streamed cannot be part of a CUDA graph",
+                    "a graph needs all its layers in GPU memory: a larger --gpu-memory",
+                )
         self.observer, self.clock, self.branches = observer, clock, branches
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them

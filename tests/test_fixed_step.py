@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.graph import DecodeGraph, fixed_step, limit_for
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.step import Step
+from dsv4_bench.engine.streaming import StreamedLayer
 from dsv4_bench.engine.synthetic import write_checkpoint
 
 WINDOW, LIMIT, CAPACITIES = 8, 256, {4: 70, 128: 3}
@@ -163,3 +165,12 @@ def test_a_cache_says_when_its_tensors_are_others(model: Transformer) -> None:
 def test_without_a_gpu_there_is_no_graph(model: Transformer) -> None:
     with pytest.raises(CannotAnswer, match="needs a GPU, the model is on cpu"):
         DecodeGraph(model, model.new_cache())
+
+
+def test_a_streamed_layer_is_no_part_of_a_graph(model: Transformer) -> None:
+    """As `streaming.place` leaves a model: the layer is one that is fetched when it is called."""
+    streamed = copy.copy(model)
+    streamed.device = torch.device("cuda")
+    streamed.layers = [*model.layers[:2], StreamedLayer(model.layers[2], None, 0)]  # type: ignore
+    with pytest.raises(CannotAnswer, match="^L2: a layer whose weights are streamed"):
+        DecodeGraph(streamed, model.new_cache())
