@@ -172,5 +172,5 @@ def test_a_streamed_layer_is_no_part_of_a_graph(model: Transformer) -> None:
     streamed = copy.copy(model)
     streamed.device = torch.device("cuda")
     streamed.layers = [*model.layers[:2], StreamedLayer(model.layers[2], None, 0)]  # type: ignore
-    with pytest.raises(CannotAnswer, match="^L2: a layer whose weights are streamed"):
+    with pytest.raises(CannotAnswer, match=r"^L2: a layer whose weights are streamed"):
         DecodeGraph(streamed, model.new_cache())
