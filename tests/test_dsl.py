@@ -43,10 +43,10 @@ def kernel(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None) -> T
     return y
 
 
-def close(got: Tensor, want: Tensor, what: str = "") -> None:
+def close(got: Tensor, want: Tensor, what: str = "", op: str = "linear") -> None:
     """`got` equals float64 `want`, rounded once to got's dtype."""
     got, rounded, limit = got.cpu(), want.to(got.dtype).cpu(), LIMIT[got.dtype]
-    measured("linear", "cutedsl", relative_error(got, rounded), limit)
+    measured(op, "cutedsl", relative_error(got, rounded), limit)
     same(got, rounded, limit, what)
 
 
@@ -161,9 +161,23 @@ def test_nothing_around_the_product_is_written_or_read(kind: str) -> None:
     kind = kind.removesuffix("_e8m0")
     factor = packed.global_scale * (128 if kind == "nvfp4" else 1)
     pointers = (packed.struct.data, packed.struct.scale, x.data_ptr(), y.data_ptr())
-    LINEAR.call(f"linear_{kind}_f32", x, *pointers, n, m, k, factor, multiprocessors(0))
+    LINEAR.call(f"linear_{kind}_f32", x, *pointers, n, m, k, 1, factor, multiprocessors(0))
     close(y, truth(x, weight))
     assert (out[:guard] == 7.5).all() and (out[-guard:] == 7.5).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_grouped_linear(kind: str) -> None:
+    run: Any = IMPLEMENTATIONS["grouped_linear"]["cutedsl"].function
+    for n, groups, k in ((512, 2, 128), (768, 3, 64), (8192, 8, 4096)):
+        weight = random_weight(kind, n, k)
+        with double_precision():
+            for m in (1, 257, 300):
+                o = torch.randn(m, groups * k, device=CUDA).to(BF16)
+                want = OPS["grouped_linear"].reference(o.double(), weight=weight, groups=groups)
+                close(run(o, weight=weight, groups=groups), want, f"{m} rows", "grouped_linear")
+    with pytest.raises(DSV4Error, match="grouped_linear"):
+        run(o, weight=random_weight(kind, 256, 4096), groups=8)
 
 
 def test_views_ranks_and_output_types() -> None:

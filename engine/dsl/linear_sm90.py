@@ -190,9 +190,11 @@ class Fp8:
 
 
 class TallLinear:
-    """y [m, n] = factor * x [m, k] W^T, W [n, k] as stored; x bfloat16, y of `out_dtype`.
+    """y [m, n] = factor * x [m, groups * k] W^T, W [n, k] as stored; x bfloat16, y of `out_dtype`.
 
-    `coded` is the weights' format, None for bfloat16. n is a multiple of 8; k of 8, coded of 64.
+    `coded` is the weights' format, None for bfloat16. n is a multiple of 8; k of 8, coded in 4 bits of
+    64. Weight rows of group g see columns [g * k, (g + 1) * k) of x; with more than one group, n / groups
+    is a multiple of 256 and k of 64.
     """
 
     def __init__(self, coded: type | None, out_dtype: type[cutlass.Numeric]) -> None:
@@ -222,6 +224,7 @@ class TallLinear:
         n: Int32,
         m: Int32,
         k: Int32,
+        groups: Int32,
         factor: Float32,
         processors: Int32,
         stream: cuda.CUstream,
@@ -234,7 +237,8 @@ class TallLinear:
             width = cute.assume(k * self.coded.bits // 8, divby=16)
             scales = self.coded.scale_tensor(scale, n, k)
         weight = cute.make_tensor(w, cute.make_layout((n, width), stride=(width, 1)))
-        rows = cute.make_tensor(x, cute.make_layout((m, columns), stride=(columns, 1)))
+        across = cute.assume(k * groups, divby=8)
+        rows = cute.make_tensor(x, cute.make_layout((m, across), stride=(across, 1)))
         out = cute.make_tensor(y, cute.make_layout((n, m), stride=(1, cute.assume(n, divby=8))))
 
         layout_w = self.weight_layout()
@@ -274,7 +278,7 @@ class TallLinear:
         clusters = min(row_tiles * token_tiles, processors // CLUSTER)
         self.kernel(
             *(load_w, from_w, layout_w, load_x, from_x, layout_x, store_y, to_y, layout_y),
-            *(scales, n, row_tiles, token_tiles, factor),
+            *(scales, n, groups, row_tiles, token_tiles, factor),
         ).launch(
             grid=(clusters * CLUSTER, 1, 1),
             block=((1 + MULTIPLIERS) * WARPGROUP, 1, 1),
@@ -297,6 +301,7 @@ class TallLinear:
         layout_y: cute.ComposedLayout,
         scales: cute.Tensor | None,
         n: Int32,
+        groups: Int32,
         row_tiles: Int32,
         token_tiles: Int32,
         factor: Float32,
@@ -328,7 +333,8 @@ class TallLinear:
         if warp < 4:
             cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
             if warp == 0:
-                self.load(feed, load_w, gw, sw, load_x, gx, sx, row_tiles, token_tiles)
+                per_group = n // groups
+                self.load(feed, load_w, gw, sw, load_x, gx, sx, per_group, row_tiles, token_tiles)
         else:
             cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
             self.multiply(
@@ -340,7 +346,7 @@ class TallLinear:
                 gy,
                 scales,
                 n,
-                cute.size(gx, mode=[3]),
+                cute.size(gw, mode=[3]),
                 row_tiles,
                 token_tiles,
                 factor,
@@ -356,7 +362,7 @@ class TallLinear:
         return within // size * CLUSTER + rank, group * GROUP + within % size
 
     @cute.jit
-    def load(self, feed, load_w, gw, sw, load_x, gx, sx, row_tiles, token_tiles) -> None:
+    def load(self, feed, load_w, gw, sw, load_x, gx, sx, per_group, row_tiles, token_tiles) -> None:
         """What the loading warp does: the stages of all tiles of this block."""
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         to_sw, of_gw = cpasync.tma_partition(
@@ -373,7 +379,9 @@ class TallLinear:
         first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
         for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
             row, token = self.place(tile, row_tiles, token_tiles)
-            for step in cutlass.range(cute.size(gx, mode=[3]), unroll=1):
+            steps = cute.size(gw, mode=[3])
+            before = row * ROWS // per_group * steps  # activation columns of earlier groups
+            for step in cutlass.range(steps, unroll=1):
                 feed.producer_acquire(state)
                 barrier = feed.producer_get_barrier(state)
                 cute.copy(
@@ -384,7 +392,7 @@ class TallLinear:
                 )
                 cute.copy(
                     load_x,
-                    of_gx[(None, token, step)],
+                    of_gx[(None, token, before + step)],
                     to_sx[(None, state.index)],
                     tma_bar_ptr=barrier,
                     mcast_mask=cutlass.Int16((1 << CLUSTER) - 1),
@@ -535,5 +543,5 @@ def exports() -> Iterator[tuple[str, TallLinear, list[object]]]:
                     (out_dtype, 16),
                 )
             ]
-            rest = [Int32(64)] * 3 + [Float32(1), Int32(2), cuda.CUstream(0)]
+            rest = [Int32(64)] * 4 + [Float32(1), Int32(2), cuda.CUstream(0)]
             yield name, kernel, pointers + rest
