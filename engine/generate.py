@@ -10,10 +10,12 @@ from torch import Tensor
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.graph import DecodeGraph
+from dsv4_bench.engine.graph_branches import Observer
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.tokens import check_token_ids
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 def split(count: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
@@ -35,13 +37,23 @@ def teacher_forced_logits(
     tokens: Sequence[int],
     chunks: Sequence[int] = (),
     progress: Progress | None = None,
+    graph: bool = False,
+    note: Note = lambda text: None,
 ) -> Tensor:
-    """Logits of every position of `tokens`, fed in pieces: float32 [T, v] on the CPU."""
+    """Logits of every position of `tokens`, fed in pieces: float32 [T, v] on the CPU.
+
+    With `graph` pieces of one token, but for a first one, are decoded as `generate` does it.
+    """
     check_token_ids(tokens, model.config.vocab_size)
     cache = model.new_cache()
     logits = torch.empty(len(tokens), model.config.vocab_size)
+    decode = None
     for start, stop in split(len(tokens), chunks):
-        logits[start:stop] = model.forward(cache.step([tokens[start:stop]]), cache)
+        if graph and start > 0 and stop - start == 1:
+            decode = decode or decoder(model, cache, graph, note)
+            logits[start] = decode(tokens[start])
+        else:
+            logits[start:stop] = model.forward(cache.step([tokens[start:stop]]), cache)
         if progress:
             progress(stop, len(tokens))
     return logits
@@ -65,12 +77,13 @@ def generate(
     seed: int = 0,
     chunks: Sequence[int] = (),
     graph: bool = True,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
+    observer: Observer | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until end-of-sentence or `max_new_tokens`; temperature 0 is greedy.
 
     On a GPU with kernels the decode steps come from a CUDA graph if `graph` says so; `note` hears
-    whether they do, or why not.
+    whether they do, or why not, and `observer` sees it captured.
     """
     if not tokens:
         raise DSV4Error("the prompt is empty", "give at least one token")
@@ -83,17 +96,21 @@ def generate(
         yield token
         if token == model.config.eos_token_id or number + 1 == max_new_tokens:
             return
-        decode = decode or decoder(model, cache, graph, note)
+        decode = decode or decoder(model, cache, graph, note, observer)
         logits = decode(token)
 
 
 def decoder(
-    model: Transformer, cache: Cache, graph: bool, note: Callable[[str], None]
+    model: Transformer,
+    cache: Cache,
+    graph: bool,
+    note: Callable[[str], None],
+    observer: Observer | None = None,
 ) -> Callable[[int], Tensor]:
     """What appends a token to the cache's only sequence and gives the next logits, float32 [v]."""
     if graph and can_use_graph(model):
         try:
-            captured = DecodeGraph(model, cache)
+            captured = DecodeGraph(model, cache, observer=observer)
             note("decoding from a CUDA graph")
             return lambda token: captured.forward([token])[0]
         except CannotAnswer as error:

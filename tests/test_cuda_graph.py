@@ -334,3 +334,13 @@ def test_the_demo_says_the_same_from_a_graph() -> None:
     assert graphed == eager and notes == ["decoding from a CUDA graph"]
     warm = [list(generate(shipped, prompt, 12, 0.8, 7, graph=g)) for g in (False, True)]
     assert warm[0] == warm[1]
+
+
+def test_teacher_forced_logits_of_a_graph(model: Transformer) -> None:
+    """Pieces of many tokens, of one, and of many again on the cache that the graph has filled."""
+    text, notes = texts(0)[0] + texts(60)[1], []
+    sizes = (130, *(1,) * 40, 5, 1)
+    eager = teacher_forced_logits(model, text, sizes)
+    logits = teacher_forced_logits(model, text, sizes, graph=True, note=notes.append)
+    assert notes == ["decoding from a CUDA graph"]
+    assert relative_l2(logits, eager) < 0.02

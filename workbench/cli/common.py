@@ -42,6 +42,13 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_graph_argument(parser: argparse.ArgumentParser) -> None:
+    """--no-graph, for commands that decode."""
+    parser.add_argument(
+        "--no-graph", action="store_true", help="on a GPU: decode op by op, not from a CUDA graph"
+    )
+
+
 def check_numerics(args: argparse.Namespace) -> None:
     """Raise CannotAnswer for numerics the engine does not have."""
     if args.numerics != "plain":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.workbench.cli import common, output
+
+_ALARMS = 4  # of a pass, that are said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
+    common.add_graph_argument(parser)
     parser.add_argument(
-        "--no-graph", action="store_true", help="on a GPU: decode op by op, not from a CUDA graph"
+        "--probes", metavar="a,b", help="watch every pass with these (all, or names); says alarms"
     )
     parser.add_argument(
         "--eval",
@@ -95,25 +99,30 @@ def _decode(
 ) -> dict[str, Any]:
     from dsv4_bench.engine.generate import generate
 
-    decoded: list[str] = []  # how: in words, once it is known
+    notes = list(loaded.notes)
 
     def tell(text: str) -> None:
-        decoded.append(text)
+        notes.append(text)
         output.narrate(f"note: {text}")
 
+    watch = _watch(loaded, args, tell)
     started = time.perf_counter()
     first: float | None = None
     new: list[int] = []
     shown = ""
-    for token in generate(
-        loaded.model,
-        prompt,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-        chunks,
-        graph=not args.no_graph,
-        note=tell,
+    for token in _watched(
+        watch,
+        generate(
+            loaded.model,
+            prompt,
+            args.max_new_tokens,
+            args.temperature,
+            args.seed,
+            chunks,
+            graph=not args.no_graph,
+            note=tell,
+            observer=watch.observer if watch else None,
+        ),
     ):
         first = first or time.perf_counter()
         new.append(token)
@@ -135,5 +144,5 @@ def _decode(
         "seconds": ended - started,
         "tokens_per_second": (len(new) - 1) / decoding if len(new) > 1 and decoding > 0 else None,
         "route": [str(entry) for entry in loaded.model.route],
-        "notes": [*loaded.notes, *decoded],
+        "notes": notes,
     }

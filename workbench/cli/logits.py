@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks", metavar="N,N,...", help="feed in these pieces; the last repeats"
     )
+    common.add_graph_argument(parser)
     parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True)
 
 
@@ -35,9 +36,20 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_model(common.engine_options(args), output.loading)
     for note in loaded.notes:
         output.narrate(f"note: {note}")
+    notes = list(loaded.notes)
+
+    def tell(text: str) -> None:
+        notes.append(text)
+        output.narrate(f"note: {text}")
+
     started = time.perf_counter()
     logits = teacher_forced_logits(
-        loaded.model, tokens, chunks, lambda done, total: output.progress("token", done, total)
+        loaded.model,
+        tokens,
+        chunks,
+        lambda done, total: output.progress("token", done, total),
+        graph=not args.no_graph,
+        note=tell,
     )
     seconds = time.perf_counter() - started
     _save(target, logits)
@@ -48,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": seconds,
         "route": [str(entry) for entry in loaded.model.route],
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "notes": loaded.notes,
+        "notes": notes,
     }
     if args.json:
         output.print_json(summary)
