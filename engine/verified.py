@@ -69,7 +69,7 @@ def load(file: Traversable | None = None) -> dict[str, Record]:
 
 def _record(entry: dict[str, Any]) -> Record:
     """Checked field by field: KeyError if one is missing, TypeError if it is of another type."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(Record):
         value = entry[field.name]
         kinds = {"str": (str,), "int": (int,), "float": (int, float)}[str(field.type)]
