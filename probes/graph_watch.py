@@ -113,6 +113,11 @@ class GraphWatch:
         self.ring.launch(views, first, advance)
         self._fresh, self._memory = [], Memory()
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph that this watches."""
+        return bool(self._calls)
+
     # -- after replays
 
     def readings(self) -> list[Reading]:

@@ -145,4 +145,38 @@ def _decode(
         "tokens_per_second": (len(new) - 1) / decoding if len(new) > 1 and decoding > 0 else None,
         "route": [str(entry) for entry in loaded.model.route],
         "notes": notes,
+        **({"probes": watch.summary()} if watch else {}),
     }
+
+
+def _watch(loaded: Any, args: argparse.Namespace, tell: Callable[[str], None]) -> Any:
+    """The GenerationWatch that `--probes` asks for, or None."""
+    if args.probes is None:
+        return None
+    from dsv4_bench.probes.base import make_probes
+    from dsv4_bench.workbench.generation_watch import GenerationWatch
+
+    probes = make_probes(args.probes.replace(",", " ").split())
+    return GenerationWatch(loaded.model, probes, not args.no_graph, tell)
+
+
+def _watched(watch: Any, tokens: Iterator[int]) -> Iterator[int]:
+    """The tokens, with what alarms a pass raised said before its token, even if none comes of it."""
+    try:
+        for token in tokens:
+            if watch:
+                _say(watch.token())
+            yield token
+    except DSV4Error:  # logits that are not finite: the pass was watched nevertheless
+        if watch:
+            _say(watch.token())
+        raise
+
+
+def _say(alarms: list[Any]) -> None:
+    for alarm in alarms[:_ALARMS]:
+        where = f"pass {alarm.forward} {alarm.site} {alarm.output}".rstrip()
+        detail = f" ({alarm.detail})" if alarm.detail else ""
+        output.narrate(f"alarm: {where}: {alarm.probe}.{alarm.name} {alarm.value}{detail}")
+    if len(alarms) > _ALARMS:
+        output.narrate(f"alarm: {len(alarms) - _ALARMS} more in this pass")
