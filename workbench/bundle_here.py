@@ -45,7 +45,8 @@ def write_bundle_here(
     """
     if debugger.index < 0:
         raise DSV4Error("nothing has run yet", "`step` runs the first op")
-    captured = capture_layer(debugger, debugger.layer_at(debugger.index), pattern)
+    layer = debugger.layer_at(debugger.index)
+    captured = capture_layer(debugger, layer, pattern, "bundle")
     calls = []
     for number, call in enumerate(captured, 1):
         if debugger.pause:
@@ -66,8 +67,11 @@ def write_bundle_here(
     return write_bundle(target, debugger.model, facts, calls, readings, limits)
 
 
-def capture_layer(debugger: Debugger, layer: int, pattern: str) -> list[Captured]:
-    """The ops of `layer` (-1 embed, one past the last: head) under `pattern`, as they run now."""
+def capture_layer(debugger: Debugger, layer: int, pattern: str, command: str) -> list[Captured]:
+    """The ops of `layer` (-1 embed, one past the last: head) under `pattern`, as they run now.
+
+    Errors name `command`, which asked for them.
+    """
     model, step = debugger.model, debugger.step
     assert step is not None
     snapshot = debugger.snapshots.get(layer)
@@ -101,7 +105,9 @@ def capture_layer(debugger: Debugger, layer: int, pattern: str) -> list[Captured
     except DSV4Error:
         raise
     except Exception as error:  # of somebody's kernel: it may raise anything
-        raise DSV4Error(f"bundle: {type(error).__name__}: {error}", "switch its route") from error
+        raise DSV4Error(
+            f"{command}: {type(error).__name__}: {error}", "switch its route"
+        ) from error
     finally:
         for site, tap, launches in before:
             site.tap, site.stamp.launches = tap, launches

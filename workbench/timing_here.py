@@ -30,7 +30,7 @@ def time_here(debugger: Debugger, pattern: str) -> dict[str, Any]:
         debugger.emit({"event": "log", "stream": "worker", "text": text + "\n"})
 
     ceiling = ceilings(model.device, say)
-    calls = capture_layer(debugger, layer, pattern)
+    calls = capture_layer(debugger, layer, pattern, "timing")
     clock, judge, rows = make_clock(model.device), debugger.shadow.judge, []
     for number, call in enumerate(calls, 1):
         if debugger.pause:

@@ -85,6 +85,10 @@ class FakeSession:
         self.reference: set[str] = set()
         self.stuck: set[str] = set()  # sites whose route cannot be changed
         self.alarms: dict[str, str] = {}
+        self.gpu = False
+        self.sources: list[Any] = ["/kernels/core.cpp", "/kernels/abi.h"]
+        self.edits: list[Event] = []  # what the next reloads find
+        self.attempts: list[Event] = []
         self.state = "opening"
         self._number = 0
         self._held: tuple[int, str, Event] | None = None
@@ -397,6 +401,52 @@ class FakeSession:
                 "of_floor": 2e-6 / seconds, "speedup": None if number == 3 else 4.0,
             })  # fmt: skip
         return {"group": group, "kind": "CSA", "tokens": [0, 128], "device": "cpu", "sites": rows}
+
+    def _do_history(self, site: str | None = None) -> Event:
+        """Three runs today, one of another day on another machine; the newest is a tenth faster."""
+        rows = []
+        for number, (seconds, what, verdict) in enumerate(
+            ((9e-6, "watch", "ok"), (None, "watch", ""), (1e-5, "timing", "over"), (1e-5, "profile", "ok"),
+             (5e-6, "profile", "ok"))
+        ):  # fmt: skip
+            failed = seconds is None
+            rows.append({
+                "when": f"2026-11-{23 - number // 4}T08:{30 - number}:00+00:00", "what": what,
+                "checkpoint": "demo", "device": "NVIDIA H200" if number == 4 else "AMD EPYC",
+                "conditions": "decode, 1 x 160 tokens, float32", "process": number // 2,
+                "site": site or self._site(), "implementation": "cpu", "hash": "" if failed else f"a{number}b2c3d4",
+                "seconds": seconds, "own_error": None if failed else 1e-6 if verdict == "over" else 1e-8,
+                "limit": None if failed else 1e-7, "verdict": verdict,
+                "problem": "hyper.cpp:3: error: expected ';'" if failed else "", "here": number < 2,
+            })  # fmt: skip
+        return {"pattern": site or self._site(), "rows": rows}
+
+    def _do_ncu(self, site: str | None = None) -> Event:
+        if not self.gpu:
+            hint = f"where there is: dsv4-bench profile demo --sites {site} --ncu --phase decode"
+            raise DSV4Error("ncu: this session runs on the CPU", hint)
+        kernel = {
+            "site": site, "kernel": "void dsv4::attention_kernel<float>", "seconds": 2.5e-5,
+            "dram": 71.0, "compute": 12.5, "occupancy": 33.0, "registers": 168.0,
+            "dram_bytes": 8e7, "stalls": {"long_scoreboard": 9.25, "barrier": 0.5},
+        }  # fmt: skip
+        return {"site": site, "kernels": [kernel]}
+
+    def _do_sources(self, site: str | None = None) -> Event:
+        reference = self._route(str(site)) == "reference"
+        files = [] if reference else [str(file) for file in self.sources]
+        return {"site": site, "implementation": self._route(str(site)), "files": files}
+
+    def _do_reload(self) -> Event:
+        """An attempt whenever `edits` has another one to give."""
+        changed = bool(self.edits)
+        if changed:
+            made = {"site": self._site(), "implementation": "cpu", "error": "", "took": 1.4}
+            self.attempts.append(made | self.edits.pop(0))
+        return {
+            "reloaded": changed, "site": self._site(), "files": [str(file) for file in self.sources],
+            "history": list(self.attempts),
+        }  # fmt: skip
 
     def _do_compare(self, a: str, b: str) -> Event:
         """Every tenth op differs; from L2/attn/core on what differs is carried or within."""

@@ -85,10 +85,13 @@ def keep(
 
 
 def rows(pattern: str, most: int = 500) -> list[dict[str, Any]]:
-    """What was measured at the sites under `pattern`, newest first: an Entry's fields and its run's."""
+    """What was measured at the sites under `pattern`, newest first: an Entry's fields and its run's.
+
+    Of a run, kernels come before the reference that was timed beside them.
+    """
     found: list[dict[str, Any]] = []
     for path in reversed(_files()):
-        for entry, about in _read(path):
+        for entry, about in reversed(_read(path)):
             if matches(entry.site, pattern):
                 found.append({**about, **asdict(entry)})
         if len(found) >= most:

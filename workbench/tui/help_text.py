@@ -12,7 +12,7 @@ from dsv4_bench.workbench.tui.spans import ACCENT, BOLD, DIM, PLAIN, TITLE, Line
 ABOUT = (
     "Every key sends a line, the same one you can type after : or put in a script file.",
     "The session stops after an op and holds its inputs and outputs.",
-    "The keys b, t and k act on the op selected in the tree.",
+    "The keys b, t, k and H act on the op selected in the tree.",
 )
 FIXED_KEYS = (
     ("tab", "next pane; shift+tab the one before"),

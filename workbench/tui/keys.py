@@ -33,6 +33,7 @@ UI_KEYS: tuple[tuple[str, str, str], ...] = (
     ("d", "tree_level(1)", "down: into the group"),
     ("i", "contract", "the op's full contract"),
     ("o", "log", "show or hide the log"),
+    ("S", "watch_saves", "watch mode: build and run this op again on every save of its source"),
     ("1", "pane('op')", "pane: op"),
     ("2", "pane('values')", "pane: values"),
     ("3", "pane('readings')", "pane: readings"),
@@ -111,7 +112,16 @@ BAR = [
 ]
 
 _NO_PROMPT = ("heatmap", "timing")
-_ON_SITE = ("break", "shadow", "carried", "toggle", "until", "op")  # these know what they act on
+_ON_SITE = (
+    "break",
+    "shadow",
+    "carried",
+    "toggle",
+    "until",
+    "op",
+    "history",
+    "ncu",
+)  # these know what they act on
 
 
 def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
@@ -127,7 +137,7 @@ def action_for(name: str, store: Store, cursor: str | None) -> Send | Prompt:
         return Send("shadow off" if store.state.get("shadow", "off") != "off" else "shadow on")
     if name == "carried":
         return Send("carried off" if store.state.get("carried") else "carried on")
-    if name in ("toggle", "until", "op"):
+    if name in ("toggle", "until", "op", "history", "ncu"):
         return Send(f"{name} {here}") if here else Prompt(f"{name} ")
     return Prompt(f"{name} ") if prompts(command) else Send(name)
 

@@ -38,6 +38,8 @@ class Queries:
                 self.stale.add("residual")
         if Change.BREAKS in change:
             self.stale.add("sites")
+        if Change.RERUN in change:
+            self.stale |= {"sites", "op", "layer"}
 
     def replied(self, event: Event) -> None:
         """A reply came: to one of ours, or to a command that changes what many sites show."""

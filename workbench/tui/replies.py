@@ -45,6 +45,33 @@ def _timing(store: Store, line: str, result: Event, quiet: bool) -> Change:
     return Change.TIMING
 
 
+def _history(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.history = result
+    return Change.HISTORY
+
+
+def _ncu(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    store.counters = result
+    return Change.COUNTERS
+
+
+def _reload(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    change = Change.RERUN if result["reloaded"] else Change.NONE
+    if quiet:
+        store.watched = result
+        return change | Change.WATCHED
+    said = "taken up" if result["reloaded"] else "no source has changed"
+    return change | store.note("result", f"{result['site']}: {said}")
+
+
+def _sources(store: Store, line: str, result: Event, quiet: bool) -> Change:
+    if quiet:
+        store.watched = result
+        return Change.WATCHED
+    title = f"{result['site']}  {result['implementation']}"
+    return _show(store, line, title, "\n".join(result["files"]) or "no file of its own")
+
+
 def _bundle(store: Store, line: str, result: Event, quiet: bool) -> Change:
     hint = f"`dsv4-bench replay {result['bundle']}` runs it again"
     return store.note("result", result["text"]) | store.note("result", hint)
@@ -153,6 +180,10 @@ _HANDLERS: dict[str, Handler] = {
     "compare": _compare,
     "bundle": _bundle,
     "timing": _timing,
+    "history": _history,
+    "ncu": _ncu,
+    "reload": _reload,
+    "sources": _sources,
     "faults": _faults,
     "sites": _sites,
     "readings": _readings,

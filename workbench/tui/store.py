@@ -12,6 +12,7 @@ from dsv4_bench.workbench.tui.records import Event, LogLine, SiteInfo, Value, re
 
 IDLE = ("ready", "stopped", "finished")
 LOG_LINES_KEPT = 2000
+WATCH_LINES = ("sources", "reload")  # what watch mode asks; it wants to hear of a refusal too
 PLACE = ("state", "site", "index", "forward")
 
 
@@ -31,6 +32,10 @@ class Change(Flag):
     HEAT = auto()
     COMPARISON = auto()
     TIMING = auto()
+    HISTORY = auto()
+    COUNTERS = auto()
+    WATCHED = auto()  # watch mode has heard from the session
+    RERUN = auto()  # the held op has other outputs than before
     LOG = auto()
     ERROR = auto()
     DEATH = auto()
@@ -50,6 +55,9 @@ class Store:
     heat: Event = field(default_factory=dict)
     comparison: Event = field(default_factory=dict)
     timing: Event = field(default_factory=dict)
+    history: Event = field(default_factory=dict)
+    counters: Event = field(default_factory=dict)
+    watched: Event = field(default_factory=dict)
     implementations: dict[str, list[str]] = field(default_factory=dict)  # by op
     effects: dict[str, str] = field(default_factory=dict)
     layer_readings: list[Event] = field(default_factory=list)
@@ -257,6 +265,9 @@ class Store:
         line = event.get("line", "")
         if event.get("ok"):
             return change | take_reply(self, line, event.get("result") or {}, quiet)
+        if quiet and command_name(line) in WATCH_LINES:
+            self.watched = {"error": (event.get("error") or {}).get("message", "")}
+            return Change.WATCHED
         if quiet:
             return Change.NONE
         return self.fail(event.get("error") or {}) | Change.STATE

@@ -1,4 +1,4 @@
-"""Help, and an op's full contract: text over the main screen, closed with escape, q or ?."""
+"""Help, an op's full contract, counters of its kernels: text over the main screen, closed with escape, q or ?."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import ModalScreen
 
+from dsv4_bench.workbench.tui.counters_view import counter_lines
 from dsv4_bench.workbench.tui.help_text import help_lines
+from dsv4_bench.workbench.tui.records import Event
 from dsv4_bench.workbench.tui.spans import Line
 from dsv4_bench.workbench.tui.widgets.lines_pane import LinesPane
 
@@ -39,6 +41,10 @@ class TextScreen(ModalScreen[None]):
 
 def help_screen() -> TextScreen:
     return TextScreen("keys and commands", help_lines)
+
+
+def counters_screen(found: Event) -> TextScreen:
+    return TextScreen(f"ncu {found['site']}", lambda width: counter_lines(found, width))
 
 
 def contract_screen(site: str, doc: str) -> TextScreen:

@@ -10,6 +10,7 @@ from textual.binding import BindingType
 from dsv4_bench.workbench.tui import keys
 from dsv4_bench.workbench.tui.screens.help import contract_screen, help_screen
 from dsv4_bench.workbench.tui.screens.view import MainView
+from dsv4_bench.workbench.tui.screens.watching import WatchScreen
 from dsv4_bench.workbench.tui.site_model import neighbour, search
 from dsv4_bench.workbench.tui.store import command_name
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
@@ -131,6 +132,15 @@ class MainScreen(MainView):
 
     def action_log(self) -> None:
         self.log_pane.display = not self.log_pane.display
+
+    def action_watch_saves(self) -> None:
+        site = self.store.state.get("site")
+        if not self.store.idle or not site:
+            self.message(
+                "watch mode needs a session that stands at an op;  t goes to the selected one"
+            )
+            return
+        self.app.push_screen(WatchScreen(site, self.store, self.ask, self.send))
 
     def action_pane(self, name: str) -> None:
         self.choose(name)

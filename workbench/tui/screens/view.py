@@ -27,7 +27,10 @@ from dsv4_bench.workbench.tui.op_view import op_lines
 from dsv4_bench.workbench.tui.results import error_text
 from dsv4_bench.workbench.tui.screens.compare import CompareScreen
 from dsv4_bench.workbench.tui.screens.heat import HeatScreen
+from dsv4_bench.workbench.tui.screens.help import counters_screen
+from dsv4_bench.workbench.tui.screens.history import HistoryScreen
 from dsv4_bench.workbench.tui.screens.timing import TimingScreen
+from dsv4_bench.workbench.tui.screens.watching import WatchScreen
 from dsv4_bench.workbench.tui.store import Change, Store
 from dsv4_bench.workbench.tui.widgets.break_list import BreakList
 from dsv4_bench.workbench.tui.widgets.command_line import CommandLine
@@ -138,12 +141,18 @@ class MainView(Screen[None]):
             self.message(error_text(store.error.get("message", ""), store.error.get("hint", "")))
         if Change.DEATH in change:
             self.death.show(store.death)
+        if change & (Change.WATCHED | Change.DEATH) and isinstance(self.app.screen, WatchScreen):
+            self._show_watched(self.app.screen, change)
         if Change.VALUES in change:
             self._show_values()
         if Change.HEAT in change:
             self._show_heat()
         if Change.TIMING in change:
-            self.app.push_screen(TimingScreen(self.store.timing, self.show_site))
+            self.app.push_screen(TimingScreen(self.store.timing, self.show_site, self.send))
+        if Change.HISTORY in change:
+            self.app.push_screen(HistoryScreen(store.history))
+        if Change.COUNTERS in change:
+            self.app.push_screen(counters_screen(store.counters))
         if Change.COMPARISON in change:
             self.app.push_screen(CompareScreen(self.store.comparison, self.ask))
         if Change.BREAKS in change:
@@ -182,6 +191,12 @@ class MainView(Screen[None]):
         if values and "values" not in self.shown:
             self._values_asked = True
             self.choose("values")
+
+    def _show_watched(self, screen: WatchScreen, change: Change) -> None:
+        if Change.WATCHED in change:
+            screen.replied(self.store.watched)
+        if Change.DEATH in change and self.store.death:
+            screen.died(str(self.store.death.get("message", "the worker died")))
 
     def _show_heat(self) -> None:
         if isinstance(self.app.screen, HeatScreen):
@@ -227,6 +242,8 @@ class MainView(Screen[None]):
 
     def message(self, text: str) -> None:
         """A line above the footer, until the next command; an empty text clears it."""
+        if isinstance(self.app.screen, TimingScreen):
+            self.app.screen.message(text)
         if text or self.message_line.display:
             self.message_line.update(text)
             self.message_line.display = bool(text)
