@@ -1,7 +1,7 @@
 """Times whole decode layers of V4-Flash's sizes in a CUDA graph, beside the eager route and transformers.
 
     python tests/bench_cuda_layer.py [--kinds CSA,HCA,SWA] [--batch 1,8,64] [--context 4096,65536]
-        [--layout nvfp4] [--copies 3] [--sites] [--peers] [--json OUT.json]
+        [--layout nvfp4] [--copies 3] [--sites] [--peers] [--model] [--json OUT.json]
 
 Method: a model of `copies` layers of one kind with random weights (a layer reads at least 120 MB, the
 L2 holds 60), its cache filled as after `context` tokens, captured as one graph from residual streams to
@@ -26,7 +26,7 @@ from bench_cuda import describe_device
 from gpu_weights import filled_cache, layers_of, random_model
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine.config import CSA_RATIO, HCA_RATIO
+from dsv4_bench.engine.config import CSA_RATIO, FLASH, HCA_RATIO
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
@@ -163,11 +163,28 @@ def transformers_layer(kind: str, batch: int, context: int) -> dict[str, float]:
     return {"transformers eager": round(statistics.median(found[3:]), 1)}
 
 
+def whole_model(layout: str, context: int) -> dict[str, Any]:
+    """A token of the 43 layers with embedding and head, batch 1; eight sets of experts serve them all."""
+    model = random_model(FLASH, layout, banks=8)
+    model.set_route(parse_route(["kernel"]))
+    graph = DecodeGraph(model, filled_cache(model, 1, context, 640))
+    microseconds, spread = time_graph(graph)
+    return {
+        "layer": "all 43, embedding and head",
+        "batch": 1,
+        "context": context,
+        "us": round(microseconds, 1),
+        "spread": round(spread, 4),
+        "nodes": len(graph.nodes()),
+        "tokens_per_s": round(1e6 / microseconds, 1),
+    }
+
+
 def line(row: dict[str, Any]) -> str:
     peers = "  ".join(f"{name} {us}" for name, us in row.get("peers_us", {}).items())
     return (
         f"{row['layer']} b{row['batch']:<3} {row['context']:>6}  {row['us']:>8.1f} us"
-        f"  chain {row['chain_us']:>8.1f}  eager {row['eager_us']:>8.1f}"
+        f"  chain {row.get('chain_us', '-'):>8}  eager {row.get('eager_us', '-'):>8}"
         f"  {row['nodes']} nodes  {peers}"
     )
 
@@ -181,12 +198,21 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--sites", action="store_true")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument(
+        "--model", action="store_true", help="all 43 layers with embedding and head"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda_layer: torch sees no CUDA device", file=sys.stderr)
         return 3
     report = {**describe_device(), "layout": args.layout, "rows": []}
+    if args.model:
+        report["rows"].append(whole_model(args.layout, 4096))
+        print(line(report["rows"][0]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        return 0
     for kind in args.kinds.split(","):
         model = random_model(layers_of((KINDS[kind],) * args.copies), args.layout)
         model.set_route(parse_route(["kernel"]))

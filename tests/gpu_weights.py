@@ -15,7 +15,7 @@ from dsv4_bench.engine.formats import FP8_BLOCK, NVFP4_BLOCK, Weight
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.names import expected_tensors
 from dsv4_bench.engine.ops.experts import Expert
-from dsv4_bench.engine.synthetic import _matrix_format, _plain
+from dsv4_bench.engine.synthetic import _matrix_format, _plain, make_tensor
 
 _E2M1_RMS = 2.9  # of random codes: the root of the mean square of their values
 
@@ -39,16 +39,23 @@ class RandomCheckpoint:
     """What Transformer asks of a Checkpoint, with random weights in GPU memory.
 
     Formats are those of a synthetic `layout`; outputs of a matrix are about as large as its inputs.
+    Layer i has the routed experts of layer i % `banks`, so that a whole model fits.
     """
 
-    def __init__(self, config: Config, layout: str = "nvfp4", device: str = "cuda") -> None:
+    def __init__(
+        self, config: Config, layout: str = "nvfp4", device: str = "cuda", banks: int = 1024
+    ) -> None:
         self.config, self.layout, self.device = config, layout, torch.device(device)
+        self._banks: dict[int, Bank] = {}
+        self._count = banks
         self.folder = Path(f"random {layout}")
         self._items = {item.name: item for item in expected_tensors(config)}
         self._rng = torch.Generator().manual_seed(1)
         torch.manual_seed(1)
 
     def tensor(self, name: str) -> Tensor:
+        if self._items[name].kind == "ids":
+            return make_tensor(self.config, self._items[name], seed=1)
         value = _plain(self._items[name], self.config.hc_mult, self._rng)
         return value.bfloat16() if name.endswith("norm.weight") else value
 
@@ -76,6 +83,12 @@ class RandomCheckpoint:
         return data, scale.to(torch.float8_e4m3fn), gain / _E2M1_RMS
 
     def experts(self, layer: int, device: object = None) -> Bank:
+        number = layer % self._count
+        if number not in self._banks:
+            self._banks[number] = self._bank(number)
+        return self._banks[number]
+
+    def _bank(self, layer: int) -> Bank:
         c = self.config
         i, d = c.moe_intermediate_size, c.hidden_size
         name = f"layers.{layer}.ffn.experts.0.w1"
@@ -92,8 +105,10 @@ class RandomCheckpoint:
         return Expert(*(self.weight(prefix + leaf) for leaf in Expert._fields))
 
 
-def random_model(config: Config, layout: str = "nvfp4", device: str = "cuda") -> Transformer:
-    checkpoint = RandomCheckpoint(config, layout, device)
+def random_model(
+    config: Config, layout: str = "nvfp4", device: str = "cuda", banks: int = 1024
+) -> Transformer:
+    checkpoint = RandomCheckpoint(config, layout, device, banks)
     return Transformer(checkpoint, torch.bfloat16, device)  # type: ignore[arg-type]
 
 
