@@ -43,7 +43,15 @@ PROMPTS = {
 
 def test_every_command_key_is_tested():
     table = {key for command in SESSION_COMMANDS for key in command.keys}
-    assert table == {*LINES, *PROMPTS, "q", "space", "h", "T"}  # h, T open a screen: their tests
+    assert table == {
+        *LINES,
+        *PROMPTS,
+        "q",
+        "space",
+        "h",
+        "T",
+        "H",
+    }  # h, T, H open screens: their tests
 
 
 def test_keys_send_their_lines():
