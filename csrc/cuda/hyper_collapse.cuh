@@ -20,7 +20,7 @@ namespace dsv4 {
 
 constexpr int kCluster = 16;
 constexpr int kSlots = 4;       // exchange buffers; three tiles are under way at once
-constexpr int kCombTiles = 32;  // tiles whose Sinkhorn one warp does at once, one token a lane
+constexpr int kCombTiles = 16;  // tiles whose Sinkhorn one warp does at once, one token two lanes
 
 struct Streams {
     const bf16* x;  // [n, 4, d]; what was before the sublayer, if `sublayer` is set
@@ -291,19 +291,22 @@ struct Collapse {
         if (lane >= 2 * kStreams) s.logits[i % kCombTiles][lane - 2 * kStreams] = logit;
     }
 
-    // The same warp: comb of this CTA's tokens of the last tiles, up to i, one a lane.
+    // The same warp: comb of this CTA's tokens of the last tiles, up to i; half a token a lane.
     __device__ void combine(int i) {
-        int last = i % kCombTiles;
-        int token = token_at(i - last + lane, rank);
+        constexpr int kHalf = kStreams / 2;
+        const int last = i % kCombTiles, tile = lane / 2, first = lane % 2 * kHalf * kStreams;
+        const int token = token_at(i - last + tile, rank);
+        float rows[kHalf][kStreams];
         __syncwarp();
-        if (rank < Tile && lane <= last && token < in.n) {
-            float c[kCombs];
 #pragma unroll
-            for (int k = 0; k < kCombs; k++) c[k] = s.logits[lane][k];
-            sinkhorn(c, in.p.iters, in.p.eps);
+        for (int k = 0; k < kHalf * kStreams; k++)
+            rows[k / kStreams][k % kStreams] = s.logits[tile][first + k];
+        sinkhorn(rows, in.p.iters, in.p.eps);
+        if (tile <= last && token < in.n) {
+            float* to = in.comb + (int64_t)token * kCombs + first;
 #pragma unroll
-            for (int k = 0; k < kCombs; k += 4)
-                *(float4*)(in.comb + (int64_t)token * kCombs + k) = {c[k], c[k + 1], c[k + 2], c[k + 3]};
+            for (int k = 0; k < kHalf; k++)
+                *(float4*)(to + k * kStreams) = {rows[k][0], rows[k][1], rows[k][2], rows[k][3]};
         }
         __syncwarp();
     }
@@ -311,7 +314,7 @@ struct Collapse {
     // The same warp, of the last of `count` tiles or of any other.
     __device__ void gate(int i, int count) {
         gate(i);
-        if (kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
+        if (rank < Tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
     }
 
     // u of tile i, this CTA's columns.

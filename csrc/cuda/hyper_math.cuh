@@ -19,44 +19,58 @@ struct HyperParameters {
 
 __device__ inline float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 
-// 1 / x to the last place for ordinary x, without the branches that keep others from overlapping.
+// 1 / x to one unit in the last place for ordinary x, without the branches that keep others from
+// overlapping.
 __device__ inline float reciprocal(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return fmaf(r, fmaf(-x, r, 1.0f), r);
+    return r;
 }
 
-// One pass of rows (kColumns false) or columns over comb[4][4]: each is divided by its sum + eps.
-template <bool kColumns> __device__ inline void normalise(float (&comb)[kCombs], float eps) {
-    constexpr int kLine = kColumns ? 1 : kStreams, kStep = kColumns ? kStreams : 1;
+// A 4 x 4 matrix by Rows rows a thread, in 4 / Rows neighbouring lanes: logits -> doubly stochastic, by
+// row softmax + eps, columns, then iters - 1 rounds of rows and columns. A line is divided by its sum +
+// eps. Only the scales of rows and columns change from round to round, so errors do not add up: with
+// s the scaled sum of a line, its scale goes from 1 / q to 1 / (s + eps q).
+template <int Rows> __device__ inline void sinkhorn(float (&m)[Rows][kStreams], int iters, float eps) {
+    float row_inverse[Rows], column_inverse[kStreams], row[Rows], column[kStreams];
 #pragma unroll
-    for (int line = 0; line < kStreams; line++) {
-        float* c = comb + line * kLine;
-        float sum = (c[0] + c[kStep]) + (c[2 * kStep] + c[3 * kStep]) + eps;
+    for (int i = 0; i < Rows; i++) {
+        float most = fmaxf(fmaxf(m[i][0], m[i][1]), fmaxf(m[i][2], m[i][3])), sum = 0;
+#pragma unroll
+        for (int j = 0; j < kStreams; j++) sum += m[i][j] = expf(m[i][j] - most);
         float factor = reciprocal(sum);
 #pragma unroll
-        for (int i = 0; i < kStreams; i++) c[i * kStep] *= factor;
+        for (int j = 0; j < kStreams; j++) m[i][j] = fmaf(m[i][j], factor, eps);
+        row[i] = row_inverse[i] = 1;
     }
-}
-
-// comb: 16 logits, row-major -> doubly stochastic; row softmax + eps, columns, then iters - 1 rounds.
-__device__ inline void sinkhorn(float (&comb)[kCombs], int iters, float eps) {
 #pragma unroll
-    for (int row = 0; row < kStreams; row++) {
-        float* c = comb + row * kStreams;
-        float most = fmaxf(fmaxf(c[0], c[1]), fmaxf(c[2], c[3]));
-        float sum = 0;
+    for (int j = 0; j < kStreams; j++) column_inverse[j] = 1;
+    for (int round = 0; round < iters; round++) {
+        if (round > 0) {
 #pragma unroll
-        for (int i = 0; i < kStreams; i++) sum += c[i] = expf(c[i] - most);
-        float factor = reciprocal(sum);
+            for (int i = 0; i < Rows; i++) {
+                float low = fmaf(m[i][0], column[0], m[i][1] * column[1]);
+                float high = fmaf(m[i][2], column[2], m[i][3] * column[3]);
+                row_inverse[i] = fmaf(eps, row_inverse[i], low) + high;
+                row[i] = reciprocal(row_inverse[i]);
+            }
+        }
 #pragma unroll
-        for (int i = 0; i < kStreams; i++) c[i] = fmaf(c[i], factor, eps);
+        for (int j = 0; j < kStreams; j++) {
+            float sum = m[0][j] * row[0];
+#pragma unroll
+            for (int i = 1; i < Rows; i++) sum = fmaf(m[i][j], row[i], sum);
+#pragma unroll
+            for (int lane = 1; lane < kStreams / Rows; lane *= 2)
+                sum += __shfl_xor_sync(~0u, sum, lane);
+            column_inverse[j] = fmaf(eps, column_inverse[j], sum);
+            column[j] = reciprocal(column_inverse[j]);
+        }
     }
-    normalise<true>(comb, eps);
-    for (int i = 1; i < iters; i++) {
-        normalise<false>(comb, eps);
-        normalise<true>(comb, eps);
-    }
+#pragma unroll
+    for (int i = 0; i < Rows; i++)
+#pragma unroll
+        for (int j = 0; j < kStreams; j++) m[i][j] *= row[i] * column[j];
 }
 
 // One new stream: post * y + sum over j of comb[j] * x_j; `comb` points at a column of comb[4][4].

@@ -49,13 +49,15 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (M == kMixes && threadIdx.x == kThreads - 1) {
-        float c[kCombs];
+        float c[kStreams][kStreams];
+#pragma unroll
         for (int i = 0; i < kCombs; i++) {
             int k = 2 * kStreams + i;
-            c[i] = mix[k % M] * rho * p.scale[2] + p.base[k];
+            c[i / kStreams][i % kStreams] = mix[k % M] * rho * p.scale[2] + p.base[k];
         }
         sinkhorn(c, p.iters, p.eps);
-        for (int i = 0; i < kCombs; i++) comb[token * kCombs + i] = c[i];
+#pragma unroll
+        for (int i = 0; i < kCombs; i++) comb[token * kCombs + i] = c[i / kStreams][i % kStreams];
     }
     for (int64_t i = threadIdx.x; i < d; i += kThreads) {
         float value = 0;
