@@ -1,9 +1,8 @@
-"""Cases for bench_cuda.py: linear, experts, gate and the row-wise ops at DeepSeek-V4 shapes."""
+"""Cases for bench_cuda.py: linear, gate and the row-wise ops at DeepSeek-V4 shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from bench_peers import Arguments, peers_of
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.formats import Weight
-from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 
+EXPERTS, TOP, D = 256, 6, 4096
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
@@ -113,64 +112,6 @@ def grouped_case(m: int) -> Case:
     return Case("grouped_linear", shape, size, 2 * m * n * k, make, {"torch.bmm bf16": bmm})
 
 
-# ------------------------------------------------------------------------------ experts
-
-EXPERTS, TOP, D, INNER = 256, 6, 4096, 2048
-# Tokens: at least, aim; measured Humming (tuned up to 64) and Marlin, without routing; calls to rotate.
-EXPERT_FIGURES = {
-    1: (50, 30, 50.0, 47.6, 40),
-    8: (250, 185, 241.0, 246.5, 10),
-    64: (1300, 950, 1239.0, 1284.0, 4),
-    1024: (2600, 1500, 1941.0, 2099.0, 4),
-    4096: (6500, 3500, 4465.0, 6617.0, 2),
-}
-
-
-@cache
-def bank(kind: str) -> list[Expert]:
-    def one(n: int, k: int) -> Weight:
-        return weight(kind, n, k)
-
-    return [Expert(one(INNER, D), one(D, INNER), one(INNER, D)) for _ in range(EXPERTS)]
-
-
-def experts_case(kind: str, n: int) -> Case:
-    """Balanced routing: every expert is used as often as any other, or at most once."""
-    size = int(3 * D * INNER * BYTES[kind])
-    distinct = min(EXPERTS, n * TOP)
-
-    def make(i: int) -> Call:
-        order = (torch.arange(n * TOP) + i * n * TOP) % EXPERTS
-        ids = torch.randperm(EXPERTS)[order].view(n, TOP).int().to(CUDA)
-        x = torch.randn(n, D, device=CUDA, dtype=BF16)
-        routing = torch.rand(n, TOP, device=CUDA)
-        return run("experts", x, routing, ids, bank=bank(kind), limit=7.0)
-
-    least, aim, humming, marlin, copies = EXPERT_FIGURES[n]
-    published = {"Humming": humming, "Marlin": marlin}
-    return Case(
-        "experts",
-        f"{kind} {n} tokens, {distinct} distinct",
-        distinct * size + 6 * n * D,
-        6 * D * INNER * n * TOP,
-        make,
-        published=published if kind == "nvfp4" else {},
-        least=least if kind == "nvfp4" else None,
-        aim=aim if kind == "nvfp4" else None,
-        copies=copies,
-    )
-
-
-def shared_case(kind: str, n: int) -> Case:
-    def make(_: int) -> Call:
-        expert = Expert(weight(kind, INNER, D), weight(kind, D, INNER), weight(kind, INNER, D))
-        x = torch.randn(n, D, device=CUDA, dtype=BF16)
-        return run("shared_expert", x, expert=expert, limit=7.0)
-
-    size = int(3 * D * INNER * BYTES[kind]) + 6 * n * D
-    return Case("shared_expert", f"{kind} {n} tokens", size, 6 * D * INNER * n, make)
-
-
 # ------------------------------------------------------------------------------ small ops
 
 
@@ -237,10 +178,7 @@ def cases() -> Iterator[Case]:
         yield linear_case("nvfp4", 4096, 8192, m)
         yield linear_case("fp8", 4096, 8192, m)
         yield linear_case("bf16", 4096, 8192, m)
-        yield experts_case("nvfp4", m)
     for n in (1, 8, 64):
-        yield experts_case("nvfp4", n)
-        yield shared_case("nvfp4", n)
         yield gate_case(n)
     for n in (1, 64, 1024, 8192):
         yield norm_case(n)

@@ -11,6 +11,7 @@ namespace dsv4 {
 template <class Policy> struct TileMemory {
     typename Tile<Policy>::Shared shared;
     int pairs[kTileTokens];  // -1: none
+    float factor;            // of the product's sums
 };
 
 __device__ inline int pair_of_thread(const Moe& m, const Work& work) {
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) hidden_tile_kernel(const Moe 
     if (threadIdx.x < kTileTokens) {
         int pair = pair_of_thread(m, work);
         memory.pairs[threadIdx.x] = pair;
-        memory.shared.rows[threadIdx.x] = pair < 0 ? nullptr : m.x + pair / m.k * m.d;
+        memory.shared.rows[threadIdx.x] = pair < 0 ? nullptr : m.x_of(pair);
     }
     Tile<Policy> tile(memory.shared, [&](int t, int64_t& row) {
         row = row0 + t / 2 * 16;
@@ -75,8 +76,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) down_tile_kernel(const Moe m)
     if (threadIdx.x < kTileTokens) {
         int pair = pair_of_thread(m, work);
         memory.pairs[threadIdx.x] = pair;
-        memory.shared.rows[threadIdx.x] = pair < 0 ? nullptr : m.hidden + pair * m.inner;
+        memory.shared.rows[threadIdx.x] = pair < 0 ? nullptr : m.hidden_of(pair);
     }
+    if (threadIdx.x == 0) memory.factor = Policy::kFactor * w.global_scale;
     Tile<Policy> tile(memory.shared, [&](int t, int64_t& row) {
         row = row0 + 16 * t;
         return &w;
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) down_tile_kernel(const Moe m)
         int row = i % kTileRows, token = i / kTileRows, pair = memory.pairs[token];
         if (pair >= 0 && row0 + row < m.d)
             m.partial[pair * m.d + row0 + row] =
-                memory.shared.sums[token][row] * Policy::kFactor * w.global_scale;
+                memory.shared.sums[token][row] * memory.factor;
     }
 }
 
