@@ -60,20 +60,28 @@ struct Column {
         int64_t at = (sequence.row + i - filled) * p.width + column;
         return {p.score[at] + p.ape[i % p.ratio * p.width + column], p.kv[at]};
     }
-    __device__ void add_window(Mean& mean, int64_t window) const {
+    __device__ float2 before(int i) const {  // of the window before the open one, with overlap
+        return {p.score_state[state + i * p.width], p.kv_state[state + i * p.width]};
+    }
+    // f(i, term(i)) for i of a window, in order; loads come first, as stores in f keep them back.
+    template <class T, class F> __device__ void visit(T term, F f) const {
         for (int first = 0; first < p.ratio; first += kBatch) {
             float2 terms[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; i++)
-                if (first + i < p.ratio) terms[i] = token(window * p.ratio + first + i);
+                if (first + i < p.ratio) terms[i] = term(first + i);
 #pragma unroll
             for (int i = 0; i < kBatch; i++)
-                if (first + i < p.ratio) mean.add(terms[i].x, terms[i].y);
+                if (first + i < p.ratio) f(first + i, terms[i]);
         }
     }
+    __device__ void add_window(Mean& mean, int64_t window) const {
+        visit([&](int i) { return token(window * p.ratio + i); },
+              [&](int, float2 term) { mean.add(term.x, term.y); });
+    }
     __device__ void add_window_before_first(Mean& mean) const {
-        for (int i = 0; i < p.ratio; i++)
-            mean.add(p.score_state[state + i * p.width], p.kv_state[state + i * p.width]);
+        visit([&](int i) { return before(i); },
+              [&](int, float2 term) { mean.add(term.x, term.y); });
     }
     __device__ void put(int64_t at, float2 term) const {
         p.score_state[at] = term.x;
@@ -87,12 +95,14 @@ struct Column {
             return;
         }
         if (p.overlap)
-            for (int i = 0; i < p.ratio; i++)
-                put(state + i * p.width, token((closed - 1) * p.ratio + i));
-        for (int i = 0; i < p.ratio; i++) {
-            int64_t from = closed * p.ratio + i;
-            put(slot(i), from < tokens ? token(from) : float2{-INFINITY, 0});
-        }
+            visit([&](int i) { return token((closed - 1) * p.ratio + i); },
+                  [&](int i, float2 term) { put(state + i * p.width, term); });
+        visit(
+            [&](int i) {
+                int64_t from = closed * p.ratio + i;
+                return from < tokens ? token(from) : float2{-INFINITY, 0};
+            },
+            [&](int i, float2 term) { put(slot(i), term); });
     }
 };
 
