@@ -266,6 +266,19 @@ def test_every_tensor_of_a_streamed_layer_lies_in_its_buffer(
         assert all(a[1] <= b[0] for a, b in pairwise(found))
 
 
+def test_sites_compute_with_what_is_in_the_buffer(make_checkpoint: Callable[..., Path]) -> None:
+    model, copies = streamed(Checkpoint(make_checkpoint()), None)
+    cache = model.new_cache()
+    step = cache.step([ids_for(model, 20)])
+    x = model.embed(step.tokens)
+    layer = model.layers[0]
+    assert isinstance(layer, StreamedLayer)
+    assert layer(x, cache.layers[0], step).isfinite().all()
+    for buffer in copies.pair:
+        buffer.fill_(0xFF)
+    assert layer.layer(x, cache.layers[0], step).isnan().all()
+
+
 def test_progress_and_budgets(make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = Checkpoint(make_checkpoint())
     model = Transformer(checkpoint)
