@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most, near
@@ -32,6 +33,7 @@ class SoftmaxProbe(Probe):
     reads = (
         "sink_mass", "window_mass", "entry_mass", "entropy", "max_weight", "padding_mass", "row_sum",
     )  # fmt: skip
+    captures = True
 
     def wants(self, site: Site) -> bool:
         return site.op == "attention"
@@ -80,8 +82,7 @@ def attention_weights(call: Call, rows: Tensor) -> Tensor:
 
 
 def _logits(q: Tensor, pool: Tensor, index: Tensor) -> Tensor:
-    """q [s, h, hd], pool [r, hd], index [s, k] -> [s, h, k], -inf for index -1 whatever the pool holds."""
-    if not len(pool):
-        return q.new_full((*q.shape[:2], index.shape[1]), -torch.inf)
-    keys = pool[index.clamp(min=0)].float()  # [s, k, hd]
+    """q [s, h, hd], pool [r, hd] or packed, index [s, k] -> [s, h, k], -inf for index -1 whatever the
+    pool holds."""
+    keys = gather_rows(pool, index, q.shape[2]).to(q.dtype)  # [s, k, hd]
     return (q @ keys.transpose(1, 2)).masked_fill(index[:, None] < 0, -torch.inf)

@@ -34,8 +34,9 @@ class Probe:
     """Looks at the ops it wants, after they ran. One instance lives as long as a session.
 
     `reads` names its readings, so that a breakpoint on one of them can turn the probe on. `captures`
-    says that `observe` does nothing but ask: then the probe works in a CUDA graph, where it is asked
-    once and its answers come at every replay.
+    says that `observe` looks at the call's tensors alone, and at nothing that the host knows of the
+    step: then the probe works in a CUDA graph, where `observe` runs once, and its values and answers
+    come at every replay.
     """
 
     name = ""

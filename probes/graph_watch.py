@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dsv4_bench.engine import cuda_stats
 from dsv4_bench.engine.errors import CannotAnswer
@@ -14,7 +15,7 @@ from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
 from dsv4_bench.probes.device import Memory, Question, answer, is_fused, unanswered, view_of
 from dsv4_bench.probes.observation import Observation
-from dsv4_bench.probes.readings import Call, Reading
+from dsv4_bench.probes.readings import Call, Reading, Request, fetch
 
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
 _VALUES_A_SITE = 512  # integers of one call that are copied as they are
@@ -61,9 +62,12 @@ class GraphWatch:
         self._calls: list[Call] = []
         self._fresh: list[Call] = []
         self._memory = Memory()
+        self._said: list[Reading] = []  # in `observe`
         self._slots: list[Question] = []  # by slot
-        self._places: list[tuple[Question, int, int]] = []  # [first, last) in a row of copies
+        self._places: list[_Place] = []  # in a row of copies
         self._copied = 0
+        self._copying: list[cuda_stats.View] = []
+        self._settled = 0  # of what was said
         self.ring.forget()
 
     # -- while a graph is captured
@@ -75,7 +79,7 @@ class GraphWatch:
         inputs = site.spec.bind(args, site.params)
         outputs = site.spec.name_outputs(result) | {n: inputs[n] for n in site.spec.mutates}
         call = Call(site, inputs, outputs)
-        self.observation.ask(call)
+        self._said += self.observation.ask(call)
         if call.answers:
             self._memory.add(call)
             self._calls.append(call)
@@ -94,24 +98,39 @@ class GraphWatch:
         first, views = len(self._slots), []
         for call, request in unanswered(self._fresh):
             if request.kind == "values":
-                view = cuda_stats.values_view(call.outputs[request.output], self._copied)
-                if view is None:
-                    raise _not_fused((call, request))
-                self._places.append(((call, request), self._copied, self._copied + view.rows))
-                self._copied += view.rows
+                self._copy((call, request), call.outputs[request.output])
             elif is_fused(call, request):
-                view = view_of(call, request)
+                self._slots.append((call, request))
+                views.append(view_of(call, request))
             else:
-                raise _not_fused((call, request))
-            self._slots.append((call, request))
-            views.append(view)
+                raise _not_fused(call, request)
+        for number in range(self._settled, len(self._said)):
+            value = self._said[number].value
+            if isinstance(value, Tensor):
+                self._copy(number, value)
+        self._settled = len(self._said)
+        views += self._copying
         if len(self._slots) > self.ring.values.shape[1] or self._copied > self.ring.copies.shape[1]:
             raise CannotAnswer(
                 f"{len(self._slots)} answers and {self._copied} values do not fit into the ring",
                 "watch fewer sites",
             )
         self.ring.launch(views, first, advance)
-        self._fresh, self._memory = [], Memory()
+        self._fresh, self._memory, self._copying = [], Memory(), []
+
+    def _copy(self, owner: Question | int, value: Tensor) -> None:
+        """Have the bits of `value` copied: an answer, or the value of what was said."""
+        bits = value.int() if value.dtype == torch.bool else value
+        if bits.is_floating_point():
+            wide = bits.dtype == torch.float64
+            bits = (bits if wide else bits.float()).contiguous()
+            bits = bits.view(torch.int64 if wide else torch.int32)
+        view = cuda_stats.values_view(bits, self._copied)
+        if view is None:
+            raise CannotAnswer(f"a probe's value is {value.dtype}", "run without a graph")
+        self._places.append(_Place(owner, self._copied, value.dtype, value.shape))
+        self._copying.append(view)
+        self._copied += view.rows
 
     @property
     def captured(self) -> bool:
@@ -129,26 +148,50 @@ class GraphWatch:
         for row in self.ring.fetch(len(self._slots), self._copied):
             self.missed += row.number - self._fetched
             self._fetched = row.number + 1
-            self._settle(row)
+            found += self._settle(row)
             for call in self._calls:
                 call.forward = row.number
                 found += self.observation.explain(call)
         return found
 
-    def _settle(self, row: cuda_stats.Row) -> None:
-        values = row.values.tolist()
+    def _settle(self, row: cuda_stats.Row) -> list[Reading]:
+        """Give the calls their answers; what was said in `observe`, with this step's values."""
+        values, said = row.values.tolist(), list(self._said)
         for slot, (call, request) in enumerate(self._slots):
             if request.kind == "exponents" and row.exponents is not None:
                 call.answers[request] = row.exponents[slot].tolist()
-            elif request.kind != "values":
+            else:
                 call.answers[request] = answer(request, values[slot])
-        for (call, request), first, last in self._places:
-            shape = call.outputs[request.output].shape
-            call.answers[request] = row.copies[first:last].view(shape).tolist()
+        for place in self._places:
+            value = place.value(row.copies)
+            if isinstance(place.owner, int):
+                said[place.owner] = said[place.owner]._replace(value=value)
+            else:
+                call, request = place.owner
+                call.answers[request] = value
+        said = [reading._replace(forward=row.number) for reading in said]
+        return fetch(said).readings
 
 
-def _not_fused(question: Question) -> CannotAnswer:
-    call, request = question
+class _Place(NamedTuple):
+    """Where the values of an answer, or of something said, begin in a row of copies."""
+
+    owner: Question | int
+    first: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def value(self, copies: Tensor) -> Any:
+        """As `tolist` gives it."""
+        bits = copies[self.first : self.first + self.shape.numel()]
+        if self.dtype == torch.float64:
+            bits = bits.view(torch.float64)
+        elif self.dtype.is_floating_point:
+            bits = bits.int().view(torch.float32)
+        return bits.view(self.shape).tolist()
+
+
+def _not_fused(call: Call, request: Request) -> CannotAnswer:
     tensor = call.outputs[request.output]
     return CannotAnswer(
         f"{call.site.path}: {request.kind} of {request.output} ({tensor.dtype}, "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.kv_entry import unpack
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe, probe
@@ -108,7 +109,9 @@ class IndexProbe(Probe):
         recall = []
         for row, (sequence, position) in zip(rows, _places(step, rows), strict=True):
             first = sequence * capacity
-            visible = entries[first : first + (position + 1) // ratio].float()
+            visible = entries[first : first + (position + 1) // ratio]
+            packed = visible.dtype == torch.uint8
+            visible = unpack(visible, call.inputs["q"].shape[2]) if packed else visible.float()
             logits = call.inputs["q"][row].float() @ visible.T * call.inputs["scale"]  # [h, v]
             local = index[row].long() - first
             kept = logits.index_select(1, local.clamp(min=0))

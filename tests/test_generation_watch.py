@@ -11,7 +11,7 @@ from conftest import MakeCheckpoint
 from dsv4_bench.engine import cuda_library
 from dsv4_bench.workbench.cli import main
 
-PROBES = "stats,nonfinite,load,softmax"
+PROBES = "stats,nonfinite,load,index"
 BAD = """
 from dsv4_bench.engine.registry import implementation, reference
 
@@ -49,7 +49,7 @@ def test_every_pass_is_watched(
     assert found["alarms"] == [] and found["missed_steps"] == 0
     assert found["readings"] > 3 * 500  # three passes
     graph = "decoding from a CUDA graph" in watched["notes"]
-    assert graph == (device == "cuda") == ("not in a CUDA graph: softmax" in captured.err)
+    assert graph == (device == "cuda") == ("not in a CUDA graph: index" in captured.err)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -110,6 +110,17 @@ def test_no_alarm_on_clean_models(
     assert judged["wrong_entries"] and judged["tail_error"] and judged["padding_mass"]
 
 
+def test_no_alarm_on_packed_entries(make_checkpoint: MakeCheckpoint):
+    folder = make_checkpoint("nvfp4", replace(with_ratios(SMALL, 4, 128, 0), index_topk=4))
+    model, watch = Transformer(Checkpoint(folder), kv="fp8"), Watch(make_probes(["all"]))
+    set_taps(model.sites.values(), watch)
+    cache = model.new_cache()
+    for watch.forward, piece in enumerate((TOKENS[:140], [3])):
+        model.forward(cache.step([piece]), cache)
+    assert [r for r in watch.readings if r.verdict not in ("ok", "info")] == []
+    assert {"mass_recall", "row_sum"} <= {r.name for r in watch.readings if r.forward == 1}
+
+
 def test_no_alarm_on_the_demo():
     from dsv4_bench.engine.demo import demo_checkpoint
 
