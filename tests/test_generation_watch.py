@@ -13,6 +13,7 @@ from dsv4_bench.workbench.cli import main
 
 PROBES = "stats,nonfinite,load,index"
 BAD = """
+import torch
 from dsv4_bench.engine.registry import implementation, reference
 
 @implementation(op="rms_norm", name="spoilt")
