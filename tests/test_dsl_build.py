@@ -74,9 +74,8 @@ def test_the_exported_function_passes_every_argument_on() -> None:
         dsl_compile.glue("other", HEADER)
 
 
+@needs_dsl
 def test_a_source_that_does_not_compile_is_shown(tmp_path: Path) -> None:
-    if dsl_library.compiler()[0] is None:
-        pytest.skip(dsl_library.compiler()[1])
     source = tmp_path / "broken.py"
     source.write_text("def exports():\n    raise ValueError('no such layout')\n    yield\n")
     command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", str(source)]
