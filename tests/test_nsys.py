@@ -23,6 +23,7 @@ from dsv4_bench.probes import nvtx
 from dsv4_bench.workbench import cli
 from dsv4_bench.workbench.cli import output
 from dsv4_bench.workbench.timing import nsys, trace
+from dsv4_bench.workbench.timing import recording as recordings
 
 THREAD, OTHER = 7, 8
 SCHEMA = """
@@ -79,8 +80,8 @@ def database(tmp_path):
 
 
 def test_kernels_are_joined_to_the_range_of_their_launch(database):
-    recording = nsys.read(database)
-    rows = {(row["site"], row["route"]): row for row in nsys.summary(recording)}
+    recording = recordings.read(database)
+    rows = {(row["site"], row["route"]): row for row in recordings.summary(recording)}
     assert set(rows) == {
         ("L1/attn/core", "sm90"),
         ("L1/attn/core", "reference"),
@@ -95,13 +96,80 @@ def test_kernels_are_joined_to_the_range_of_their_launch(database):
     assert recording.unjoined == 2 and len(recording.kernels) == 6
 
 
+@pytest.fixture
+def graph(database):
+    """The same, and a graph of three kernels: captured at 3100 to 3700, copied twice, replayed twice.
+
+    In the second replay everything takes twice as long.
+    """
+    base = sqlite3.connect(database)
+    base.execute("INSERT INTO StringIds VALUES (7, 'L1/attn/wo_b')")
+    base.execute(
+        "CREATE TABLE CUDA_GRAPH_NODE_EVENTS (start INTEGER, end INTEGER, nameId INTEGER, "
+        "globalTid INTEGER, graphNodeId INTEGER, originalGraphNodeId INTEGER)"
+    )
+    add = "INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    for start, site in ((3000, 1), (3600, 7)):
+        base.execute(add, (start, start + 500, 59, None, THREAD, site, 3, None, nvtx.LAYER + 237))
+        base.execute(add, (start + 10, start + 490, 59, None, THREAD, 4, 3, None, None))
+    node = "INSERT INTO CUDA_GRAPH_NODE_EVENTS VALUES (?, ?, NULL, ?, ?, ?)"
+    for number, start in ((101, 3100), (102, 3200), (103, 3700)):
+        base.execute(node, (start, start, THREAD, number, None))
+        base.execute(node, (4200, 4200, THREAD, number + 100, number))
+        base.execute(node, (4300, 4300, THREAD, number + 200, number + 100))
+    kernel = "INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (?, ?, ?, ?, ?, ?, ?)"
+    launch = "INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)"
+    for replay, (start, scale) in enumerate(((5000, 1), (6000, 2))):
+        base.execute(launch, (start, start + 10, THREAD, 50 + replay))
+        for number, at, length, name in ((301, 50, 40, 2), (302, 95, 5, 3), (303, 110, 30, 2)):
+            begin = start + scale * at
+            base.execute(
+                kernel, (begin, begin + scale * length, 13, 50 + replay, name, name, number)
+            )
+    base.commit()
+    base.close()
+    return database
+
+
+def test_kernels_of_a_graph_belong_to_the_range_in_which_they_were_captured(graph):
+    recording = recordings.read(graph)
+    rows = {(row["site"], row["route"]): row for row in recordings.summary(recording)}
+    core, output = rows["L1/attn/core", "sm90 graph"], rows["L1/attn/wo_b", "sm90 graph"]
+    assert (core["calls"], core["host"], core["layer"]) == (2, 0, 1)
+    assert core["gpu"] == pytest.approx(1.5 * 45e-9) and core["gaps"] == pytest.approx(1.5 * 5e-9)
+    assert [(k["name"], k["calls"]) for k in core["kernels"]] == [("gemm", 1), ("combine", 1)]
+    assert output["gpu"] == pytest.approx(45e-9) and output["launch"] == 0
+    assert rows["L1/attn/core", "sm90"]["calls"] == 2  # launched from Python, as before
+    assert ("L1/attn/wo_b", "sm90") not in rows and recording.unjoined == 2
+
+
+def test_a_graph_captured_before_the_recording_is_not_guessed_at(graph):
+    change(graph, "DELETE FROM CUDA_GRAPH_NODE_EVENTS WHERE graphNodeId < 200")
+    recording = recordings.read(graph)
+    assert recording.unjoined == 2 + 6
+    change(graph, "DROP TABLE CUDA_GRAPH_NODE_EVENTS")
+    assert recordings.read(graph).unjoined == 2 + 6
+
+
+def test_copies_of_each_other_end(graph):
+    change(
+        graph, "UPDATE CUDA_GRAPH_NODE_EVENTS SET originalGraphNodeId = 301 WHERE graphNodeId = 201"
+    )
+    assert recordings.read(graph).unjoined == 2 + 2
+
+
+def test_an_older_export_without_graph_nodes(database):
+    change(database, "ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN graphNodeId")
+    assert recordings.read(database).unjoined == 2
+
+
 def test_idle_time_counts_overlapping_kernels_once():
-    kernels = [nsys.Kernel("k", s, e, 1) for s, e in ((0, 10), (5, 8), (20, 30), (25, 40))]
-    assert nsys._idle(kernels) == 10
+    kernels = [recordings.Kernel("k", s, e, 1) for s, e in ((0, 10), (5, 8), (20, 30), (25, 40))]
+    assert recordings._idle(kernels) == 10
 
 
 def test_a_recording_as_a_trace(database):
-    events = trace.of_recording(nsys.read(database))["traceEvents"]
+    events = trace.of_recording(recordings.read(database))["traceEvents"]
     names = [e["args"]["name"] for e in events if e["ph"] == "M"]
     assert "GPU stream 13" in names
     gemm = next(e for e in events if e["name"] == "gemm")
@@ -132,7 +200,7 @@ def change(path, *statements):
 def test_databases_that_cannot_be_read(database, statement, message, capsys):
     change(database, statement)
     with pytest.raises(DSV4Error, match=message) as caught:
-        nsys.read(database)
+        recordings.read(database)
     assert caught.value.exit_code == 4
     assert cli.main(["profile", "--import", str(database)]) == 4
 
@@ -142,16 +210,16 @@ def test_truncated_databases(database, keep):
     data = database.read_bytes()
     database.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(DSV4Error) as caught:
-        nsys.read(database)
+        recordings.read(database)
     assert caught.value.exit_code == 4
 
 
 def test_without_kernels_the_ranges_remain(database):
     change(database, "DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL")
-    rows = nsys.summary(nsys.read(database))
+    rows = recordings.summary(recordings.read(database))
     assert [row["gpu"] for row in rows] == [0, 0, 0]
     change(database, "DROP TABLE CUPTI_ACTIVITY_KIND_RUNTIME")
-    assert len(nsys.summary(nsys.read(database))) == 3
+    assert len(recordings.summary(recordings.read(database))) == 3
 
 
 @pytest.fixture
@@ -297,7 +365,7 @@ def test_every_command_is_annotated_while_nsys_records(make_checkpoint, tmp_path
     assert done.returncode == 0, done.stderr
     nsys.export(tmp_path / "all.nsys-rep", tmp_path / "all.sqlite")
     found = collections.defaultdict(set)
-    for item in nsys.read(tmp_path / "all.sqlite").ranges:
+    for item in recordings.read(tmp_path / "all.sqlite").ranges:
         chain = [item]
         while chain[-1].parent is not None:
             chain.append(chain[-1].parent)

@@ -235,20 +235,20 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _read_report(path: Path) -> Any:
-    from dsv4_bench.workbench.timing import nsys
+    from dsv4_bench.workbench.timing import nsys, recording
 
     if path.suffix != ".nsys-rep":
-        return nsys.read(path)
+        return recording.read(path)
     if not path.is_file():
         raise DSV4Error(f"{path}: no such file", exit_code=ExitCode.BAD_INPUT)
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "report.sqlite"
         nsys.export(path, database)
-        return nsys.read(database)
+        return recording.read(database)
 
 
 def _recorded(recording: Any) -> dict[str, Any]:
-    from dsv4_bench.workbench.timing.nsys import summary
+    from dsv4_bench.workbench.timing.recording import summary
 
     return {
         "nsys": recording.version,

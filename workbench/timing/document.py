@@ -153,10 +153,10 @@ def recorded_report(recorded: dict[str, Any]) -> str:
             site["site"],
             site["route"],
             site["calls"],
-            _us(site["host"]),
+            _us(site["host"]) if site["host"] else "",
             _us(site["gpu"]) if site["kernels"] else "",
             _us(site["gaps"]) if site["kernels"] else "",
-            _us(site["launch"]) if site["kernels"] else "",
+            _us(site["launch"]) if site["launch"] else "",
             ", ".join(f"{k['name']} x{k['calls']:g}" for k in site["kernels"][:3]),
         )
         for site in recorded["sites"]

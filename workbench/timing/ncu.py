@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, ExitCode
-from dsv4_bench.workbench.timing.nsys import is_site
+from dsv4_bench.workbench.timing.recording import is_site
 
 _STALL = "smsp__average_warps_issue_stalled_"
 METRICS = {

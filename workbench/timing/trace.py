@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4_bench.workbench.timing.nsys import Recording
+from dsv4_bench.workbench.timing.recording import Recording
 
 Event = dict[str, Any]
 
