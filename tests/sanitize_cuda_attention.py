@@ -13,6 +13,7 @@ import torch
 from cuda_judge import kernel
 from torch import Tensor
 
+from dsv4_bench.engine.kv_entry import pack
 from dsv4_bench.engine.step import Step
 
 
@@ -46,6 +47,23 @@ def attention() -> None:
         kernel("attention", *args, sink=sink, scale=0.04)
 
 
+def packed_entries() -> None:
+    rows = torch.randn(300, 512)
+    entries = pack(rows, 584).cuda()
+    for n, heads, window, selected, dtype in (
+        (1, 64, 128, 200, torch.bfloat16),
+        (140, 20, 65, 129, torch.bfloat16),
+        (2, 3, 5, 7, torch.float32),
+    ):
+        index = [torch.randint(-1, 300, (n, k), dtype=torch.int32) for k in (window, selected)]
+        indices, sink = [x.cuda() for x in index], randn(heads, dtype=torch.float32)
+        args = randn(n, heads, 512, dtype=dtype), entries, indices[0], entries, indices[1]
+        kernel("attention", *args, sink=sink, scale=0.04)
+        slots = torch.randperm(300)[:n].cuda()
+        kernel("cache_write", randn(n, 512, dtype=dtype), slots, entries)
+        kernel("gather_swa", entries[:7], randn(n, 512, dtype=dtype))
+
+
 def indexer() -> None:
     starts, lengths = (2000, 3, 701), (1, 40, 5)
     step = Step(torch.zeros(46, dtype=torch.int64, device="cuda"), starts, lengths, 128)
@@ -69,6 +87,7 @@ def main() -> None:
     torch.manual_seed(1)
     hyper()
     attention()
+    packed_entries()
     indexer()
     torch.cuda.synchronize()
     print("ran")
