@@ -33,7 +33,8 @@ from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
 from dsv4_bench.probes.base import make_probes
-from dsv4_bench.probes.graph_watch import GraphWatch, SiteClock, split, stamp_cost
+from dsv4_bench.probes.graph_clock import SiteClock, stamp_cost
+from dsv4_bench.probes.graph_watch import GraphWatch, split
 from dsv4_bench.probes.observation import Watch
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.session import DEFAULT_PROBES

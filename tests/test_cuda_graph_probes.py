@@ -22,7 +22,8 @@ from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.base import make_probes
-from dsv4_bench.probes.graph_watch import GraphWatch, SiteClock, split, stamp_cost
+from dsv4_bench.probes.graph_clock import SiteClock, stamp_cost
+from dsv4_bench.probes.graph_watch import GraphWatch, split
 from dsv4_bench.probes.observation import Watch
 from dsv4_bench.probes.readings import Reading
 from dsv4_bench.probes.stats import tensor_stats
@@ -197,11 +198,14 @@ def test_the_clock_times_every_site(model: Transformer, branches: bool) -> None:
     graph = DecodeGraph(model, prefilled(model, ids), clock=clock, branches=branches)
     for number in range(3):
         graph.forward(token_of(ids, number))
-    times = clock.times()
+    times = clock.times(graph)
     assert [time.path for time in times] == [path for path, _, _ in graph.sites()]
     total, cost = sum(time.microseconds for time in times), stamp_cost(model.device)
     print(f"a stamp {cost:.2f} us, {len(times)} sites {total:.0f} us, slowest:")
     for time in sorted(times, key=lambda time: -time.microseconds)[:8]:
         print(f"  {time.path} {time.microseconds:.2f} ({time.low:.2f} to {time.high:.2f})")
     assert 0.2 < cost < 10 and all(time.microseconds > -cost for time in times)
+    named = {time.path: " ".join(time.kernels) for time in times}
+    for path, word in (("L1/attn/core", "attention"), ("L1/ffn/gate", "gate")):
+        assert word in named[path] and "stamp" not in named[path]
     assert clock.times() == []

@@ -1,0 +1,54 @@
+"""Runs the probes' kernels over views of every kind, alone and in a graph, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/sanitize_cuda_probes.py
+
+Results are not judged here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine import cuda_stats
+
+
+def views() -> list[cuda_stats.View]:
+    torch.manual_seed(1)
+    found: list[cuda_stats.View | None] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base = torch.randn(40, 1003).to(dtype).cuda()
+        flat = torch.randn(70_001).to(dtype).cuda()
+        index = torch.tensor([3, -1, 39, 3], device="cuda")
+        for view in (base, base[:, 3:-2], base[::2], base.T, flat[1:], flat[:1], flat[:0]):
+            found.append(cuda_stats.moments_view(view))
+        found.append(cuda_stats.moments_view(base, index))
+        comb: Tensor = torch.rand(33, 4, 4).to(dtype).cuda()
+        found += [cuda_stats.sums_view(comb, axis) for axis in (1, 2)]
+        found.append(cuda_stats.sums_view(comb[:, 0], None))
+    found.append(cuda_stats.values_view(torch.arange(7, device="cuda"), 2))
+    return [view for view in found if view is not None]
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    for exponents in (False, True):
+        ring = cuda_stats.Ring(device, slots=40, steps=2, exponents=exponents, width=9)
+        looked = views()
+        ring.launch(looked, advance=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ring.launch(looked[:20])
+            ring.launch(looked[20:], 20, advance=True)
+        for _ in range(3):
+            graph.replay()
+        print([row.number for row in ring.fetch()])
+    stamps = cuda_stats.Stamps(device, 2, 2)
+    for _ in range(3):
+        stamps.stamp(0, begin=True)
+        stamps.stamp(1)
+    print(len(stamps.fetch()))
+
+
+if __name__ == "__main__":
+    main()
