@@ -8,10 +8,16 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
-_SHARED = re.compile(r"(\d+) bytes smem")
+# Any white space: CuTe-DSL wraps the lines of a report that it has something to say about.
+_ENTRY = re.compile(r"Compiling\s+entry\s+function\s+'(\w+)'")
+_STACK = re.compile(
+    r"(\d+)\s+bytes\s+stack\s+frame,\s+(\d+)\s+bytes\s+spill\s+stores,\s+(\d+)\s+bytes\s+spill\s+loads"
+)
+_USED = re.compile(r"Used\s+(\d+)\s+registers")
+_SHARED = re.compile(r"(\d+)\s+bytes\s+smem")
+_SERIALIZED = re.compile(
+    r"instructions\s+are\s+serialized.{0,100}?in\s+(?:the\s+)?function\s+'(\w+)'", re.S
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,19 @@ def resources(log: str) -> list[Resources]:
     return found
 
 
+def serialized(log: str) -> list[str]:
+    """Functions in which every wgmma waits for the one before, as ptxas could not let them overlap."""
+    return _SERIALIZED.findall(log)
+
+
+def log_of(library: Path) -> str:
+    """What the compiler said when it made `library`; it lies beside it."""
+    return (library.parent / "build.log").read_text(errors="replace")
+
+
 def resources_of(library: Path) -> list[Resources]:
-    """The same for a built library, whose log lies beside it."""
-    return resources((library.parent / "build.log").read_text(errors="replace"))
+    """Every entry function of a built library."""
+    return resources(log_of(library))
 
 
 def demangled(names: list[str]) -> list[str]:

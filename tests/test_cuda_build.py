@@ -68,6 +68,12 @@ def test_no_kernel_spills(built: dict[str, Path]) -> None:
 
 
 @needs_nvcc
+def test_no_wgmma_waits_for_the_one_before(built: dict[str, Path]) -> None:
+    waiting = {name: ptxas.serialized(ptxas.log_of(path)) for name, path in built.items()}
+    assert not any(waiting.values()), waiting
+
+
+@needs_nvcc
 def test_the_blackwell_kernel_uses_its_own_tensor_cores(tmp_path: Path) -> None:
     """It has never run: that its instructions are the intended ones is all that is known."""
     library = ctypes.CDLL(str(cuda_sm100.LINEAR.path()))
@@ -174,6 +180,23 @@ def test_the_report_is_read(numbers: tuple[int, int, int]) -> None:
     assert (found.kernel, found.registers, found.shared) == ("_Z1fPf", 40, 64)
     assert (found.stack, found.spill_stores, found.spill_loads) == numbers
     assert found.spills == any(numbers)
+
+
+WRAPPED = """\
+          ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are
+          serialized due to insufficient register resources for the wgmma pipeline in the function
+          'f_0'
+          ptxas info    : Compiling entry function 'f_0' for 'sm_90a'
+          ptxas         .     1968 bytes stack frame, 2708 bytes spill stores, 3220 bytes spill
+          loads
+          ptxas info    : Used 232 registers, used 2 barriers, 1968 bytes cumulative stack size
+"""
+
+
+def test_a_report_with_wrapped_lines_is_read() -> None:
+    (found,) = ptxas.resources(WRAPPED)
+    assert (found.registers, found.stack, found.spill_loads) == (232, 1968, 3220)
+    assert ptxas.serialized(WRAPPED) == ["f_0"] and ptxas.serialized(REPORT) == []
 
 
 def test_template_arguments_stay_in_the_name_and_parameters_go() -> None:

@@ -36,7 +36,7 @@ def test_every_source_is_declared() -> None:
 def test_no_kernel_spills(op: str, tmp_path: Path) -> None:
     """From the build where nvcc can make one, else from the objects alone."""
     if dsl_library.compiler()[0] is not None:
-        log = (dsl_library.dsl_build(op).library().parent / "build.log").read_text()
+        log = ptxas.log_of(dsl_library.dsl_build(op).library())
     else:
         source = dsl_library.FOLDER / f"{op}_sm90.py"
         command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", str(source)]
@@ -49,6 +49,7 @@ def test_no_kernel_spills(op: str, tmp_path: Path) -> None:
     for used in found:
         print(f"{used.kernel}: {used.registers} registers")
     assert not [used for used in found if used.spills]
+    assert not ptxas.serialized(log)
 
 
 @needs_compiler
