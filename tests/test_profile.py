@@ -341,6 +341,8 @@ def test_gate_plot_and_trace_through_the_command(call, make_checkpoint, tmp_path
         (["--layer", "1", "--trace", "/nowhere/t.json"], 2, "no such folder"),
         (["--layer", "1", "--against", "/nowhere.json"], 4, "No such file"),
         (["--layer", "1", "--nsys", "--ncu"], 2, "one at a time"),
+        (["--layer", "1", "--graph", "--phase", "prefill"], 2, "a prefill is not run from"),
+        (["--layer", "1", "--graph", "--device", "cpu"], 3, "the model is on cpu"),
     ],
 )
 def test_refused(call, make_checkpoint, words, code, message):

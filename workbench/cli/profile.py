@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="FILE", help="a JSON list of token ids")
     how = parser.add_argument_group("how")
     how.add_argument("--seconds", type=float, default=0.4, metavar="S", help="for each site")
+    how.add_argument(
+        "--graph", action="store_true", help="a decode step as its CUDA graph runs it (GPU)"
+    )
     how.add_argument("--ceilings", action="store_true", help="measure the machine's ceilings anew")
     how.add_argument("--nsys", action="store_true", help="record it under Nsight Systems too")
     how.add_argument("--ncu", action="store_true", help="counters of every kernel, Nsight Compute")
@@ -67,6 +70,8 @@ def _check(args: argparse.Namespace) -> None:
         raise DSV4Error("which layer?", "e.g. --layer 12, --layers 10-12, or --sites '*/core'")
     if args.context is not None and args.context < 1:
         raise DSV4Error(f"--context {args.context}: at least 1 token is needed", "e.g. 256")
+    if args.graph and args.phase != "decode":
+        raise DSV4Error(f"--graph: a {args.phase} is not run from a CUDA graph", "--phase decode")
     if args.batch < 1:
         raise DSV4Error(f"--batch {args.batch}: at least 1 sequence is needed", "e.g. 8")
     if not 0 <= args.seconds < 3600:
@@ -107,6 +112,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         Effort(args.seconds),
         args.ceilings,
         args.kernels,
+        args.graph,
         args.under == "nsys",
     )
     if args.under == "ncu":

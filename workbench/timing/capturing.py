@@ -70,12 +70,14 @@ def capture_pass(
     tokens: Sequence[list[int]],
     phase: str,
     say: Say,
+    adapt: Callable[[Step, Cache], Step] = lambda step, cache: step,
 ) -> Pass:
     """Run `tokens` (one list a sequence) and keep the wanted sites' ops of the last pass.
 
     Phase ``prefill`` captures one pass over all tokens; ``decode`` the pass of every sequence's last
-    token, after the others have been prefilled. Nothing after the last wanted site is run. Raises
-    DSV4Error for a decode of fewer than two tokens.
+    token, after the others have been prefilled; `adapt` may put another step in the place of that
+    pass's. Nothing after the last wanted site is run. Raises DSV4Error for a decode of fewer than two
+    tokens.
     """
     if phase == "decode" and len(tokens[0]) < 2:
         raise DSV4Error("decode needs at least 2 tokens of context", "--context or a longer prompt")
@@ -84,7 +86,7 @@ def capture_pass(
     if cached:
         say(f"prefill of {cached} tokens")
         model.forward(cache.step([t[:cached] for t in tokens]), cache, last_only=True)
-    step = cache.step([t[cached:] for t in tokens])
+    step = adapt(cache.step([t[cached:] for t in tokens]), cache)
     kept = Pass(step, cache)
     observer = Capture(wanted, lambda: [t for c in cache.layers for t in c.tensors().values()])
     x = torch.empty(0)

@@ -41,6 +41,7 @@ class CudaClock:
         self._own = cuda_timing.available()
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
+        self._launch: float | None = None  # of a graph
         self._empty = statistics.median(events(lambda: None) for _ in range(20))
 
     def evict(self) -> None:
@@ -70,6 +71,19 @@ class CudaClock:
         except RuntimeError:  # not to be captured for a reason of its own
             torch.cuda.synchronize()
             return _StreamTimed(make, before, self._empty, "stream")
+
+    def replay_seconds(self, replay: Call) -> float:
+        """Seconds of one replay of somebody's graph with an empty L2, less what launching it takes."""
+
+        def evicted(launch: Call) -> float:
+            self.evict()
+            return events(launch)
+
+        if self._launch is None:
+            graphs = [self.capture(lambda: self._sink.add_(1), count) for count in (1, 9)]
+            one, nine = (statistics.median(evicted(g.replay) for _ in range(20)) for g in graphs)
+            self._launch = one - (nine - one) / 8  # without what its only node takes
+        return max(evicted(replay) - self._launch, 1e-9)
 
     def capture(self, body: Call, times: int) -> torch.cuda.CUDAGraph:
         """`times` copies of `body` as one graph; without the garbage collection torch.cuda.graph does."""

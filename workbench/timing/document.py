@@ -126,7 +126,16 @@ def _whole(entry: dict[str, Any]) -> str:
         text += " (not timed in the same way: some of it waits for the GPU)"
     if entry["how"] == "graph":
         text += f"; launched from Python, {_us(entry['eager'])} us"
-    return text
+    return text + (f"\n{_graph(entry['graph'])}" if "graph" in entry else "")
+
+
+def _graph(graph: dict[str, Any]) -> str:
+    stamped = sum(site["seconds"] for site in graph["sites"])
+    return (
+        f"L{graph['layer']} from the decode graph, {graph['kernels']} kernels: {_us(graph['seconds'])} "
+        f"us with independent sites side by side, {_us(graph['chain'])} us in one chain; its sites "
+        f"between time stamps on the device add up to {_us(stamped)} us"
+    )
 
 
 def _kernels(document: dict[str, Any]) -> str:

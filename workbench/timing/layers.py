@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site
+from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.timing.capturing import LayerInput, Pass
 from dsv4_bench.workbench.timing.clock import Call, Clock
@@ -53,7 +55,7 @@ def time_layer(
     both; `eager`: the layer by the wall clock, every launch from Python.
     """
     layer, cache = model.layers[given.layer], kept.cache.layers[given.layer]
-    step_tensors = [v for v in vars(kept.step).values() if isinstance(v, Tensor)]
+    indices = _index_tensors(kept.step)
 
     def make() -> Call:
         cache.restore(given.cache)
@@ -61,11 +63,11 @@ def time_layer(
 
     try:
         eager = _eager(model, make)
-        whole = clock.prepare(make, [given.x, *step_tensors])
+        whole = clock.prepare(make, [given.x, *indices])
         values = interleave({"whole": whole}, effort)["whole"]
         with _ops_left_out(model, given.layer) as recall:
             make()()
-            code = clock.prepare(make, [given.x, *step_tensors, *recall.tensors()])
+            code = clock.prepare(make, [given.x, *indices, *recall.tensors()])
             between = interleave({"code": code}, effort)["code"]
     finally:
         cache.restore(given.cache)
@@ -78,6 +80,12 @@ def time_layer(
         "between_how": code.how,
         "eager": eager,
     }
+
+
+def _index_tensors(step: Step) -> list[Tensor]:
+    if isinstance(step, FixedStep):
+        return step.tensors()
+    return [value for value in vars(step).values() if isinstance(value, Tensor)]
 
 
 @contextmanager

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
+from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site, matches, select_sites
+from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.judge import Judge
 from dsv4_bench.probes.nvtx import site_range
 from dsv4_bench.workbench.timing import document as documents
 from dsv4_bench.workbench.timing.capturing import Pass, capture_pass
 from dsv4_bench.workbench.timing.ceilings import Ceilings, ceilings
 from dsv4_bench.workbench.timing.clock import Clock, make_clock
+from dsv4_bench.workbench.timing.cuda_clock import CudaClock
+from dsv4_bench.workbench.timing.graphs import decode_step, record_graph, time_graph
 from dsv4_bench.workbench.timing.layers import time_layer
 from dsv4_bench.workbench.timing.nsys import MEASURE
 from dsv4_bench.workbench.timing.sites import Effort, SiteTime, run_counted, run_recorded, time_site
@@ -36,6 +40,7 @@ class Request:
     effort: Effort
     fresh_ceilings: bool = False
     kernels_shown: bool = False
+    graph: bool = False  # the step of a CUDA graph, and the graph of every layer
     recorded: bool = False  # by nsys, which gets runs of every op for itself
 
 
@@ -67,7 +72,7 @@ def profile(
             "probes or a recorder are on: they would be timed", "turn them off first"
         )
     ceiling = ceilings(model.device, say, request.fresh_ceilings)
-    kept = capture_pass(model, wanted(model, request), tokens, request.phase, say)
+    kept = _capture(model, tokens, request, say)
     clock, judge = make_clock(model.device), Judge(model.dtype)
     rows = []
     for number, call in enumerate(kept.calls):
@@ -78,15 +83,24 @@ def profile(
     if request.recorded:
         with torch.inference_mode(), site_range(MEASURE):  # what nsys waits for
             run_recorded(model, kept.calls, _RECORDED)
+            for given in kept.layers if request.graph else ():
+                record_graph(model, kept, given, _RECORDED)
     return _document(model, tokens, request, ceiling, rows, whole)
 
 
 def count(model: Transformer, tokens: list[list[int]], request: Request, say: Say) -> int:
     """Run the ops of `request` for ncu, which looks on; how many ops. Nothing is timed."""
-    kept = capture_pass(model, wanted(model, request), tokens, request.phase, say)
+    kept = _capture(model, tokens, request, say)
     with torch.inference_mode():
         run_counted(model, kept.calls)
     return len(kept.calls)
+
+
+def _capture(model: Transformer, tokens: list[list[int]], request: Request, say: Say) -> Pass:
+    def adapt(step: Step, cache: Cache) -> Step:
+        return decode_step(model, step, cache) if request.graph else step
+
+    return capture_pass(model, wanted(model, request), tokens, request.phase, say, adapt)
 
 
 def _whole(
@@ -111,6 +125,8 @@ def _whole(
             {"layer": given.layer, "sites": alone, "routes": routes, **entry}
             | {"comparable": comparable}
         )
+        if request.graph and isinstance(clock, CudaClock):
+            found[-1]["graph"] = time_graph(model, kept, given, clock)
     return found
 
 
