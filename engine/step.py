@@ -95,7 +95,7 @@ class Step:
 
     def entries(self, ratio: int) -> int:
         """The most entries any sequence has after this step."""
-        return max(self.entries_of(b, ratio) for b in range(len(self.starts)))
+        return max(self.entries_of(b, ratio) for b in range(len(self.lengths)))
 
     def visible(self, ratio: int) -> Tensor:
         """[n] int64: how many entries each token may see, (p + 1) // ratio."""
