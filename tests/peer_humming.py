@@ -39,7 +39,7 @@ def layer(n: int, k: int, experts: int | None = None) -> Any:
         "weight_scale": torch.randint(
             0x20, 0x50, (*lead, n, k // 16), dtype=torch.uint8, device=CUDA
         ).view(torch.float8_e4m3fn),
-        "weight_scale_2": torch.full((*lead, 1), 0.01, device=CUDA),
+        "weight_scale_2": torch.full(lead or (1,), 0.01, device=CUDA),
     }
     found.load_from_tensors(tensors)
     found.transform()
