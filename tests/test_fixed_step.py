@@ -96,6 +96,24 @@ def test_advancing_is_the_step_of_the_next_position() -> None:
     assert buffers == (step.tokens.data_ptr(), step.positions.data_ptr())
 
 
+def test_nothing_but_starts_needs_the_positions_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wait(step: FixedStep) -> None:
+        raise AssertionError("waits for the device")
+
+    monkeypatch.setattr(FixedStep, "starts", property(wait))
+    step = fixed(126, 127)
+    step.advance()
+    assert step.is_decode and step.padded and step.rows() == [slice(0, 1), slice(1, 2)]
+    assert [step.entries(ratio) for ratio in CAPACITIES] == [64, 2]
+    assert step.closed(4) == [1, 1] and len(step.sequence_table(4)) == 2
+    assert (
+        len(step.visible(4)) == len(step.new_entries(4, 70)[0]) == len(step.all_rows(128, 3)) == 2
+    )
+    assert len(step.pool_rows(torch.zeros(2, 5, dtype=torch.int32), 70)) == 2
+
+
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 2048, 4000, 65536])
 def test_limit_leaves_room(length: int) -> None:
     limit = limit_for(length)
