@@ -71,17 +71,8 @@ class DecodeGraph:
         clock: Clock | None = None,
         branches: bool = True,
     ) -> None:
-        if model.device.type != "cuda":
-            raise CannotAnswer(
-                f"a CUDA graph needs a GPU, the model is on {model.device}", "leave out the graph"
-            )
         self.model, self.cache, self.layers = model, cache, layers
-        for number in self._covered():
-            if not isinstance(model.layers[number], Layer):
-                raise CannotAnswer(
-                    f"L{number}: a layer whose weights are streamed cannot be part of a CUDA graph",
-                    "a graph needs all its layers in GPU memory: a larger --gpu-memory",
-                )
+        _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
@@ -242,6 +233,19 @@ class DecodeGraph:
         finally:
             for site, tap, launches in before:
                 site.tap, site.stamp.launches = tap, launches
+
+
+def _check_place(model: Transformer, layers: range) -> None:
+    if model.device.type != "cuda":
+        raise CannotAnswer(
+            f"a CUDA graph needs a GPU, the model is on {model.device}", "leave out the graph"
+        )
+    for number in layers:
+        if not isinstance(model.layers[number], Layer):
+            raise CannotAnswer(
+                f"L{number}: a layer whose weights are streamed cannot be part of a CUDA graph",
+                "a graph needs all its layers in GPU memory: a larger --gpu-memory",
+            )
 
 
 @contextmanager
