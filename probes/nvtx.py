@@ -37,7 +37,9 @@ def _domain() -> Any:
     except ImportError:
         return None
     domain = nvtx.get_domain(DOMAIN)
-    return domain if type(domain).__name__ == "Domain" else _insist(nvtx)
+    if type(domain).__name__ != "Domain":
+        domain = _insist(nvtx)
+    return domain if domain is None or hasattr(domain, "push_range") else _Functions(nvtx)
 
 
 def _insist(nvtx: Any) -> Any:
@@ -55,6 +57,22 @@ def _insist(nvtx: Any) -> Any:
         return domain
     except (ImportError, AttributeError, TypeError):  # another version's inside
         return None
+
+
+class _Functions:
+    """A domain of the nvtx package before 0.2.12, which pushes ranges by functions of the module."""
+
+    def __init__(self, nvtx: Any) -> None:
+        self._nvtx = nvtx
+
+    def get_event_attributes(self, message: str, payload: int) -> dict[str, Any]:
+        return {"message": message, "payload": payload}
+
+    def push_range(self, attributes: dict[str, Any]) -> None:
+        self._nvtx.push_range(domain=DOMAIN, **attributes)
+
+    def pop_range(self) -> None:
+        self._nvtx.pop_range(domain=DOMAIN)
 
 
 class _Range:

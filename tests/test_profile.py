@@ -60,7 +60,7 @@ def call(capsys, monkeypatch):
 class Fixed:
     """Every call takes a second."""
 
-    how = "wall"
+    how, problem = "wall", ""
 
     def sample(self):
         return 1.0

@@ -21,10 +21,11 @@ class Timed(Protocol):
 
     `how`: ``wall`` (the wall clock), ``graph`` (inside a CUDA graph), ``stream`` (between two events,
     launched ahead of the GPU), ``waits`` (the same of a call that waits for the GPU on its way, so
-    that its launches are part of the time).
+    that its launches are part of the time). `problem`: why it could not be captured in a graph.
     """
 
     how: str
+    problem: str
 
     def sample(self) -> float:
         """Seconds of one call whose inputs come from memory, except what was to be warm."""
@@ -58,7 +59,7 @@ class CpuClock:
 
 
 class _WallTimed:
-    how = "wall"
+    how, problem = "wall", ""
 
     def __init__(self, clock: CpuClock, make: Callable[[], Call]) -> None:
         self.clock = clock

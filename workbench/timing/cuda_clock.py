@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,7 +53,10 @@ class CudaClock:
             self._scratch.sum()
 
     def prepare(self, make: Callable[[], Call], warm: Sequence[Tensor] = ()) -> Timed:
-        make()()  # builds, tables and the allocator's memory
+        make()()  # builds and tables
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            make()()  # what libraries keep for a stream
         torch.cuda.synchronize()
 
         kept = [tensor for tensor in warm if 0 < tensor.nbytes <= self._warmable]
@@ -64,13 +68,20 @@ class CudaClock:
             if self._own:  # as the op before would, it lets the first kernel start before its end
                 cuda_timing.leader(self._sink)
 
-        if waits(make()):
-            return _StreamTimed(make, before, self._empty, "waits")
+        problem = waits(make())
+        if problem:
+            return _StreamTimed(make, before, self._empty, "waits", problem)
         try:
             return _GraphTimed(self, make(), before)
-        except RuntimeError:  # not to be captured for a reason of its own
-            torch.cuda.synchronize()
-            return _StreamTimed(make, before, self._empty, "stream")
+        except RuntimeError as error:  # not to be captured for a reason of its own
+            self._recover()
+            text = str(error).splitlines()[0]
+            return _StreamTimed(make, before, self._empty, "stream", text)
+
+    def _recover(self) -> None:
+        """A capture that failed leaves torch's random numbers as if it went on; one that ends frees them."""
+        torch.cuda.synchronize()
+        self.capture(lambda: self._sink.add_(1), 1)
 
     def replay_seconds(self, replay: Call) -> float:
         """Seconds of one replay of somebody's graph with an empty L2, less what launching it takes."""
@@ -100,20 +111,25 @@ class CudaClock:
         return graph
 
 
-def waits(call: Call) -> bool:
-    """Whether `call` waits for the GPU on its way, as `.item()` does; it runs, at least up to there."""
+def waits(call: Call) -> str:
+    """How `call` waits for the GPU on its way, as `.item()` does; "" if it does not.
+
+    It runs, at least up to there.
+    """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
-        return True
+        return str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode(before)
         torch.cuda.synchronize()
-    return False
+    return ""
 
 
 def events(call: Call) -> float:
@@ -127,7 +143,7 @@ def events(call: Call) -> float:
 
 
 class _GraphTimed:
-    how = "graph"
+    how, problem = "graph", ""
 
     def __init__(self, clock: CudaClock, call: Call, before: Call) -> None:
         def whole() -> None:
@@ -147,8 +163,10 @@ class _GraphTimed:
 
 
 class _StreamTimed:
-    def __init__(self, make: Callable[[], Call], before: Call, empty: float, how: str) -> None:
-        self.how = how
+    def __init__(
+        self, make: Callable[[], Call], before: Call, empty: float, how: str, problem: str
+    ) -> None:
+        self.how, self.problem = how, problem
         self._make = make
         self._before = before
         self._empty = empty

@@ -123,7 +123,8 @@ def _whole(entry: dict[str, Any]) -> str:
         f"{parts / entry['seconds']:.1%} of it"
     )
     if not entry["comparable"]:
-        text += " (not timed in the same way: some of it waits for the GPU)"
+        why = entry["problem"] or "some of it waits for the GPU"
+        text += f" (not timed in the same way: {why})"
     if entry["how"] == "graph":
         text += f"; launched from Python, {_us(entry['eager'])} us"
     return text + (f"\n{_graph(entry['graph'])}" if "graph" in entry else "")

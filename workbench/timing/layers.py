@@ -76,6 +76,7 @@ def time_layer(
         "spread": middle_half(values),
         "repeats": len(values),
         "how": whole.how,
+        "problem": whole.problem or code.problem,
         "between": statistics.median(between),
         "between_how": code.how,
         "eager": eager,

@@ -27,14 +27,14 @@ class Effort:
 
     seconds: float = 0.4
     least: int = 5
-    most: int = 50
+    most: int = 200
 
 
 @dataclass
 class SiteTime:
     """Seconds by implementation: median and the middle half's width; the kernel's own error.
 
-    `how` says how each was timed (see clock.Timed). `floor` is what this machine needs at least (see
+    `how` and `problem` say how each was timed (see clock.Timed). `floor` is what this machine needs at least (see
     ceilings.py), `bound` what that comes from.
     """
 
@@ -46,6 +46,7 @@ class SiteTime:
     seconds: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
+    problem: dict[str, str] = field(default_factory=dict)
     repeats: int = 0
     bytes: int = 0
     flops: int = 0
@@ -105,7 +106,7 @@ def time_site(
     for name, values in samples.items():
         row.seconds[name] = statistics.median(values)
         row.spread[name] = middle_half(values)
-        row.how[name] = timed[name].how
+        row.how[name], row.problem[name] = timed[name].how, timed[name].problem
     cost = site.spec.cost(call.args, site.params, tuple(results["reference"].values()))
     dtype = str(model.dtype).removeprefix("torch.")
     row.bytes, row.flops = cost.bytes, cost.flops
