@@ -25,9 +25,10 @@ BINS = 256  # one for every exponent of float32: 0 zero and subnormal, 255 infin
 MOST_ITEMS = 96  # of a launch, as in probes_sm90.cu
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dtype
 
-_CHUNK = 8192  # elements that a block reads at least
+_CHUNK = 32768  # elements that a block reads at least
 _MOST_CHUNKS = 1024  # of a tensor
-_PART = 9  # doubles of scratch a chunk
+_MOST_ELEMENTS = 1 << 32  # counts have 32 bits
+_PART = 6  # doubles of scratch a chunk
 _MOMENTS, _SUMS, _VALUES = 0, 1, 2
 _ITEM = struct.Struct("@PPqqqqiiiiiiii")
 
@@ -66,12 +67,13 @@ class View(NamedTuple):
 
 
 def moments_view(tensor: Tensor, index: Tensor | None = None) -> View | None:
-    """All of `tensor`, or its rows `index` along the first axis; None for a dtype that is not read.
+    """All of `tensor`, or its rows `index` along the first axis; None if it is not read: a dtype, or
+    2^32 elements and more.
 
     Read in place if all axes but one collapse to contiguous rows, as they do in any view of rows or
     columns; from a copy otherwise.
     """
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES or tensor.numel() >= _MOST_ELEMENTS:
         return None
     if index is not None:
         rows = tensor if tensor.flatten(1).stride(-1) == 1 else tensor.contiguous()

@@ -12,7 +12,27 @@ from dsv4_bench.engine import cuda_stats
 from dsv4_bench.probes.readings import Call, Request
 from dsv4_bench.probes.stats import Stats, Sums, exponent_counts, reduced, reduced_sums
 
-Question = tuple[Call, Request]
+
+class Question:
+    """A call, and something it was asked."""
+
+    __slots__ = ("call", "request")
+
+    def __init__(self, call: Call, request: Request) -> None:
+        self.call, self.request = call, request
+
+    @property
+    def output(self) -> Tensor:
+        return self.call.outputs[self.request.output]
+
+    def looked_at(self) -> tuple[Tensor, Tensor | None]:
+        """The tensor it is about, and the rows of it if not all."""
+        return self.call.looked_at(self.request)
+
+    def settle(self, value: Any) -> None:
+        """Give the call its answer, of a row of numbers on the host."""
+        made = {"stats": Stats.of_row, "sums": Sums.of_row}.get(self.request.kind)
+        self.call.answers[self.request] = value if made is None else made(value)
 
 
 class Batch:
@@ -26,31 +46,36 @@ class Batch:
         self.calls = [call for call in calls if call.pending]
         self._questions: list[Question] = []
         self.tensors: list[Tensor] = []  # to bring to the host
-        fused: list[Question] = []
+        views: dict[Question, cuda_stats.View] = {}
         for question in unanswered(self.calls):
-            (fused if is_fused(*question) else self._questions).append(question)
-        self.tensors = [_by_torch(*question) for question in self._questions]
-        if fused:
-            self._launch(fused)
+            view = view_of(question)
+            if view is not None:
+                views[question] = view
+            else:
+                self._questions.append(question)
+                self.tensors.append(_by_torch(question))
+        if views:
+            self._launch(views)
 
-    def _launch(self, questions: list[Question]) -> None:
-        """All of `questions` with the kernel; what it cannot read in place goes through a copy."""
-        views = [view_of(*question) for question in questions]
-        device = views[0].tensor.device
-        values = torch.empty(1, len(views), cuda_stats.FIELDS, dtype=torch.float64, device=device)
+    def _launch(self, views: dict[Question, cuda_stats.View]) -> None:
+        """All of `views` with the kernel."""
+        device = next(iter(views.values())).tensor.device
+        shape = (1, len(views), cuda_stats.FIELDS)
+        values = torch.empty(shape, dtype=torch.float64, device=device)
         bins = None
-        if any(request.kind == "exponents" for _, request in questions):
-            bins = torch.empty(1, len(views), cuda_stats.BINS, dtype=torch.int32, device=device)
-        cuda_stats.launch(views, values, exponents=bins)
-        for number, (call, request) in enumerate(questions):
-            self._questions.append((call, request))
-            row = values if request.kind != "exponents" or bins is None else bins
-            self.tensors.append(row[0, number])
+        if any(question.request.kind == "exponents" for question in views):
+            shape = (1, len(views), cuda_stats.BINS)
+            bins = torch.empty(shape, dtype=torch.int32, device=device)
+        cuda_stats.launch(list(views.values()), values, exponents=bins)
+        for number, question in enumerate(views):
+            rows = values if question.request.kind != "exponents" or bins is None else bins
+            self._questions.append(question)
+            self.tensors.append(rows[0, number])
 
     def settle(self, values: list[Any]) -> None:
         """Give every call its answers: the values of `tensors` on the host."""
-        for (call, request), value in zip(self._questions, values, strict=True):
-            call.answers[request] = answer(request, value)
+        for question, value in zip(self._questions, values, strict=True):
+            question.settle(value)
         for call in self.calls:
             call.pending = False
 
@@ -103,44 +128,26 @@ def unanswered(calls: Iterable[Call]) -> Iterator[Question]:
     for call in calls:
         for request, found in call.answers.items():
             if found is None and request.output not in call.overwritten:
-                yield call, request
+                yield Question(call, request)
 
 
-def is_fused(call: Call, request: Request) -> bool:
-    """Whether the fused kernel answers `request`."""
-    tensor = call.outputs[request.output]
-    if not tensor.is_cuda or request.kind == "values" or not cuda_stats.available(tensor.device):
-        return False
-    if request.kind == "sums":
-        return cuda_stats.sums_view(tensor, request.at) is not None
-    return tensor.dtype in cuda_stats.DTYPES
+def view_of(question: Question) -> cuda_stats.View | None:
+    """What the fused kernel reads for `question`; None if it does not answer it."""
+    tensor, index = question.looked_at()
+    kind = question.request.kind
+    if not tensor.is_cuda or kind == "values" or not cuda_stats.available(tensor.device):
+        return None
+    if kind == "sums":
+        return cuda_stats.sums_view(tensor, question.request.at)
+    return cuda_stats.moments_view(tensor, index)
 
 
-def view_of(call: Call, request: Request) -> cuda_stats.View:
-    """What the kernel reads for `request`, which it answers."""
-    tensor, index = call.looked_at(request)
-    if request.kind == "sums":
-        view = cuda_stats.sums_view(tensor, request.at)
-    else:
-        view = cuda_stats.moments_view(tensor, index)
-    assert view is not None
-    return view
-
-
-def answer(request: Request, value: Any) -> Any:
-    """The answer to `request`, of a row of numbers on the host."""
-    if request.kind == "stats":
-        return Stats.of_row(value)
-    if request.kind == "sums":
-        return Sums.of_row(value)
-    return value
-
-
-def _by_torch(call: Call, request: Request) -> Tensor:
+def _by_torch(question: Question) -> Tensor:
     """The answer with torch's own reductions, on the tensor's device; nobody waits."""
-    tensor, index = call.looked_at(request)
-    if request.kind == "values":
+    tensor, index = question.looked_at()
+    kind = question.request.kind
+    if kind == "values":
         return tensor
-    if request.kind == "sums":
-        return reduced_sums(tensor, request.at)
-    return (reduced if request.kind == "stats" else exponent_counts)(tensor, index)
+    if kind == "sums":
+        return reduced_sums(tensor, question.request.at)
+    return (reduced if kind == "stats" else exponent_counts)(tensor, index)

@@ -12,9 +12,9 @@ from dsv4_bench.engine import cuda_stats
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
-from dsv4_bench.probes.device import Memory, Question, answer, is_fused, unanswered, view_of
+from dsv4_bench.probes.device import Memory, Question, unanswered, view_of
 from dsv4_bench.probes.observation import Observation
-from dsv4_bench.probes.readings import Call, Reading, Request, fetch
+from dsv4_bench.probes.readings import Call, Reading, fetch
 
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
 _VALUES_A_SITE = 512  # integers of one call that are copied as they are
@@ -95,14 +95,15 @@ class GraphWatch:
 
     def _launch(self, advance: bool = False) -> None:
         first, views = len(self._slots), []
-        for call, request in unanswered(self._fresh):
-            if request.kind == "values":
-                self._copy((call, request), call.outputs[request.output])
-            elif is_fused(call, request):
-                self._slots.append((call, request))
-                views.append(view_of(call, request))
-            else:
-                raise _not_fused(call, request)
+        for question in unanswered(self._fresh):
+            if question.request.kind == "values":
+                self._copy(question, question.output)
+                continue
+            view = view_of(question)
+            if view is None:
+                raise _not_fused(question)
+            self._slots.append(question)
+            views.append(view)
         for number in range(self._settled, len(self._said)):
             value = self._said[number].value
             if isinstance(value, Tensor):
@@ -156,18 +157,17 @@ class GraphWatch:
     def _settle(self, row: cuda_stats.Row) -> list[Reading]:
         """Give the calls their answers; what was said in `observe`, with this step's values."""
         values, said = row.values.tolist(), list(self._said)
-        for slot, (call, request) in enumerate(self._slots):
-            if request.kind == "exponents" and row.exponents is not None:
-                call.answers[request] = row.exponents[slot].tolist()
+        for slot, question in enumerate(self._slots):
+            if question.request.kind == "exponents" and row.exponents is not None:
+                question.settle(row.exponents[slot].tolist())
             else:
-                call.answers[request] = answer(request, values[slot])
+                question.settle(values[slot])
         for place in self._places:
             value = place.value(row.copies)
             if isinstance(place.owner, int):
                 said[place.owner] = said[place.owner]._replace(value=value)
             else:
-                call, request = place.owner
-                call.answers[request] = value
+                place.owner.settle(value)
         said = [reading._replace(forward=row.number) for reading in said]
         return fetch(said).readings
 
@@ -190,10 +190,10 @@ class _Place(NamedTuple):
         return bits.view(self.shape).tolist()
 
 
-def _not_fused(call: Call, request: Request) -> CannotAnswer:
-    tensor = call.outputs[request.output]
+def _not_fused(question: Question) -> CannotAnswer:
+    tensor, request = question.output, question.request
     return CannotAnswer(
-        f"{call.site.path}: {request.kind} of {request.output} ({tensor.dtype}, "
+        f"{question.call.site.path}: {request.kind} of {request.output} ({tensor.dtype}, "
         f"{list(tensor.shape)}) cannot be taken in a CUDA graph",
         "run without a graph",
     )

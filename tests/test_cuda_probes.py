@@ -90,7 +90,7 @@ def hostile(count: int, dtype: torch.dtype) -> Tensor:
 @fused
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "count", [0, 1, 2, 7, 8, 9, 31, 255, 2048, 8191, 8192, 8193, 100_000, (1 << 20) + 3]
+    "count", [0, 1, 2, 7, 8, 9, 31, 255, 2048, 8193, 32767, 32768, 32769, 100_000, (1 << 20) + 3]
 )
 def test_hostile_values(count: int, dtype: torch.dtype) -> None:
     tensor = hostile(count, dtype)
@@ -99,10 +99,10 @@ def test_hostile_values(count: int, dtype: torch.dtype) -> None:
 
 @fused
 def test_more_elements_than_chunks_of_the_usual_size() -> None:
-    tensor = torch.randn((1 << 24) + 5, device="cuda").bfloat16()
+    tensor = torch.randn((1 << 25) + 5, device="cuda").bfloat16()
     view = cuda_stats.moments_view(tensor)
-    assert view is not None and view.cols > 8192
-    check(fused_stats(tensor), tensor, "2^24 + 5")
+    assert view is not None and view.cols > 32768
+    check(fused_stats(tensor), tensor, "2^25 + 5")
 
 
 @fused

@@ -27,7 +27,7 @@ namespace {
 
 enum Kind { kMoments = 0, kSums = 1, kValues = 2 };
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = 8;                   // elements that a thread takes at once
 constexpr int kFlight = 4;                  // groups it has under way
 constexpr int kFields = 9;                  // of a result
@@ -35,12 +35,18 @@ constexpr int kBins = 256;                  // exponents of float32
 constexpr int kMostItems = 96;              // of a launch
 constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes from here on are not finite
 
+// Counts of all values, moments of the finite ones. Magnitudes are compared as bits.
+struct Part {
+    uint32_t seen = 0, nan = 0, inf = 0, minus_inf = 0, zero = 0, peaks = 0, peak = 0, unused = 0;
+    double sum = 0, squares = 0;
+};
+
 struct Job {
     double* ring;           // [steps, slots, kFields]
     uint32_t* exponents;    // [steps, slots, kBins], or null
     int64_t* copies;        // [steps, width] integers as they are, or null
     int64_t* step;          // the step that is written; null: always the first
-    double* scratch;        // a Part of every chunk
+    Part* scratch;          // of every chunk
     uint32_t* bin_scratch;  // [chunks, kBins], or null
     uint32_t* arrived;      // [kMostItems + 1] chunks done of each item, and in all; 0 between launches
     int64_t steps;
@@ -51,229 +57,196 @@ struct Job {
     dsv4_probe_item items[kMostItems];
 };
 
-// Counts of all values, moments of the finite ones. Magnitudes are compared as bits.
-struct Part {
-    int64_t seen = 0, nan = 0, inf = 0, minus_inf = 0, zero = 0, peaks = 0, peak = 0;
-    double sum = 0, squares = 0;
-};
-constexpr int kPartSize = sizeof(Part) / sizeof(double);
+// ---------------------------------------------------------------- a thread's elements
 
-// The same while a block reads its chunk, which has fewer than 2^32 elements.
-struct Count {
-    uint32_t seen = 0, nan = 0, inf = 0, minus_inf = 0, zero = 0, peaks = 0, peak = 0;
-    double sum = 0, squares = 0;
-
-    __device__ void add_odd(float x, uint32_t magnitude) {
-        if (magnitude >= kInfinity) {
-            nan += magnitude > kInfinity;
-            inf += magnitude == kInfinity;
-            minus_inf += magnitude == kInfinity && x < 0;
-        } else {
-            zero += magnitude == 0;
-            peaks = magnitude > peak ? 0 : peaks;
-            peak = magnitude > peak ? magnitude : peak;
-            peaks += magnitude == peak;
-            sum += x;
-            squares += (double)x * x;
-        }
+__device__ inline void add_value(Part& p, float x) {
+    uint32_t magnitude = __float_as_uint(x) & 0x7fffffff;
+    if (magnitude >= kInfinity) {
+        p.nan += magnitude > kInfinity;
+        p.inf += magnitude == kInfinity;
+        p.minus_inf += magnitude == kInfinity && x < 0;
+        return;
     }
+    p.zero += magnitude == 0;
+    p.peaks = magnitude > p.peak ? 0 : p.peaks;
+    p.peak = max(p.peak, magnitude);
+    p.peaks += magnitude == p.peak;
+    p.sum += x;
+    p.squares = fma((double)x, (double)x, p.squares);
+}
 
-    __device__ void add_finite(const float (&x)[kGroup], const uint32_t (&magnitude)[kGroup]) {
-        double s[kGroup], q[kGroup];
+// Eight finite values. What most groups have none of, zeros and a new or equal peak, is looked for first.
+__device__ inline void add_finite(Part& p, const float (&x)[kGroup], uint32_t largest) {
+    uint32_t smallest = kInfinity;
+    double sum[2] = {0, 0}, squares[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < kGroup; i++) {
-            zero += magnitude[i] == 0;
-            peaks = magnitude[i] > peak ? 0 : peaks;
-            peak = magnitude[i] > peak ? magnitude[i] : peak;
-            peaks += magnitude[i] == peak;
-            s[i] = x[i];
-            q[i] = s[i] * s[i];
-        }
-#pragma unroll
-        for (int half = kGroup / 2; half > 0; half /= 2)
-#pragma unroll
-            for (int i = 0; i < half; i++) s[i] += s[i + half], q[i] += q[i + half];
-        sum += s[0];
-        squares += q[0];
+    for (int i = 0; i < kGroup; i++) {
+        double value = x[i];
+        smallest = min(smallest, __float_as_uint(x[i]) & 0x7fffffff);
+        sum[i % 2] += value;
+        squares[i % 2] = fma(value, value, squares[i % 2]);
     }
-};
-
-template <class C> __device__ inline void merge(C& a, const C& b) {
-    a.seen += b.seen;
-    a.nan += b.nan;
-    a.inf += b.inf;
-    a.minus_inf += b.minus_inf;
-    a.zero += b.zero;
-    a.peaks = b.peak > a.peak ? b.peaks : b.peak == a.peak ? a.peaks + b.peaks : a.peaks;
-    a.peak = b.peak > a.peak ? b.peak : a.peak;
-    a.sum += b.sum;
-    a.squares += b.squares;
-}
-
-template <class C> __device__ inline C shuffled(const C& a, int offset) {
-    C b;
-    b.seen = __shfl_xor_sync(~0u, a.seen, offset);
-    b.nan = __shfl_xor_sync(~0u, a.nan, offset);
-    b.inf = __shfl_xor_sync(~0u, a.inf, offset);
-    b.minus_inf = __shfl_xor_sync(~0u, a.minus_inf, offset);
-    b.zero = __shfl_xor_sync(~0u, a.zero, offset);
-    b.peaks = __shfl_xor_sync(~0u, a.peaks, offset);
-    b.peak = __shfl_xor_sync(~0u, a.peak, offset);
-    b.sum = __shfl_xor_sync(~0u, a.sum, offset);
-    b.squares = __shfl_xor_sync(~0u, a.squares, offset);
-    return b;
-}
-
-// All threads' parts together, in thread 0, in an order that never changes.
-template <class C> __device__ inline C merge_block(C mine, C* shared) {
+    p.sum += sum[0] + sum[1];
+    p.squares += squares[0] + squares[1];
+    if (smallest == 0) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) merge(mine, shuffled(mine, offset));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
-    __syncthreads();
-    if (threadIdx.x == 0)
-        for (int warp = 1; warp < kWarps; warp++) merge(mine, shared[warp]);
-    __syncthreads();
-    return mine;
-}
-
-// ---------------------------------------------------------------- one chunk
-
-// Elements [0, count) at `from`, at most kGroup of them; those beyond are 0.
-template <class T> __device__ inline void load_group(const T* from, int count, float (&x)[kGroup]) {
-    constexpr int V = Vector<T>::kSize < kGroup ? Vector<T>::kSize : kGroup;
-    if (count >= kGroup && (uintptr_t)from % 16 == 0) {
+        for (int i = 0; i < kGroup; i++) p.zero += x[i] == 0;
+    }
+    if (largest >= p.peak) {
+        p.peaks = largest > p.peak ? 0 : p.peaks;
+        p.peak = largest;
 #pragma unroll
-        for (int i = 0; i < kGroup; i += V) {
-            Vector<T, V> v = load_vector<T, V>(from + i);
-#pragma unroll
-            for (int j = 0; j < V; j++) x[i + j] = to_float(v.at[j]);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < kGroup; i++) x[i] = i < count ? to_float(from[i]) : 0;
+        for (int i = 0; i < kGroup; i++)
+            p.peaks += (__float_as_uint(x[i]) & 0x7fffffff) == largest;
     }
 }
 
 template <bool kExponents>
-__device__ inline void add_group(const float (&x)[kGroup], int count, Count& c, uint32_t* bins) {
-    uint32_t magnitude[kGroup], largest = 0;
+__device__ inline void add_group(Part& p, const float (&x)[kGroup], int count, uint32_t* bins) {
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-        magnitude[i] = __float_as_uint(x[i]) & 0x7fffffff;
-        largest = max(largest, magnitude[i]);
-    }
-    c.seen += count;
+    for (int i = 0; i < kGroup; i++) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
+    p.seen += count;
     if (count == kGroup && largest < kInfinity) {
-        c.add_finite(x, magnitude);
+        add_finite(p, x, largest);
     } else {
 #pragma unroll
         for (int i = 0; i < kGroup; i++)
-            if (i < count) c.add_odd(x[i], magnitude[i]);
+            if (i < count) add_value(p, x[i]);
     }
     if (kExponents)
 #pragma unroll
         for (int i = 0; i < kGroup; i++)
-            if (i < count) atomicAdd(bins + (magnitude[i] >> 23), 1u);
+            if (i < count) atomicAdd(bins + (__float_as_uint(x[i]) >> 23 & 255), 1u);
 }
 
-// The block's chunk of an item: whole rows, eight neighbours of a row to a thread. Which thread takes
-// what does not depend on alignment or dtype, so that equal values give equal bits.
-template <class T, bool kExponents>
-__device__ inline void read_chunk(const dsv4_probe_item& item, int64_t chunk, Count& c,
-                                  uint32_t* bins) {
-    int64_t first = chunk * item.rows_per_chunk;
-    int rows = (int)min((int64_t)item.rows_per_chunk, item.rows - first);
-    uint32_t groups = (uint32_t)((item.cols + kGroup - 1) / kGroup);
-    uint32_t total = rows > 0 ? rows * groups : 0;
-    for (uint32_t g = threadIdx.x; g < total; g += kThreads * kFlight) {
-        float x[kFlight][kGroup];
-        int counts[kFlight];
-#pragma unroll
-        for (int f = 0; f < kFlight; f++) {
-            uint32_t at = g + f * kThreads, row = at / groups;
-            int64_t col = (int64_t)(at - row * groups) * kGroup, r = first + row;
-            counts[f] = 0;
-            if (at >= total) continue;
-            int64_t length = (r == item.rows - 1 ? item.last : item.cols) - col;
-            int64_t place = item.index ? item.index[r] : r;
-            if (place < 0 || length <= 0) continue;
-            counts[f] = (int)min(length, (int64_t)kGroup);
-            load_group((const T*)item.data + place * item.stride + col, counts[f], x[f]);
-        }
-#pragma unroll
-        for (int f = 0; f < kFlight; f++)
-            if (counts[f] > 0) add_group<kExponents>(x[f], counts[f], c, bins);
+// ---------------------------------------------------------------- a block's chunk
+
+// Whole rows of an item, eight neighbours of a row to a thread. Which thread takes what does not
+// depend on alignment or dtype, so that equal values give equal bits.
+template <class T> struct Chunk {
+    const dsv4_probe_item& item;
+    int64_t first;          // row
+    uint32_t groups, total;  // of a row, of the chunk
+
+    __device__ Chunk(const dsv4_probe_item& item, int64_t chunk)
+        : item(item), first(chunk * item.rows_per_chunk) {
+        int64_t rows = min((int64_t)item.rows_per_chunk, item.rows - first);
+        groups = (uint32_t)((item.cols + kGroup - 1) / kGroup);
+        total = rows > 0 ? (uint32_t)rows * groups : 0;
     }
+
+    // Where group `g` begins, and how many elements it has; 0 for none.
+    __device__ const T* find(uint32_t g, int& count) const {
+        uint32_t row = item.rows_per_chunk == 1 ? 0 : g / groups;
+        int64_t col = (int64_t)(g - row * groups) * kGroup, r = first + row;
+        int64_t length = (r == item.rows - 1 ? item.last : item.cols) - col;
+        int64_t place = item.index ? item.index[r] : r;
+        count = place < 0 || length <= 0 ? 0 : (int)min(length, (int64_t)kGroup);
+        return (const T*)item.data + place * item.stride + col;
+    }
+
+    // Whether every group is whole and lies at 16 bytes.
+    __device__ bool regular() const {
+        bool last_row = first + item.rows_per_chunk >= item.rows;
+        return (uintptr_t)item.data % 16 == 0 && item.stride % kGroup == 0 &&
+               item.cols % kGroup == 0 && (!last_row || item.last % kGroup == 0);
+    }
+
+    template <bool kExponents> __device__ void read(Part& p, uint32_t* bins) const {
+        if (regular())
+            read_vectors<kExponents>(p, bins);
+        else
+            read_elements<kExponents>(p, bins);
+    }
+
+    // All loads of a round are under way before the first is looked at.
+    template <bool kExponents> __device__ void read_vectors(Part& p, uint32_t* bins) const {
+        constexpr int V = Vector<T>::kSize < kGroup ? Vector<T>::kSize : kGroup, kLoads = kGroup / V;
+        for (uint32_t g = threadIdx.x; g < total; g += kThreads * kFlight) {
+            Vector<T, V> raw[kFlight][kLoads];
+            int counts[kFlight];
+#pragma unroll
+            for (int f = 0; f < kFlight; f++) {
+                counts[f] = 0;
+                const T* from = (const T*)item.data;
+                if (g + f * kThreads < total) from = find(g + f * kThreads, counts[f]);
+                if (counts[f] == 0) from = (const T*)item.data;  // some place that can be read
+#pragma unroll
+                for (int i = 0; i < kLoads; i++) raw[f][i] = load_vector<T, V>(from + i * V);
+            }
+#pragma unroll
+            for (int f = 0; f < kFlight; f++) {
+                if (counts[f] == 0) continue;
+                float x[kGroup];
+#pragma unroll
+                for (int i = 0; i < kGroup; i++) x[i] = to_float(raw[f][i / V].at[i % V]);
+                add_group<kExponents>(p, x, kGroup, bins);
+            }
+        }
+    }
+
+    template <bool kExponents> __device__ void read_elements(Part& p, uint32_t* bins) const {
+        for (uint32_t g = threadIdx.x; g < total; g += kThreads) {
+            int count;
+            const T* from = find(g, count);
+            float x[kGroup];
+#pragma unroll
+            for (int i = 0; i < kGroup; i++) x[i] = i < count ? to_float(from[i]) : 0;
+            if (count > 0) add_group<kExponents>(p, x, count, bins);
+        }
+    }
+};
+
+// ---------------------------------------------------------------- parts together
+
+__device__ inline double sum_of_lanes(double x, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
 }
 
-__device__ inline float load_any(const void* data, int dtype, int64_t at) {
-    if (dtype == DSV4_F32) return ((const float*)data)[at];
-    if (dtype == DSV4_BF16) return to_float(((const bf16*)data)[at]);
-    return to_float(((const __half*)data)[at]);
-}
-
-// ---------------------------------------------------------------- results
-
-__device__ inline void write_moments(const Part& p, double* out) {
-    int64_t finite = p.seen - p.nan - p.inf;
-    double count = finite > 0 ? (double)finite : 1;
-    out[0] = (double)finite;
-    out[1] = (double)p.nan;
-    out[2] = (double)p.inf;
-    out[3] = (double)p.minus_inf;
-    out[4] = (double)p.zero;
-    out[5] = (double)p.peaks;
-    out[6] = (double)__uint_as_float((uint32_t)p.peak);
-    out[7] = sqrt(p.squares / count);
-    out[8] = p.sum / count;
-}
-
-__device__ inline Part widened(const Count& c) {
-    Part p;
-    p.seen = c.seen, p.nan = c.nan, p.inf = c.inf, p.minus_inf = c.minus_inf, p.zero = c.zero;
-    p.peaks = c.peaks, p.peak = c.peak, p.sum = c.sum, p.squares = c.squares;
+// The parts of a warp's lanes, in every lane.
+__device__ inline Part merge_warp(Part p) {
+    p.seen = __reduce_add_sync(~0u, p.seen);
+    p.zero = __reduce_add_sync(~0u, p.zero);
+    if (__any_sync(~0u, p.nan | p.inf)) {
+        p.nan = __reduce_add_sync(~0u, p.nan);
+        p.inf = __reduce_add_sync(~0u, p.inf);
+        p.minus_inf = __reduce_add_sync(~0u, p.minus_inf);
+    }
+    uint32_t peak = __reduce_max_sync(~0u, p.peak);
+    p.peaks = __reduce_add_sync(~0u, p.peak == peak ? p.peaks : 0);
+    p.peak = peak;
+    p.sum = sum_of_lanes(p.sum, 32);
+    p.squares = sum_of_lanes(p.squares, 32);
     return p;
 }
 
-// Sums along an axis: how many, how many of them NaN, and of the others the lowest, the highest, the
-// mean. One block takes all of them.
-__device__ inline void write_sums(const dsv4_probe_item& item, double* shared, double* out) {
-    double low = INFINITY, high = -INFINITY, total = 0, nan = 0;
-    for (int64_t s = threadIdx.x; s < item.rows * item.cols; s += kThreads) {
-        int64_t at = s / item.cols * item.stride + s % item.cols * item.sum_stride;
-        double sum = 0;
-        for (int64_t t = 0; t < item.last; t++)
-            sum += load_any(item.data, item.dtype, at + t * item.term_stride);
-        if (isnan(sum)) {
-            nan += 1;
-        } else {
-            low = fmin(low, sum), high = fmax(high, sum), total += sum;
-        }
-    }
-    double values[4] = {low, high, total, nan};
-    for (int v = 0; v < 4; v++) shared[v * kThreads + threadIdx.x] = values[v];
+// All threads' parts, in every lane of warp 0, in an order that never changes.
+__device__ inline Part merge_block(Part mine, Part* shared) {
+    mine = merge_warp(mine);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
     __syncthreads();
-    if (threadIdx.x >= 32) return;
-    for (int t = threadIdx.x + 32; t < kThreads; t += 32) {
-        low = fmin(low, shared[t]), high = fmax(high, shared[kThreads + t]);
-        total += shared[2 * kThreads + t], nan += shared[3 * kThreads + t];
-    }
-    for (int offset = 16; offset > 0; offset /= 2) {
-        low = fmin(low, __shfl_xor_sync(~0u, low, offset));
-        high = fmax(high, __shfl_xor_sync(~0u, high, offset));
-        total += __shfl_xor_sync(~0u, total, offset);
-        nan += __shfl_xor_sync(~0u, nan, offset);
-    }
-    if (threadIdx.x > 0) return;
-    double sums = (double)(item.rows * item.cols);
-    double good = sums - nan > 0 ? sums - nan : 1;
-    for (int f = 0; f < kFields; f++) out[f] = 0;
-    out[0] = sums, out[1] = nan, out[6] = low, out[7] = high, out[8] = total / good;
+    if (threadIdx.x < 32) mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Part());
+    __syncthreads();
+    return mine;
 }
 
-__device__ inline void copy_values(const dsv4_probe_item& item, int64_t* out) {
-    for (int64_t i = threadIdx.x; i < item.rows; i += kThreads)
-        out[i] = item.dtype == 8 ? ((const int64_t*)item.data)[i] : ((const int32_t*)item.data)[i];
+// By the lanes of a warp that all have the part.
+__device__ inline void write_moments(const Part& p, double* out) {
+    uint32_t finite = p.seen - p.nan - p.inf;
+    double count = finite > 0 ? finite : 1;
+    switch (threadIdx.x) {
+        case 0: out[0] = finite; break;
+        case 1: out[1] = p.nan; break;
+        case 2: out[2] = p.inf; break;
+        case 3: out[3] = p.minus_inf; break;
+        case 4: out[4] = p.zero; break;
+        case 5: out[5] = p.peaks; break;
+        case 6: out[6] = __uint_as_float(p.peak); break;
+        case 7: out[7] = sqrt(p.squares / count); break;
+        case 8: out[8] = p.sum / count; break;
+    }
 }
 
 // Count this block in; true in all threads of the one that comes last, which sees what all wrote.
@@ -291,42 +264,112 @@ __device__ inline bool arrive(uint32_t* counter, uint32_t expected) {
     return last;
 }
 
+__device__ inline Part load_part(const Part* from) {
+    union {
+        Part part;
+        double2 words[sizeof(Part) / sizeof(double2)];
+    } both{};
+    static_assert(sizeof(Part) % sizeof(double2) == 0);
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(Part) / sizeof(double2)); i++)
+        both.words[i] = __ldcg((const double2*)from + i);
+    return both.part;
+}
+
+__device__ inline void add_part(Part& a, const Part& b) {
+    a.seen += b.seen, a.nan += b.nan, a.inf += b.inf, a.minus_inf += b.minus_inf, a.zero += b.zero;
+    a.peaks = b.peak > a.peak ? b.peaks : b.peak == a.peak ? a.peaks + b.peaks : a.peaks;
+    a.peak = max(a.peak, b.peak);
+    a.sum += b.sum, a.squares += b.squares;
+}
+
 // Writes the chunk's part; the block that comes last adds all parts of the item, in their order.
 template <bool kExponents>
-__device__ inline void finish_item(const Job& job, int number, int chunks, const Count& mine,
+__device__ inline void finish_item(const Job& job, int number, int chunks, const Part& mine,
                                    uint32_t* bins, Part* shared, double* out, uint32_t* bins_out) {
+    bool has_bin = kExponents && threadIdx.x < kBins;
     if (chunks == 1) {
-        if (threadIdx.x == 0) write_moments(widened(mine), out);
-        if (kExponents) bins_out[threadIdx.x] = bins[threadIdx.x];
+        if (threadIdx.x < 32) write_moments(mine, out);
+        if (has_bin) bins_out[threadIdx.x] = bins[threadIdx.x];
         return;
     }
-    Part* parts = (Part*)(job.scratch) + job.items[number].first_chunk;
-    uint32_t* all_bins = job.bin_scratch + (int64_t)job.items[number].first_chunk * kBins;
-    int chunk = blockIdx.x - job.items[number].first_chunk;
-    if (threadIdx.x == 0) parts[chunk] = widened(mine);
+    int first = job.items[number].first_chunk, chunk = blockIdx.x - first;
+    Part* parts = job.scratch + first;
+    uint32_t* all_bins = job.bin_scratch + (int64_t)first * kBins + threadIdx.x;
+    if (threadIdx.x == 0) parts[chunk] = mine;
     if (kExponents) {
-        all_bins[(int64_t)chunk * kBins + threadIdx.x] = bins[threadIdx.x];
+        if (has_bin) all_bins[(int64_t)chunk * kBins] = bins[threadIdx.x];
         __threadfence();
         __syncthreads();
     }
     if (!arrive(job.arrived + number, chunks)) return;
     Part total;
-    for (int c = threadIdx.x; c < chunks; c += kThreads) {
-        Part part;
-        const double* from = (const double*)(parts + c);
-        double* to = (double*)&part;
-#pragma unroll
-        for (int i = 0; i < kPartSize; i++) to[i] = __ldcg(from + i);
-        merge(total, part);
-    }
+    for (int c = threadIdx.x; c < chunks; c += kThreads) add_part(total, load_part(parts + c));
     total = merge_block(total, shared);
-    if (threadIdx.x == 0) write_moments(total, out);
-    if (kExponents) {
+    if (threadIdx.x < 32) write_moments(total, out);
+    if (has_bin) {
         uint32_t sum = 0;
-        for (int c = 0; c < chunks; c++) sum += __ldcg(all_bins + (int64_t)c * kBins + threadIdx.x);
+        for (int c = 0; c < chunks; c++) sum += __ldcg(all_bins + (int64_t)c * kBins);
         bins_out[threadIdx.x] = sum;
     }
 }
+
+// ---------------------------------------------------------------- sums, integers
+
+__device__ inline float load_any(const void* data, int dtype, int64_t at) {
+    if (dtype == DSV4_F32) return ((const float*)data)[at];
+    if (dtype == DSV4_BF16) return to_float(((const bf16*)data)[at]);
+    return to_float(((const __half*)data)[at]);
+}
+
+struct Spread {
+    double low = INFINITY, high = -INFINITY, total = 0, nan = 0;
+};
+
+__device__ inline Spread merge_warp(Spread s) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+        s.low = fmin(s.low, __shfl_xor_sync(~0u, s.low, offset));
+        s.high = fmax(s.high, __shfl_xor_sync(~0u, s.high, offset));
+    }
+    s.total = sum_of_lanes(s.total, 32);
+    s.nan = sum_of_lanes(s.nan, 32);
+    return s;
+}
+
+// Sums along an axis: how many, how many of them NaN, and of the others the lowest, the highest, the
+// mean. One block takes all of them.
+__device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, double* out) {
+    Spread mine;
+    for (int64_t s = threadIdx.x; s < item.rows * item.cols; s += kThreads) {
+        int64_t at = s / item.cols * item.stride + s % item.cols * item.sum_stride;
+        double sum = 0;
+        for (int64_t t = 0; t < item.last; t++)
+            sum += load_any(item.data, item.dtype, at + t * item.term_stride);
+        if (isnan(sum)) {
+            mine.nan += 1;
+        } else {
+            mine.low = fmin(mine.low, sum), mine.high = fmax(mine.high, sum), mine.total += sum;
+        }
+    }
+    mine = merge_warp(mine);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Spread());
+    if (threadIdx.x > 0) return;
+    double sums = (double)(item.rows * item.cols);
+    double good = sums - mine.nan > 0 ? sums - mine.nan : 1;
+    for (int f = 0; f < kFields; f++) out[f] = 0;
+    out[0] = sums, out[1] = mine.nan, out[6] = mine.low, out[7] = mine.high;
+    out[8] = mine.total / good;
+}
+
+__device__ inline void copy_values(const dsv4_probe_item& item, int64_t* out) {
+    for (int64_t i = threadIdx.x; i < item.rows; i += kThreads)
+        out[i] = item.dtype == 8 ? ((const int64_t*)item.data)[i] : ((const int32_t*)item.data)[i];
+}
+
+// ---------------------------------------------------------------- kernels
 
 __device__ inline int find_item(const Job& job, int chunk) {
     int low = 0, high = job.count;
@@ -337,13 +380,18 @@ __device__ inline int find_item(const Job& job, int chunk) {
     return low;
 }
 
+template <class T, bool kExponents>
+__device__ inline Part part_of(const dsv4_probe_item& item, uint32_t* bins) {
+    Part part;
+    Chunk<T>(item, blockIdx.x - item.first_chunk).template read<kExponents>(part, bins);
+    return part;
+}
+
 template <bool kExponents>
 __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__ Job job) {
     __shared__ Part shared_parts[kWarps];
-    __shared__ Count shared_counts[kWarps];
-    __shared__ double shared_sums[4 * kThreads];
+    __shared__ Spread shared_spreads[kWarps];
     __shared__ uint32_t bins[kExponents ? kBins : 1];
-    static_assert(kBins == kThreads);
     int number = find_item(job, blockIdx.x);
     const dsv4_probe_item& item = job.items[number];
     int next = number + 1 < job.count ? job.items[number + 1].first_chunk : gridDim.x;
@@ -355,21 +403,16 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__
     if (item.kind == kValues) {
         copy_values(item, job.copies + row * job.width + item.last);
     } else if (item.kind == kSums) {
-        write_sums(item, shared_sums, out);
+        write_sums(item, shared_spreads, out);
     } else {
         if (kExponents) {
-            bins[threadIdx.x] = 0;
+            if (threadIdx.x < kBins) bins[threadIdx.x] = 0;
             __syncthreads();
         }
-        Count mine;
-        int64_t chunk = blockIdx.x - item.first_chunk;
-        if (item.dtype == DSV4_F32)
-            read_chunk<float, kExponents>(item, chunk, mine, bins);
-        else if (item.dtype == DSV4_BF16)
-            read_chunk<bf16, kExponents>(item, chunk, mine, bins);
-        else
-            read_chunk<__half, kExponents>(item, chunk, mine, bins);
-        mine = merge_block(mine, shared_counts);
+        Part mine = item.dtype == DSV4_F32    ? part_of<float, kExponents>(item, bins)
+                    : item.dtype == DSV4_BF16 ? part_of<bf16, kExponents>(item, bins)
+                                              : part_of<__half, kExponents>(item, bins);
+        mine = merge_block(mine, shared_parts);
         finish_item<kExponents>(job, number, next - item.first_chunk, mine, bins, shared_parts, out,
                                 job.exponents + slot * kBins);
     }
@@ -397,18 +440,18 @@ __global__ void stamp_kernel(int64_t* ring, int64_t* step, int64_t steps, int64_
 using namespace dsv4;
 
 // Statistics of `count` items (host memory, at most 96, chunks ascending, `chunks` in all) into row
-// *step of the ring. scratch holds 9 doubles a chunk, bin_scratch (with `exponents`) 256 uint32;
+// *step of the ring. scratch holds 48 bytes a chunk, bin_scratch (with `exponents`) 256 uint32;
 // arrived 97 uint32, all 0 before and after.
 DSV4_EXPORT int dsv4_probe_stats(const dsv4_probe_item* items, int64_t count, int64_t chunks,
                                  double* ring, uint32_t* exponents, int64_t* copies, int64_t* step,
-                                 int64_t steps, int64_t slots, int64_t width, double* scratch,
+                                 int64_t steps, int64_t slots, int64_t width, void* scratch,
                                  uint32_t* bin_scratch, uint32_t* arrived, int advance,
                                  void* stream) {
     if (count < 1 || count > kMostItems || chunks < count || steps < 1) return kUnsupported;
     if (advance && !step) return kUnsupported;
     Job job;
     job.ring = ring, job.exponents = exponents, job.copies = copies, job.step = step;
-    job.scratch = scratch, job.bin_scratch = bin_scratch, job.arrived = arrived;
+    job.scratch = (Part*)scratch, job.bin_scratch = bin_scratch, job.arrived = arrived;
     job.steps = steps, job.slots = slots, job.width = width;
     job.count = (int32_t)count, job.advance = advance;
     for (int64_t i = 0; i < count; i++) job.items[i] = items[i];
