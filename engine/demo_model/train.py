@@ -54,7 +54,7 @@ CONFIG = Config(
     compress_ratios=(0, 0, *(4, 128) * 7),
 )
 # The shipped checkpoint had 2775, 1690 and 732 steps; LOG.md says what fixed numbers led to.
-PLAN = "512:32:3200:0:0:0.97:16,2304:7:1690:1:0,2304:7:732:1:1"
+PLAN = "512:32:6000:0:0:0.97:16,2304:7:1690:1:0,2304:7:732:1:1"
 RECENT = 4  # reports over which a stage's goal is judged
 FAR = 3.0  # how much more a recalled value counts that stands beyond the window
 SHARD = 31 << 19  # 15.5 MiB
