@@ -142,7 +142,7 @@ def _write_packed(rows: Tensor, kind: int, slots: Tensor, cache: Tensor) -> None
     op = "cache_write_packed"
     (m, d), plain = rows.shape, plain_of(rows.shape[1], cache.shape[1])
     whole = cache.stride(1) == 1 and cache.stride(0) % 8 == 0 and cache.data_ptr() % 8 == 0
-    target = cache if whole else cache.contiguous()
+    target = cache if whole else cache.clone(memory_format=torch.contiguous_format)
     where, there = slots.data_ptr(), target.data_ptr()
     stride = target.stride(0)
     ROWS.call(op, rows, rows.data_ptr(), kind, where, m, there, len(cache), d, plain, stride)
