@@ -79,12 +79,13 @@ def test_a_saved_session_gives_the_same_results(inputs, tmp_path):
 
 
 def test_people_get_text_from_a_file_or_stdin(inputs):
-    text = "# a comment\n\n  step 2\nop\nreadings\nbreak */core\nbreaks\nroute\nprint u[0, 0]\nquit\nstep\n"
+    text = "# a comment\n\n  step 2\nop\nreadings\nbreak */core\nbreaks\nroute\nprint u[0, 0]\nhonesty\nquit\nstep\n"
     done = run("-", inputs[0], stdin=text)
     assert done.returncode == 0, done.stderr
     assert "> step 2\nstopped at L0/attn/hc_pre (step)" in done.stdout
     assert "output comb [20, 4, 4] float32 finite 320" in done.stdout
     assert "stats.rms" in done.stdout and "breakpoint 1: */core" in done.stdout
+    assert "> honesty\n" in done.stdout and "; output bits unchanged" in done.stdout
     assert done.stdout.endswith("> quit\n{}\n")
 
 

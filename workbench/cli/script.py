@@ -112,6 +112,8 @@ def describe(entry: dict[str, Any]) -> str:
         return result["text"]
     if "inputs" in result:
         return _describe_op(result)
+    if "slow_down" in result:  # honesty
+        return str(result["sentence"])
     if "readings" in result:
         rows = [
             (r["site"], f"{r['probe']}.{r['name']}", r["output"], _value(r["value"]), r["verdict"])
