@@ -10,6 +10,7 @@ import torch
 from bench_cuda import Call, Case
 from bench_cuda_linear import BF16, BYTES, CUDA, run, weight
 
+from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
 
 EXPERTS, TOP, D, INNER = 256, 6, 4096, 2048
@@ -26,7 +27,7 @@ FIGURES = {
 
 @cache
 def bank(kind: str) -> list[Expert]:
-    def one(n: int, k: int) -> object:
+    def one(n: int, k: int) -> Weight:
         return weight(kind, n, k)
 
     return [Expert(one(INNER, D), one(D, INNER), one(INNER, D)) for _ in range(EXPERTS)]

@@ -71,6 +71,13 @@ __device__ inline float hidden_value(const Expert& expert, float factor, float g
     return swiglu(gate, up, limit) * weight;
 }
 
+// 4, 8 or 16 bytes to shared memory, past the registers.
+template <int kBytes> __device__ inline void copy_small(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+}
+
 // The items [first, last) of this block, of `total` shared out evenly.
 struct Items {
     int first, last;

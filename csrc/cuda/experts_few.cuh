@@ -1,10 +1,11 @@
 // Experts of few pairs: every weight row in use is streamed from memory once, at the memory's pace.
 //
-// A block is persistent and walks over its share of all (piece, row tile) items. One warp keeps a ring
-// in shared memory filled by the copy engine: a stage holds 1024 bytes of each of 32 weight rows and
-// their scales. Sixteen warps share the columns of a stage, 64 bytes of every row each, and multiply
-// them with up to eight activation rows, which lie in shared memory as the matrix unit wants them. Two
-// warps in turn add up the sixteen sums of an item and finish it, while the others go on.
+// A block is persistent and walks over its share of all (piece, row tile) items. Sixteen warps share the
+// columns: a stage is 64 bytes of each of 32 weight rows a warp, 1024 bytes of a row in all. Every warp
+// keeps a ring of stages of its own in shared memory, copied ahead of the products, so that nothing but
+// the end of an item makes warps wait for one another. The activations of up to eight pairs lie in shared
+// memory as the matrix unit wants them. Two more warps in turn add up the sixteen sums of an item and
+// finish it, while the others go on.
 //
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
@@ -17,11 +18,10 @@
 namespace dsv4 {
 
 constexpr int kMultipliers = 16, kFinishers = 2;  // warps
-constexpr int kFewThreads = (kMultipliers + kFinishers + 1) * 32;
-constexpr int kFewPairs = 8, kMostStages = 12;
-constexpr int kGroups = 2, kFewRows = 16 * kGroups;                  // of a tile: 16-row products
-constexpr int kSlice = kMultipliers * 64, kRowStride = kSlice + 64;  // 64: rows on unlike banks
-constexpr int kSumStride = kFewRows + 4;                             // floats from pair to pair
+constexpr int kFewThreads = (kMultipliers + kFinishers) * 32;
+constexpr int kFewPairs = 8, kMostDepth = 4;
+constexpr int kGroups = 2, kFewRows = 16 * kGroups;  // of a tile: 16-row products
+constexpr int kSumStride = kFewRows + 4;             // floats from pair to pair
 
 enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
 
@@ -31,16 +31,14 @@ template <class Policy> constexpr bool kInHalves = std::is_same_v<Policy, Nvfp4>
 
 template <class Policy> constexpr bool kRowScales = std::is_base_of_v<Fp4Chunk, Policy>;
 
-// Shared memory of one stage, and what the scales of a row take in it.
+// A warp's part of a stage.
 template <class Policy> struct Stage {
-    static constexpr int kScales =
-        kRowScales<Policy> ? kSlice / 16 * (int)sizeof(typename Policy::Scale) : 0;
-    static constexpr int kScaleStride = kScales + 16;
-    static constexpr int kBytes = kFewRows * (kRowStride + (kScales ? kScaleStride : 0));
+    uint4 codes[2 * kGroups][32];                // [8 rows][lane]
+    typename Policy::Scale scales[kFewRows][4];  // 4-bit formats: of every chunk
 };
 
 struct FewShared {
-    uint64_t full[kMostStages], empty[kMostStages], summed[kFinishers], taken[kFinishers];
+    uint64_t summed[kFinishers], taken[kFinishers];
     uint32_t peak[kFewPairs];  // bits of the largest finite activation of each pair
 };
 
@@ -58,18 +56,18 @@ template <class Policy, Product kProduct> struct Few {
     uint4* x;                      // activations: [step][vector][lane]
     uint4* zeros;                  // [vector][lane], one of each vector for all other lanes
     float* sums;                   // [finisher][multiplier][pair]
-    char* ring;                    // [stages]
-    int stages, rows, chunks, slices, tiles, experts;  // experts: of an item
+    Stage<Policy>* ring;           // [multiplier][depth]
+    int depth, rows, chunks, slices, tiles, experts;  // experts: of an item
     Items items;
 
-    __device__ Few(const Moe& m, FewShared& s, char* memory, int stages)
-        : m(m), s(s), x((uint4*)memory), stages(stages), rows(kGated ? m.inner : m.d),
+    __device__ Few(const Moe& m, FewShared& s, char* memory, int depth)
+        : m(m), s(s), x((uint4*)memory), depth(depth), rows(kGated ? m.inner : m.d),
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + 63) / 64),
           tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
           items((kTogether ? 1 : m.piece_count()) * tiles) {
         zeros = x + (chunks + 3) / 4 * kVectors * lanes;
         sums = (float*)(zeros + kVectors * lanes);
-        ring = memory + fixed_bytes(chunks, m.most);
+        ring = (Stage<Policy>*)(memory + fixed_bytes(chunks, m.most));
     }
 
     // All but the ring.
@@ -91,10 +89,8 @@ template <class Policy, Product kProduct> struct Few {
         int r = tile * kOutputs + (kGated ? row / 16 * 8 + row % 8 : row);
         return r < rows ? r : rows - 1;
     }
-    // Rows of scales that the copy engine cannot take are read where they are needed.
-    __device__ bool scales_staged() const {
-        return kRowScales<Policy> && chunks * sizeof(typename Policy::Scale) % 16 == 0;
-    }
+    // Rows of scales that do not start at a whole step are read where they are needed.
+    __device__ bool scales_staged() const { return kRowScales<Policy> && chunks % 4 == 0; }
 
     // body(piece, tile, number) for each item of this block.
     template <class Body> __device__ void for_each_item(Body body) const {
@@ -108,41 +104,82 @@ template <class Policy, Product kProduct> struct Few {
         return kTogether ? Work{0, 0, (int)m.k} : m.work_of(piece);
     }
 
-    // ---- the copying warp: a lane copies a row and its scales
+    // ---- the multiplying warps: copies
 
-    __device__ void copy() const {
-        static_assert(kFewRows == 32);
-        constexpr int kScale = sizeof(typename Policy::Scale);
-        const int row = threadIdx.x % 32;
-        const bool staged = scales_staged();
-        Turn turn;
+    using Scale = typename Policy::Scale;
+
+    // The stage that is copied next, and this thread's part of its matrices: 16 bytes of row
+    // lane.group of every eight, and the scales of row lane.group + 8 * lane.member.
+    struct Ahead {
+        const Lane lane;
+        int item, piece, tile, e = 0, slice = 0;
         Work work;
-        int known = -1;
-        for_each_item([&](int piece, int tile, int) {
-            if (piece != known) work = work_of(piece), known = piece;
-            for (int e = 0; e < experts; e++) {
-                const dsv4_weight& w = matrix(expert(work, e), row);
-                const int64_t at = weight_row(tile, row) * chunks;
-                const char *codes = (const char*)w.data + at * 16,
-                           *scales = (const char*)w.scale + at * kScale;
-                for (int first = 0; first < chunks; first += 64, turn.next(stages)) {
-                    const int count = min(64, chunks - first);
-                    char* stage = ring + turn.stage * Stage<Policy>::kBytes;
-                    uint64_t* full = &s.full[turn.stage];
-                    barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
-                    if (row == 0)
-                        barrier_expect(full, kFewRows * count * (16 + (staged ? kScale : 0)));
-                    __syncwarp();
-                    bulk_load(stage + row * kRowStride, codes + first * 16, count * 16, full);
-                    if (staged)
-                        bulk_load(stage + kFewRows * kRowStride + row * Stage<Policy>::kScaleStride,
-                                  scales + first * kScale, count * kScale, full);
-                }
+        const char *codes[kGated ? 2 : 1], *scales;
+        int offset[2 * kGroups];  // of rows, bytes
+
+        __device__ explicit Ahead(const Few& few)
+            : item(few.items.first), piece(item / few.tiles), tile(item % few.tiles) {
+            if (item < few.items.last) {
+                work = few.work_of(piece);
+                find(few);
             }
-        });
+        }
+        // The rows of the current tile of the current expert.
+        __device__ void find(const Few& few) {
+            const Expert& expert = few.expert(work, e);
+            const int warp = threadIdx.x / 32, first = warp * 4 + lane.member;
+            const int row = lane.group + 8 * lane.member;
+            codes[0] = (const char*)few.matrix(expert, 0).data + first * 16;
+            if constexpr (kGated) codes[1] = (const char*)few.matrix(expert, 8).data + first * 16;
+            scales = (const char*)few.matrix(expert, row).scale +
+                     (few.weight_row(tile, row) * few.chunks + warp * 4) * sizeof(Scale);
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; i++)
+                offset[i] = (int)few.weight_row(tile, lane.group + 8 * i) * few.chunks * 16;
+        }
+        __device__ void next(const Few& few) {
+            if (++slice < few.slices) return;
+            slice = 0;
+            if (++e == few.experts) {
+                e = 0, item++;
+                if (++tile == few.tiles) tile = 0, piece++;
+                if (item >= few.items.last) return;
+                if (tile == 0) work = few.work_of(piece);
+            }
+            find(few);
+        }
+    };
+
+    __device__ void copy(Ahead& ahead, Stage<Policy>& to) const {
+        if (ahead.item < items.last) {
+            const int lane = threadIdx.x % 32, first = ahead.slice * 64 + threadIdx.x / 32 * 4;
+            const bool valid = first + ahead.lane.member < chunks;
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; i++)
+                copy_async(&to.codes[i][lane],
+                           ahead.codes[kGated ? i % 2 : 0] + ahead.offset[i] +
+                               (valid ? ahead.slice * 1024 : 0),
+                           valid);
+            if (scales_staged() && first < chunks) {
+                const int row = ahead.lane.group + 8 * ahead.lane.member;
+                if constexpr (kRowScales<Policy>)
+                    copy_small<4 * sizeof(Scale)>(
+                        to.scales[row], ahead.scales + ahead.slice * 64 * (int)sizeof(Scale));
+            }
+            ahead.next(*this);
+        }
+        copy_commit();
     }
 
-    // ---- the multiplying warps
+    // All copies but those of the `depth` - 2 last stages have landed, for all threads of the warp.
+    __device__ void wait_for_stage() const {
+        if (depth == 4) copy_wait<2>();
+        else if (depth == 3) copy_wait<1>();
+        else copy_wait<0>();
+        __syncwarp();
+    }
+
+    // ---- the multiplying warps: activations
 
     __device__ static void meet() { named_barrier(1, kMultipliers * 32); }
 
@@ -198,22 +235,17 @@ template <class Policy, Product kProduct> struct Few {
         }
     }
 
-    using Scale = typename Policy::Scale;
-
-    // Where a thread finds its part of every stage, and its activations of the first step.
-    struct Place {
-        Lane lane;
-        int warp = threadIdx.x / 32;
-        int codes = lane.group * kRowStride + (warp * 4 + lane.member) * 16;
-        int scales = kFewRows * kRowStride + lane.group * Stage<Policy>::kScaleStride +
-                     (warp * 4 + lane.member) * (int)sizeof(Scale);
-    };
+    // ---- the multiplying warps: products
 
     __device__ void multiply() const {
-        const Place place;
-        Turn turn;
+        const Lane lane;
+        const int warp = threadIdx.x / 32;
+        Stage<Policy>* const mine = ring + warp * depth;
+        Ahead ahead(*this);
+        for (int d = 0; d < depth - 1; d++) copy(ahead, mine[d]);
+        if (!kGated) wait_for_previous();
         Work work;
-        int known = -1;
+        int known = -1, now = 0;
         for_each_item([&](int piece, int tile, int number) {
             if (piece != known) {
                 work = work_of(piece), known = piece;
@@ -221,53 +253,55 @@ template <class Policy, Product kProduct> struct Few {
             }
             float sum[kGroups][4] = {};
             for (int e = 0; e < experts; e++) {
-                bool mine = kTogether ? place.lane.group == e : place.lane.group < work.count;
-                const uint4* from = mine ? x + place.warp * kVectors * lanes + threadIdx.x % 32 : zeros;
-                for (int slice = 0; slice < slices; slice++, turn.next(stages)) {
-                    multiply_stage(place, turn, slice, tile, expert(work, e), from, sum);
-                    from += mine ? kMultipliers * kVectors * lanes : 0;
+                bool has = kTogether ? lane.group == e : lane.group < work.count;
+                const uint4* from = has ? x + warp * kVectors * lanes + threadIdx.x % 32 : zeros;
+                for (int slice = 0; slice < slices; slice++) {
+                    wait_for_stage();
+                    copy(ahead, mine[now == 0 ? depth - 1 : now - 1]);
+                    if (slice * 64 + warp * 4 < chunks)
+                        multiply_stage(mine[now], slice, tile, expert(work, e), from, sum);
+                    from += has ? kMultipliers * kVectors * lanes : 0;
+                    now = now == depth - 1 ? 0 : now + 1;
                 }
             }
             keep_sums(sum, number, work.count);
         });
+        copy_wait<0>();
     }
 
-    __device__ void multiply_stage(const Place& place, const Turn& turn, int slice, int tile,
-                                   const Expert& e, const uint4* from,
-                                   float (&sum)[kGroups][4]) const {
-        const int first = slice * 64 + place.warp * 4, chunk = first + place.lane.member;
-        const bool valid = chunk < chunks, staged = scales_staged();
-        const char* stage = ring + turn.stage * Stage<Policy>::kBytes;
-        uint4 codes[kGroups][2];
-        Scale scales[kGroups][2] = {};
-        if (!staged && first < chunks)
+    __device__ void multiply_stage(const Stage<Policy>& stage, int slice, int tile, const Expert& e,
+                                   const uint4* from, float (&sum)[kGroups][4]) const {
+        const Lane lane;
+        Scale scales[kGroups][2];
+        if (scales_staged())
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; i++)
+                scales[i / 2][i % 2] = stage.scales[lane.group + 8 * i][lane.member];
+        else
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++) {
-                const auto* row = Policy::scale_row(matrix(e, 8 * i),
-                                                    weight_row(tile, place.lane.group + 8 * i));
-                if (valid || Policy::kBlockScale)
-                    scales[i / 2][i % 2] = Policy::load_scale(row, valid ? chunk : first);
+                // A tile's rows of one matrix have one block scale.
+                const bool known = Policy::kBlockScale && i >= (kGated ? 2 : 1);
+                scales[i / 2][i % 2] =
+                    known ? scales[0][kGated ? i % 2 : 0]
+                          : scale_of(matrix(e, 8 * i), weight_row(tile, lane.group + 8 * i), slice);
             }
-        barrier_wait(&s.full[turn.stage], turn.parity);
-#pragma unroll
-        for (int i = 0; i < 2 * kGroups; i++) {
-            codes[i / 2][i % 2] = valid ? *(const uint4*)(stage + place.codes + i * 8 * kRowStride)
-                                        : make_uint4(0, 0, 0, 0);
-            if (staged && valid)
-                scales[i / 2][i % 2] = *(const Scale*)(stage + place.scales +
-                                                       i * 8 * Stage<Policy>::kScaleStride);
-        }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[turn.stage]);
-        if (first >= chunks) return;
         uint4 b[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; v++) b[v] = from[v * lanes];
 #pragma unroll
         for (int q = 0; q < kGroups; q++) {
-            if constexpr (kInHalves<Policy>) multiply_halves(codes[q], scales[q], b, sum[q]);
-            else multiply_codes(codes[q], scales[q], b, sum[q]);
+            const uint4 codes[2] = {stage.codes[2 * q][threadIdx.x % 32],
+                                    stage.codes[2 * q + 1][threadIdx.x % 32]};
+            if constexpr (kInHalves<Policy>) multiply_halves(codes, scales[q], b, sum[q]);
+            else multiply_codes(codes, scales[q], b, sum[q]);
         }
+    }
+
+    __device__ Scale scale_of(const dsv4_weight& w, int64_t row, int slice) const {
+        const int first = slice * 64 + threadIdx.x / 32 * 4, chunk = first + threadIdx.x % 4;
+        if (chunk >= chunks && !Policy::kBlockScale) return Scale{};
+        return Policy::load_scale(Policy::scale_row(w, row), chunk < chunks ? chunk : first);
     }
 
     __device__ static void multiply_codes(const uint4 (&codes)[2], const Scale (&scales)[2],
@@ -392,15 +426,10 @@ template <class Policy, Product kProduct> struct Few {
 };
 
 template <class Policy, Product kProduct>
-__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int stages) {
+__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int depth) {
     extern __shared__ __align__(128) char memory[];
     __shared__ FewShared s;
-    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < stages; i++) {
-            barrier_init(&s.full[i], 1);
-            barrier_init(&s.empty[i], kMultipliers);
-        }
         for (int i = 0; i < kFinishers; i++) {
             barrier_init(&s.summed[i], kMultipliers);
             barrier_init(&s.taken[i], 1);
@@ -408,30 +437,40 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int st
         fence_barrier_init();
     }
     __syncthreads();
-    // The next product starts only once this one has waited, so the list is complete by then, and the
-    // weights may be copied before the hidden vectors are.
-    const bool copies = warp == kMultipliers + kFinishers;
-    if (!copies || kProduct == Product::kHidden) wait_for_previous();
+    // The second product may start only once the first one has waited: the list is complete by then, and
+    // the weights are copied before the hidden vectors are there.
+    if (kProduct == Product::kHidden) wait_for_previous();
     let_next_start();
-    const Few<Policy, kProduct> few(m, s, memory, stages);
-    if (copies) few.copy();
-    else if (warp < kMultipliers) few.multiply();
-    else few.finish(warp - kMultipliers);
+    const Few<Policy, kProduct> few(m, s, memory, depth);
+    const int warp = threadIdx.x / 32;
+    if (warp < kMultipliers) {
+        few.multiply();
+    } else {
+        wait_for_previous();
+        few.finish(warp - kMultipliers);
+    }
 }
 
-// As many stages as fit; kUnsupported where two do not.
+// How many stages fit; less than two: none.
+template <class Policy, Product kProduct> int few_depth(const Moe& m) {
+    const int64_t chunks = (kProduct == Product::kHidden ? m.d : m.inner) / Policy::kChunk;
+    if (chunks > 64 * 1024) return 0;
+    const int room = 227 * 1024 - (int)sizeof(FewShared) -
+                     Few<Policy, kProduct>::fixed_bytes((int)chunks, m.most);
+    const int depth = room / (int)(kMultipliers * sizeof(Stage<Policy>));
+    return depth < kMostDepth ? depth : kMostDepth;
+}
+
 template <class Policy, Product kProduct> int launch_few(const Moe& m, int blocks, void* stream) {
-    constexpr bool kGated = kProduct == Product::kHidden;
-    constexpr int kRoom = 227 * 1024 - (int)sizeof(FewShared);
-    int chunks = (int)((kGated ? m.d : m.inner) / Policy::kChunk);
-    int fixed = Few<Policy, kProduct>::fixed_bytes(chunks, m.most);
-    int stages = (kRoom - fixed) / Stage<Policy>::kBytes;
-    if (chunks > 64 * 1024 || stages < 2) return kUnsupported;
-    stages = stages < kMostStages ? stages : kMostStages;
-    size_t shared = fixed + stages * Stage<Policy>::kBytes;
-    int status = allow_shared(few_kernel<Policy, kProduct>, shared);
+    auto kernel = few_kernel<Policy, kProduct>;
+    const int depth = few_depth<Policy, kProduct>(m);
+    if (depth < 2) return kUnsupported;
+    const int chunks = (int)((kProduct == Product::kHidden ? m.d : m.inner) / Policy::kChunk);
+    const size_t shared = Few<Policy, kProduct>::fixed_bytes(chunks, m.most) +
+                          depth * kMultipliers * sizeof(Stage<Policy>);
+    int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
-    return launch(few_kernel<Policy, kProduct>, blocks, kFewThreads, shared, stream, m, stages);
+    return launch(kernel, blocks, kFewThreads, shared, stream, m, depth);
 }
 
 }  // namespace dsv4

@@ -41,12 +41,6 @@ __global__ void __launch_bounds__(256) place_kernel(const bf16* from, bf16* to, 
     for (int j = 0; j < 4; j++) *(uint32_t*)(group + place_of(column + j)) = pairs[j];
 }
 
-template <int kBytes> __device__ inline void copy_small(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-}
-
 // An 8 x 8 matrix of 16-bit values, two of a row in each thread: transposed.
 __device__ inline uint32_t transposed(uint32_t pair) {
     uint32_t r;

@@ -72,24 +72,36 @@ inline int block_count() {
     return count;
 }
 
-template <class Policy> int few_pairs(const Moe& m, void* stream) {
+template <class Policy> int few_pairs(Moe m, void* stream) {
     const int blocks = block_count();
     int status = launch_few<Policy, Product::kHidden>(m, blocks, stream);
     if (status != cudaSuccess) return status;
-    if (m.n == 1 && m.k > 1 && m.k <= kFewPairs)
+    if (m.n == 1 && m.k > 1 && m.k <= kFewPairs) {
+        m.most = (int)m.k;
         return launch_few<Policy, Product::kDownToken>(m, blocks, stream);
+    }
     status = launch_few<Policy, Product::kDown>(m, blocks, stream);
     return status == cudaSuccess ? combine(m, stream) : status;
+}
+
+// The most pairs of a piece for few_pairs: what fits in shared memory with three stages, or with two.
+template <class Policy> int few_size(Moe m) {
+    const bool scarce = m.n * m.k <= 2 * m.count;
+    for (int depth : {3, 2})
+        for (m.most = m.n == 1 ? 1 : scarce ? kFewPairs / 2 : kFewPairs; m.most > 0; m.most /= 2)
+            if (few_depth<Policy, Product::kHidden>(m) >= depth &&
+                few_depth<Policy, Product::kDown>(m) >= depth)
+                return m.most;
+    return kFewPairs;
 }
 
 // The most pairs of a piece; up to kFewPairs they stand for few_pairs.
 template <class Policy> int piece_size(const Moe& m) {
     int64_t pairs = m.n * m.k;
     const char* few = getenv("DSV4_EXPERTS_FEW");
-    if (m.n > 1 && pairs <= 2 * m.count && !few) return kFewPairs / 2;
-    if (pairs <= (few ? atoi(few) : 8) * m.count) return kFewPairs;
+    if (pairs <= (few ? atoi(few) : 8) * m.count) return few_size<Policy>(m);
     if constexpr (!kHasMany<Policy>) return kTileTokens;
-    if (!many_fits(m)) return kFewPairs;
+    if (!many_fits(m)) return few_size<Policy>(m);
     if (std::is_same_v<Policy, Mxfp4>) return 64;
     if (const char* forced = getenv("DSV4_EXPERTS_PIECE")) return atoi(forced);
     return pairs <= 48 * m.count ? 64 : 128;
