@@ -9,6 +9,7 @@ are still there when the process is not; a third thread turns them into log even
 from __future__ import annotations
 
 import codecs
+import ctypes
 import faulthandler
 import os
 import shutil
@@ -185,7 +186,7 @@ def _read_commands(source: BinaryIO, server: SessionServer, folder: Path) -> Non
             message = decode(line)
             number = int(message.get("id", -1))
             if message.get("end") == "keep":
-                os._exit(ExitCode.OK)
+                _leave()
             parsed = parse(str(message.get("line", "")))
             if parsed.command.name == "quit":
                 server.reply(number, {})
@@ -201,6 +202,13 @@ def _read_commands(source: BinaryIO, server: SessionServer, folder: Path) -> Non
 
 def _end(folder: Path) -> NoReturn:
     shutil.rmtree(folder, ignore_errors=True)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process from any thread, whatever the engine does."""
+    if os.environ.get("NVTX_INJECTION64_PATH"):  # a profiler writes what it holds when C code exits
+        ctypes.CDLL(None).exit(int(ExitCode.OK))
     os._exit(ExitCode.OK)
 
 
