@@ -1,7 +1,9 @@
 """Times probes on a GPU: in the graph of a V4-Flash decode layer, op by op, and the reduction alone.
 
-    python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 3] [--json OUT.json]
+    python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 3]
+        [--observers stats,reduced,default,exponents,clock] [--json OUT.json]
 
+`reduced` are the default probes that the one launch a layer answers, `default` all that work in a graph.
 Method: `layer` rows replay the same layers captured with and without an observer, in turns, random
 weights and caches, as bench_cuda_layer.py does; ratio = time with / time without. `eager` rows are wall
 time of the same layers launched one by one. `tensor` rows are one tensor: a graph of copies over
@@ -55,15 +57,19 @@ def in_turns(graphs: dict[str, DecodeGraph], rounds: int = 3) -> dict[str, float
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def layer_row(model: Transformer, kind: str, batch: int, context: int) -> dict[str, Any]:
+def layer_row(
+    model: Transformer, kind: str, batch: int, context: int, wanted: Sequence[str]
+) -> dict[str, Any]:
     layers = range(len(model.layers))
-    observers: dict[str, dict[str, Any]] = {
-        "without": {},
-        "stats": {"observer": watch(model, ["stats", "nonfinite"])},
-        "default": {"observer": watch(model, GRAPH_PROBES)},
-        "exponents": {"observer": watch(model, [*GRAPH_PROBES, "exponents"])},
-        "clock": {"clock": SiteClock(len(model.sites), model.device)},
+    reduced = [name for name in GRAPH_PROBES if name not in ("softmax", "cache")]
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "stats": lambda: {"observer": watch(model, ["stats", "nonfinite"])},
+        "reduced": lambda: {"observer": watch(model, reduced)},
+        "default": lambda: {"observer": watch(model, GRAPH_PROBES)},
+        "exponents": lambda: {"observer": watch(model, [*GRAPH_PROBES, "exponents"])},
+        "clock": lambda: {"clock": SiteClock(len(model.sites), model.device)},
     }
+    observers = {"without": {}, **{name: makers[name]() for name in wanted}}
     cache = filled_cache(model, batch, context, 640)
     graphs = {name: DecodeGraph(model, cache, layers, **keys) for name, keys in observers.items()}
     between = time_graph(DecodeGraph(model, cache, range(0)))[0]
@@ -202,6 +208,7 @@ def main() -> int:
     parser.add_argument("--batch", default="1,64")
     parser.add_argument("--context", default="4096")
     parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--observers", default="stats,reduced,default,exponents,clock")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -224,7 +231,7 @@ def main() -> int:
         model.set_route(parse_route(["kernel"]))
         for context in map(int, args.context.split(",")):
             for batch in map(int, args.batch.split(",")):
-                add(layer_row(model, kind, batch, context))
+                add(layer_row(model, kind, batch, context, args.observers.split(",")))
                 if batch == 1:
                     add(eager_row(model, kind, batch, context))
         del model
