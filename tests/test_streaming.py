@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +14,8 @@ import dsv4_bench.engine.cpu
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import streaming
 from dsv4_bench.engine.checkpoint import Checkpoint
-from dsv4_bench.engine.demo import resolve_checkpoint
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
-from dsv4_bench.engine.generate import generate, teacher_forced_logits
+from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
 from dsv4_bench.engine.streaming import (
@@ -317,111 +316,3 @@ def test_generate_with_packed_kv(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--kv", "fp8"]) == 0
     out = capsys.readouterr()
     assert out.out.split() == ["17."] and "attention: cpu: takes no packed KV entries" in out.err
-
-
-# ------------------------------------------------------------------------------ on a GPU
-
-
-@pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    yield torch.device("cuda", torch.cuda.current_device())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("share", [None, 0.5, 0.8])
-def test_gpu_same_bits_within_the_budget(gpu: torch.device, share: float | None) -> None:
-    """The demo: logits as with resident weights, memory for weights never above the budget."""
-    checkpoint = Checkpoint(resolve_checkpoint(None))
-    probe = Transformer(checkpoint, torch.bfloat16)
-    sizes = [layer_bytes(probe, layer) for layer in range(len(probe.layers))]
-    rest = layer_bytes(probe, None)
-    budget = int(rest + 2 * max(sizes) if share is None else share * (rest + sum(sizes)))
-    ids, chunks = ids_for(probe, 200), (150, 1, 1, 1, 30)
-
-    def run(limit: int) -> tuple[Tensor, int, int, list[str]]:
-        """Logits, bytes after loading, the most bytes on top of them, notes."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        model, notes = streaming.open_model(checkpoint, torch.bfloat16, gpu, budget=limit)
-        loaded = torch.cuda.max_memory_allocated() - before
-        model.set_route(parse_route(["kernel"]))
-        teacher_forced_logits(model, ids, chunks)  # builds, loads libraries
-        torch.cuda.reset_peak_memory_stats()
-        logits = teacher_forced_logits(model, ids, chunks)
-        assert torch.equal(teacher_forced_logits(model, ids, chunks), logits)
-        return logits, loaded, torch.cuda.max_memory_allocated() - before - loaded, notes
-
-    want, all_weights, work, notes = run(1 << 40)
-    assert not notes and abs(all_weights - (rest + sum(sizes))) <= 1 << 20
-    got, loaded, more, notes = run(budget)
-    print(
-        f"weights {all_weights}, budget {budget}: {loaded} loaded, {more} on top, resident {work}"
-    )
-    assert torch.equal(got, want)
-    assert loaded <= budget < all_weights
-    assert more <= work + (1 << 20)
-    assert len(notes) == 1 and "are streamed from host memory" in notes[0], notes
-
-
-@pytest.mark.gpu
-def test_gpu_generates_the_same(gpu: torch.device) -> None:
-    checkpoint = Checkpoint(resolve_checkpoint(None))
-    texts = []
-    for budget in (1 << 40, None):
-        if budget is None:
-            probe = Transformer(checkpoint, torch.bfloat16)
-            sizes = [layer_bytes(probe, layer) for layer in range(len(probe.layers))]
-            budget = layer_bytes(probe, None) + 2 * max(sizes)
-        model, _ = streaming.open_model(checkpoint, torch.bfloat16, gpu, budget=budget)
-        model.set_route(parse_route(["kernel"]))
-        texts.append(list(generate(model, ids_for(model, 50), 24)))
-    assert texts[0] == texts[1]
-
-
-@pytest.mark.gpu
-def test_gpu_unpinned_memory_works_and_is_named(
-    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert streaming.pinned(0) is None  # the driver refuses; what follows must not see its error
-    assert float(torch.ones(1, device=gpu) + 1) == 2
-    memory = streaming.pinned(1 << 20)
-    assert memory is not None and memory.is_pinned()
-    monkeypatch.setattr(streaming, "pinned", lambda size: None)
-    checkpoint = Checkpoint(resolve_checkpoint(None))
-    probe = Transformer(checkpoint, torch.bfloat16)
-    budget = layer_bytes(probe, None) + 2 * max(
-        layer_bytes(probe, layer) for layer in range(len(probe.layers))
-    )
-    logits = []
-    for limit in (budget, 1 << 40):
-        model, notes = streaming.open_model(checkpoint, torch.bfloat16, gpu, budget=limit)
-        model.set_route(parse_route(["kernel"]))
-        logits.append(teacher_forced_logits(model, ids_for(model, 60), (50, 1)))
-        if limit == budget:
-            assert "16 streamed layers are not in pinned memory" in notes[1]
-    assert torch.equal(*logits)
-
-
-@pytest.mark.gpu
-def test_gpu_a_graph_with_a_streamed_layer_is_refused(gpu: torch.device) -> None:
-    copies = streaming.CudaCopies(gpu)
-    layers = []
-    buffers = copies.buffers(1024)
-    for number in range(3):
-        layer = HostLayer()
-        layer.put(buffers[number % 2])(torch.full((8,), number, dtype=torch.uint8))
-        layers.append(layer)
-    streamer = Streamer(layers, buffers, copies)
-    with streamer.loaded(0):
-        pass
-    graph = torch.cuda.CUDAGraph()
-    with (
-        pytest.raises(CannotAnswer, match="cannot be part of a CUDA graph"),
-        torch.cuda.graph(graph),
-        streamer.loaded(0),
-    ):
-        pass
-    with streamer.loaded(1):
-        assert buffers[1][:8].tolist() == [1] * 8
