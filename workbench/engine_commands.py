@@ -268,7 +268,8 @@ class EngineCommands:
             self.debugger.probes = [old.get(probe.name, probe) for probe in chosen]
             self.debugger.look_again()
         make_probes([])  # registers the built-in ones
-        known = {name: cls.help for name, cls in PROBES.items()}
+        graph = {False: "", True: " (in CUDA graphs too)"}
+        known = {name: cls.help + graph[cls.captures] for name, cls in PROBES.items()}
         return {**self.state(), "known_probes": known}
 
     # -- breakpoints
