@@ -42,23 +42,26 @@ def weights(n: int, k: int) -> list[Weight]:
     return [weight.to(CUDA) for weight in found]
 
 
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape).to(CUDA)
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Converted on the CPU: initcheck does not see what torch's own kernels write."""
+    return torch.randn(*shape).to(dtype).to(CUDA)
 
 
 def main() -> None:
-    for n, k in ((33, 160), (80, 1056)):
+    # Sizes that need float32 multiply-adds; tiles of weight rows; one ring a warp, split over warps and
+    # over a cluster.
+    for n, k in ((33, 160), (80, 1056), (40, 1152), (33, 4096)):
         for weight in weights(n, k):
-            for m in (1, 9, 65):
+            for m in (1, 3, 9, 65):
                 for dtype in (torch.float32, BF16):
-                    run("linear", randn(m, k).to(dtype), weight=weight, out_dtype=None)
+                    run("linear", randn(m, k, dtype=dtype), weight=weight, out_dtype=None)
     for weight in weights(64, 96):
-        run("grouped_linear", randn(3, 192).to(BF16), weight=weight, groups=2)
+        run("grouped_linear", randn(3, 192, dtype=BF16), weight=weight, groups=2)
     for first, second in zip(weights(96, 160)[:5], weights(160, 96)[:5], strict=True):
         expert = Expert(first, second, replace(first))
         bank = [expert, expert, expert]
         for m in (1, 5, 40):
-            x, ids = randn(m, 160).to(BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
+            x, ids = randn(m, 160, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
             run("experts", x, torch.rand(m, 2).to(CUDA), ids, bank=bank, limit=2.0)
             run("shared_expert", x, expert=expert, limit=2.0)
     router = Weight("gate", "dense", randn(33, 64))

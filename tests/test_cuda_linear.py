@@ -100,20 +100,31 @@ def random_weight(kind: str, n: int, k: int) -> Weight:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear_at_ragged_shapes(kind, dtype):
-    for n, k in [*shapes_of(kind), (48, 128), (40, 2048 + 64)]:
+    for n, k in [*shapes_of(kind), (48, 128), (40, 2048 + 64), (1000, 1152), (20, 4096 + 128)]:
         weight = make_weight(kind, n, k)
         exact = oracle_weight(weight)
-        for m in ROWS:
+        for m in ROWS if n < 1000 else (1, 3, 16):
             x = torch.randn(m, k).to(dtype)
             got = kernel("linear", x.to(CUDA), weight=on_gpu(weight), out_dtype=torch.float32)
             close(got, x.double() @ exact.T, f"{kind} [{n}, {k}], {m} rows")
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "fp8", "bf16"])
-@pytest.mark.parametrize("n, k", [(4096, 8192), (32768, 1024), (1536, 7168), (16384, 1536)])
+@pytest.mark.parametrize(
+    "n, k",
+    [
+        (4096, 8192),
+        (32768, 1024),
+        (1536, 7168),
+        (16384, 1536),
+        (512, 4096),
+        (20000, 512),
+        (64, 16384),
+    ],
+)
 def test_linear_at_model_shapes(kind, n, k):
     weight = random_weight(kind, n, k)
-    for m in (1, 8, 64, 65):
+    for m in (1, 2, 8, 16, 64, 65):
         x = torch.randn(m, k, device=CUDA).to(BF16)
         x[:, 5] *= 300  # an outlier channel
         got = kernel("linear", x, weight=weight, out_dtype=None)
@@ -197,7 +208,7 @@ def test_linear_of_unaligned_weights(kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_grouped_linear(kind, dtype):
-    for n, groups, k in ((6, 3, 96), (140, 2, 96), (64, 4, 256)):
+    for n, groups, k in ((6, 3, 96), (140, 2, 96), (64, 4, 256), (96, 2, 1152)):
         weight = make_weight(kind, n, k)
         w = oracle_weight(weight).view(groups, n // groups, k)
         for m in (0, 1, 9, 65):
@@ -229,9 +240,10 @@ def test_a_changed_weight_is_seen():
     assert torch.equal(after, 2 * before)
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("m", [1, 8, 64])
-def test_a_hundred_repeats_and_a_graph_give_the_same_bits(m):
-    weight = random_weight("nvfp4", 4096, 2048)
+def test_a_hundred_repeats_and_a_graph_give_the_same_bits(m, kind):
+    weight = random_weight(kind, 4096, 2048)
     x = torch.randn(m, 2048, device=CUDA).to(BF16)
     first = kernel("linear", x, weight=weight, out_dtype=None)
     assert all(
