@@ -10,6 +10,8 @@
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
 
+#include <stdlib.h>
+
 #include <type_traits>
 
 #include "experts.cuh"
@@ -458,6 +460,8 @@ template <class Policy, Product kProduct> int few_depth(const Moe& m) {
     const int room = 227 * 1024 - (int)sizeof(FewShared) -
                      Few<Policy, kProduct>::fixed_bytes((int)chunks, m.most);
     const int depth = room / (int)(kMultipliers * sizeof(Stage<Policy>));
+    if (const char* forced = getenv("DSV4_EXPERTS_DEPTH"))
+        if (atoi(forced) < depth) return atoi(forced);
     return depth < kMostDepth ? depth : kMostDepth;
 }
 

@@ -59,10 +59,18 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         Scale scales[kManyRows][4];
     };
     static constexpr int kStages = 220 * 1024 / sizeof(Stage) < 8 ? 220 * 1024 / sizeof(Stage) : 8;
+    // What the consumers need of an item besides its products.
+    struct alignas(16) Item {
+        float weights[kMostPairs], factors[2];  // of the pairs; of the sums of gate and up, or of down
+        int pairs[kMostPairs], count;
+    };
+    static constexpr int kAhead = kStages - 2;  // stages that copies run ahead of their hand-over
+    static constexpr int kItems = kStages + 2;  // producers are ahead by one step or more an item
     struct Shared {
         Stage stages[kStages];
         uint64_t full[kStages], empty[kStages];
-        int sources[kMostPairs];  // activation rows of the producers' piece
+        Item items[kItems];
+        int sources[kMostPairs];  // activation rows of the producers' item
     };
     static constexpr int kOutputs = kGated ? kManyRows / 2 : kManyRows;  // rows of the result
 
@@ -91,11 +99,13 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     __device__ void produce() const {
         const int thread = threadIdx.x - kConsumers;
         const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + 32, ...
-        Turn turn;
-        for (int item = blockIdx.x, known = -1; item < total; item += gridDim.x) {
-            int piece = item / tiles, tile = item % tiles;
-            Work work = m.work_of(piece);
-            if (piece != known) find_sources(work), known = piece;
+        Turn turn, landed;
+        int behind = 0;  // stages that are copied but not yet handed over
+        for (int item = blockIdx.x, slot = 0; item < total; item += gridDim.x) {
+            const int tile = item % tiles;
+            const Work work = m.work_of(item / tiles);
+            announce(work, s.items[slot], thread);
+            slot = slot == kItems - 1 ? 0 : slot + 1;
             const dsv4_weight& w = matrix(work, r);
             const int64_t row = weight_row(tile, r), next = kGated ? 16 : 32;
             const char* codes = (const char*)w.data + row * (columns / 2) + quarter * 16;
@@ -113,19 +123,37 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
                         stage.scales[r + 32 * (quarter + 4 * i)],
                         scales + i * 4 * next * (columns / Policy::kChunk) + step * 4);
                 copy_x(stage, work.count, step, thread);
-                copy_arrive(&s.full[turn.stage]);
+                copy_commit();
+                if (behind < kAhead) {
+                    behind++;
+                } else {
+                    copy_wait<kAhead>();
+                    hand_over(landed);
+                }
             }
         }
-        copy_commit();
         copy_wait<0>();
+        for (; behind > 0; behind--) hand_over(landed);
     }
 
-    __device__ void find_sources(const Work& work) const {
-        const int thread = threadIdx.x - kConsumers;
-        named_barrier(1, kManyProducers);
-        for (int i = thread; i < work.count; i += kManyProducers) {
-            int pair = m.pair(work.first + i);
-            s.sources[i] = kGated ? pair / (int)m.k : pair;
+    // The products read shared memory through another proxy than that of these copies.
+    __device__ void hand_over(Turn& landed) const {
+        fence_async_proxy();
+        barrier_arrive(&s.full[landed.stage]);
+        landed.next(kStages);
+    }
+
+    __device__ void announce(const Work& work, Item& item, int thread) const {
+        named_barrier(1, kManyProducers);  // the sources of the item before are no longer used
+        if (thread < work.count) {
+            int pair = m.pair(work.first + thread);
+            item.pairs[thread] = pair;
+            s.sources[thread] = kGated ? pair / (int)m.k : pair;
+            if (kGated) item.weights[thread] = m.weight_of(pair);
+        }
+        if (thread < 2) {
+            item.factors[thread] = Policy::kFactor * matrix(work, 8 * thread).global_scale;
+            item.count = work.count;
         }
         named_barrier(1, kManyProducers);
     }
@@ -144,13 +172,15 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
 
     __device__ void consume() const {
         Turn turn;
-        for (int item = blockIdx.x; item < total; item += gridDim.x) {
-            Work work = m.work_of(item / tiles);
-            int tile = item % tiles;
-            if (work.count <= 32) multiply<16>(turn, work, tile);
-            else if (work.count <= 64) multiply<32>(turn, work, tile);
-            else if (work.count <= 96) multiply<kMostPairs < 96 ? 32 : 48>(turn, work, tile);
-            else multiply<kMostPairs < 128 ? 32 : 64>(turn, work, tile);
+        for (int at = blockIdx.x, slot = 0; at < total; at += gridDim.x) {
+            barrier_wait(&s.full[turn.stage], turn.parity);
+            const Item& item = s.items[slot];
+            const int tile = at % tiles;
+            if (item.count <= 32) multiply<16>(turn, item, tile);
+            else if (item.count <= 64) multiply<32>(turn, item, tile);
+            else if (item.count <= 96) multiply<kMostPairs < 96 ? 32 : 48>(turn, item, tile);
+            else multiply<kMostPairs < 128 ? 32 : 64>(turn, item, tile);
+            slot = slot == kItems - 1 ? 0 : slot + 1;
         }
     }
 
@@ -161,13 +191,12 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     }
 
     template <int kSums>
-    __device__ void multiply(Turn& turn, const Work& work, int tile) const {
+    __device__ void multiply(Turn& turn, const Item& item, int tile) const {
         float sum[kTiles][kSums] = {};
         uint32_t a[2][2][2][2];  // of this product and the one before: [row][step][register]
         for (int step = 0; step < steps; step++, turn.next(kStages)) {
             const Stage& stage = s.stages[turn.stage];
             barrier_wait(&s.full[turn.stage], turn.parity);
-            fence_async_proxy();
             uint32_t codes[kTiles][2][4];
             Scale scales[kTiles][2];
 #pragma unroll
@@ -202,46 +231,45 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         }
 #pragma unroll
         for (int t = 0; t < kTiles; t++) {
-            if constexpr (kGated) finish_hidden(sum[t], work, tile, first_row(t) / 16);
-            else finish_down(sum[t], work, tile, first_row(t));
+            if constexpr (kGated) finish_hidden(sum[t], item, tile, first_row(t) / 16);
+            else finish_down(sum[t], item, tile, first_row(t));
         }
     }
 
     template <int kSums>
-    __device__ void finish_hidden(const float (&sum)[kSums], const Work& work, int tile,
+    __device__ void finish_hidden(const float (&sum)[kSums], const Item& item, int tile,
                                   int sixteen) const {
-        const Expert& e = m.table[work.expert];
         const int member = threadIdx.x % 4;
         bf16* to = m.hidden + tile * kOutputs + place_of(sixteen * 8 + member);
 #pragma unroll
         for (int j = 0; j < kSums / 4; j++) {
+            const float2 weights = *(const float2*)&item.weights[8 * j + 2 * member];
             float value[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int at = 8 * j + 2 * member + i;
-                float weight = at < work.count ? m.weight_of(m.pair(work.first + at)) : 0.0f;
-                value[i] = hidden_value(e, Policy::kFactor, sum[4 * j + i], sum[4 * j + 2 + i],
-                                        m.limit, weight);
+                float gate = rounded(sum[4 * j + i] * item.factors[0]);
+                float up = rounded(sum[4 * j + 2 + i] * item.factors[1]);
+                value[i] = swiglu(gate, up, m.limit) * (i == 0 ? weights.x : weights.y);
             }
             uint32_t rows_of_pair = transposed(pack_bf16(value[0], value[1]));
             int at = 8 * j + threadIdx.x % 32 / 4;
-            if (at < work.count)
-                *(uint32_t*)(to + m.pair(work.first + at) * (int64_t)rows) = rows_of_pair;
+            if (at < item.count)
+                *(uint32_t*)(to + item.pairs[at] * (int64_t)rows) = rows_of_pair;
         }
     }
 
     template <int kSums>
-    __device__ void finish_down(const float (&sum)[kSums], const Work& work, int tile,
+    __device__ void finish_down(const float (&sum)[kSums], const Item& item, int tile,
                                 int row) const {
-        const float factor = Policy::kFactor * m.table[work.expert].w2.global_scale;
+        const float factor = item.factors[0];
         float* to = m.partial + tile * kOutputs + row;
 #pragma unroll
         for (int j = 0; j < kSums / 4; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int at = 8 * j + 2 * (threadIdx.x % 4) + i;
-                if (at >= work.count) continue;
-                float* row_of = to + m.pair(work.first + at) * (int64_t)rows;
+                if (at >= item.count) continue;
+                float* row_of = to + item.pairs[at] * (int64_t)rows;
                 row_of[0] = sum[4 * j + i] * factor;
                 row_of[8] = sum[4 * j + 2 + i] * factor;
             }
