@@ -24,7 +24,7 @@ from cutlass.cute.runtime import make_ptr
 from cutlass.utils import LayoutEnum, SmemAllocator
 from cutlass.utils import hopper_helpers as hopper
 
-ROWS, TOKENS, COLUMNS = 128, 256, 64  # of a tile: weight rows, activation rows, contracted columns
+ROWS, COLUMNS = 128, 64  # of a tile: weight rows, contracted columns of a step
 CLUSTER = 2  # blocks along the weight rows; they share the activations
 CHUNK = 32  # activation rows that leave at a time
 SHARED, LEAVING = (
@@ -36,6 +36,9 @@ WARPGROUP = 128  # threads
 MULTIPLIERS = 2  # warpgroups that multiply; one more loads
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 PRODUCTS = COLUMNS // 16  # of a step
+# The matrix unit cuts the low bits of a sum at every product. float32 results are added up in float32
+# every so many steps, which takes registers: their tiles have half the activation rows.
+STEPS_TOGETHER = 8
 THREAD = pipeline.Agent.Thread
 
 
@@ -91,7 +94,7 @@ def e8m0_pair(code: Uint32) -> Uint32:
 class Nvfp4:
     """e2m1 codes with an e4m3 scale every 16 columns. The product is 2^-7 of what it stands for."""
 
-    bits, scale_type, scale_columns = 4, Uint32, COLUMNS
+    bits, unit, scale_type = 4, Uint64, Uint32
     swizzle = warpgroup.SmemLayoutAtomKind.K_SW32
     factor = 128.0
 
@@ -125,7 +128,7 @@ class Nvfp4:
         codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
     ) -> tuple:
         """The thread's four columns of product `i` in a weight row: two pairs of bfloat16."""
-        both = Uint64(codes[row, i, stage])
+        both = Uint64(codes[row, i ^ (row >> 2 & 1) * 2, stage])  # the swizzle: 16 bytes by row / 4
         selector = Uint32(0x40) + Uint32(member % 4) * Uint32(0x1111)
         pairs = []
         for word in (Uint32(both), Uint32(both >> 32)):
@@ -159,7 +162,7 @@ class Mxfp4(Nvfp4):
 class Fp8:
     """e4m3 codes with an e8m0 scale every 128 x 128."""
 
-    bits, scale_type = 8, Uint8
+    bits, unit, scale_type = 8, Uint16, Uint8
     swizzle = warpgroup.SmemLayoutAtomKind.K_SW64
     factor = 1.0
 
@@ -181,7 +184,7 @@ class Fp8:
     def operand(
         codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
     ) -> tuple:
-        pair = 8 * i + member % 4
+        pair = 8 * (i ^ (row >> 1 & 3)) + member % 4  # the swizzle: 16 bytes by row / 2
         low, high = codes[row, pair, stage], codes[row, pair + 4, stage]
         return tuple(product_of_pairs(e4m3_pair(Uint16(c)), factor) for c in (low, high))
 
@@ -200,15 +203,17 @@ class TallLinear:
     def __init__(self, coded: type | None, out_dtype: type[cutlass.Numeric]) -> None:
         self.coded = coded
         self.out_dtype = out_dtype
+        self.exact = out_dtype is Float32
+        self.tokens = 128 if self.exact else 256  # activation rows of a tile
         self.buffers = LEAVING // (ROWS * CHUNK * out_dtype.width // 8)
         self.stored = BFloat16 if coded is None else Uint8
         self.width = COLUMNS if coded is None else COLUMNS * coded.bits // 8  # of a stage
-        self.stage_bytes = ROWS * self.width * self.stored.width // 8 + TOKENS * COLUMNS * 2
+        self.stage_bytes = ROWS * self.width * self.stored.width // 8 + self.tokens * COLUMNS * 2
         self.stages = (SHARED - LEAVING) // self.stage_bytes
 
     def weight_layout(self) -> cute.ComposedLayout:
         """The stages of stored weights [rows, width, stage] in shared memory."""
-        tile = (ROWS, TOKENS, COLUMNS)
+        tile = (ROWS, self.tokens, COLUMNS)
         if self.coded is None:
             return hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, BFloat16, self.stages)
         atom = warpgroup.make_smem_layout_atom(self.coded.swizzle, Uint8)
@@ -243,7 +248,7 @@ class TallLinear:
 
         layout_w = self.weight_layout()
         layout_x = hopper.make_smem_layout_a(
-            LayoutEnum.ROW_MAJOR, (TOKENS, ROWS, COLUMNS), BFloat16, self.stages
+            LayoutEnum.ROW_MAJOR, (self.tokens, ROWS, COLUMNS), BFloat16, self.stages
         )
         layout_y = hopper.make_smem_layout_epi(
             self.out_dtype, LayoutEnum.COL_MAJOR, (ROWS, CHUNK), self.buffers
@@ -259,7 +264,7 @@ class TallLinear:
             cpasync.CopyBulkTensorTileG2SMulticastOp(),
             rows,
             cute.slice_(layout_x, one),
-            (TOKENS, COLUMNS),
+            (self.tokens, COLUMNS),
             num_multicast=CLUSTER,
         )
         store_y, to_y = cpasync.make_tiled_tma_atom(
@@ -274,7 +279,7 @@ class TallLinear:
             y: cute.struct.Align[cute.struct.MemRange[self.out_dtype, cute.cosize(layout_y)], 1024]
 
         self.storage = Storage
-        row_tiles, token_tiles = cute.ceil_div(n, ROWS * CLUSTER), cute.ceil_div(m, TOKENS)
+        row_tiles, token_tiles = cute.ceil_div(n, ROWS * CLUSTER), cute.ceil_div(m, self.tokens)
         clusters = min(row_tiles * token_tiles, processors // CLUSTER)
         self.kernel(
             *(load_w, from_w, layout_w, load_x, from_x, layout_x, store_y, to_y, layout_y),
@@ -312,6 +317,13 @@ class TallLinear:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self.storage)
         sw = storage.w.get_tensor(layout_w.outer, swizzle=layout_w.inner)
+        stored = sw
+        if cutlass.const_expr(self.coded is not None):  # as it lies: decoding undoes the swizzle
+            unit = self.coded.unit
+            layout = cute.make_ordered_layout(
+                (ROWS, self.width * 8 // unit.width, self.stages), order=(1, 0, 2)
+            )
+            stored = cute.make_tensor(cute.recast_ptr(storage.w.data_ptr(), dtype=unit), layout)
         sx = storage.x.get_tensor(layout_x.outer, swizzle=layout_x.inner)
         sy = storage.y.get_tensor(layout_y.outer, swizzle=layout_y.inner)
         feed = pipeline.PipelineTmaAsync.create(
@@ -326,8 +338,8 @@ class TallLinear:
         )
         pipeline.pipeline_init_arrive(cluster_shape_mn=(CLUSTER, 1), is_relaxed=True)
         gw = cute.local_tile(from_w, (ROWS, self.width), (None, None))
-        gx = cute.local_tile(from_x, (TOKENS, COLUMNS), (None, None))
-        gy = cute.local_tile(to_y, (ROWS, TOKENS), (None, None))
+        gx = cute.local_tile(from_x, (self.tokens, COLUMNS), (None, None))
+        gy = cute.local_tile(to_y, (ROWS, self.tokens), (None, None))
         pipeline.pipeline_init_wait(cluster_shape_mn=(CLUSTER, 1))
 
         if warp < 4:
@@ -339,7 +351,7 @@ class TallLinear:
             cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
             self.multiply(
                 feed,
-                sw,
+                stored,
                 sx,
                 sy,
                 store_y,
@@ -380,7 +392,8 @@ class TallLinear:
         for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
             row, token = self.place(tile, row_tiles, token_tiles)
             steps = cute.size(gw, mode=[3])
-            before = row * ROWS // per_group * steps  # activation columns of earlier groups
+            # Steps of earlier groups; both blocks of a cluster load the same activations.
+            before = (row - rank) * ROWS // per_group * steps
             for step in cutlass.range(steps, unroll=1):
                 feed.producer_acquire(state)
                 barrier = feed.producer_get_barrier(state)
@@ -411,36 +424,53 @@ class TallLinear:
         )
         k_major, shape = OperandMajorMode.K, (MULTIPLIERS, 1, 1)
         mma = hopper.make_trivial_tiled_mma(
-            BFloat16, BFloat16, k_major, k_major, Float32, shape, (64, TOKENS), source
+            BFloat16, BFloat16, k_major, k_major, Float32, shape, (64, self.tokens), source
         )
         member = cute.arch.thread_idx()[0] - WARPGROUP
         part = mma.get_slice(cute.make_layout(MULTIPLIERS, stride=WARPGROUP)(member // WARPGROUP))
         b = mma.make_fragment_B(part.partition_B(sx))
-        sums = cute.make_rmem_tensor(part.partition_shape_C((ROWS, TOKENS)), Float32)
+        sums = cute.make_rmem_tensor(part.partition_shape_C((ROWS, self.tokens)), Float32)
+        part_sums = cute.make_rmem_tensor(sums.shape, Float32) if self.exact else sums
         reading = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        freeing = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
         for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
             row, token = self.place(tile, row_tiles, token_tiles)
-            mma.set(warpgroup.Field.ACCUMULATE, False)
-            if cutlass.const_expr(self.coded is None):
-                a = mma.make_fragment_A(part.partition_A(sw))
-                reading, freeing = self.products(feed, mma, a, b, sums, reading, freeing, steps)
+            if cutlass.const_expr(self.exact):
+                sums.fill(0)
+                for start in cutlass.range(0, steps, STEPS_TOGETHER, unroll=1):
+                    count = cutlass.min(STEPS_TOGETHER, steps - start)
+                    reading = self.products(
+                        feed, mma, sw, b, part_sums, reading, start, count, scales, row, n
+                    )
+                    for i in cutlass.range_constexpr(cute.size(sums)):
+                        sums[i] = sums[i] + part_sums[i]
             else:
-                a = cute.make_rmem_tensor(part.partition_shape_A((ROWS, COLUMNS)), BFloat16)
-                reading, freeing = self.coded_products(
-                    feed, mma, a, b, sums, reading, freeing, steps, sw, scales, member, row, n
-                )
-            warpgroup.wait_group(0)
-            feed.consumer_release(freeing)
-            freeing.advance()
+                reading = self.products(feed, mma, sw, b, sums, reading, 0, steps, scales, row, n)
             self.leave(mma, sums, factor, sy, store_y, gy[(None, None, row, token)], member)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def products(self, feed, mma, a, b, sums, reading, freeing, steps) -> tuple:
-        """sums = the tile's product, but for the last step's, which is under way."""
-        for step in cutlass.range(steps, unroll=1):
+    def products(
+        self, feed, mma, sw, b, sums, reading, start, count, scales, tile_row, n
+    ) -> pipeline.PipelineState:
+        """sums = the products of steps [start, start + count)."""
+        mma.set(warpgroup.Field.ACCUMULATE, False)
+        if cutlass.const_expr(self.coded is None):
+            member = cute.arch.thread_idx()[0] - WARPGROUP
+            thread = cute.make_layout(MULTIPLIERS, stride=WARPGROUP)(member // WARPGROUP)
+            a = mma.make_fragment_A(mma.get_slice(thread).partition_A(sw))
+            reading = self.stored_products(feed, mma, a, b, sums, reading, count)
+        else:
+            reading = self.coded_products(
+                feed, mma, sw, b, sums, reading, start, count, scales, tile_row, n
+            )
+        return reading
+
+    @cute.jit
+    def stored_products(self, feed, mma, a, b, sums, reading, count) -> pipeline.PipelineState:
+        """Of bfloat16 weights."""
+        freeing = reading.clone()
+        for step in cutlass.range(count, unroll=1):
             feed.consumer_wait(reading)
             warpgroup.fence()
             for i in cutlass.range_constexpr(PRODUCTS):
@@ -453,46 +483,46 @@ class TallLinear:
                 warpgroup.wait_group(1)
                 feed.consumer_release(freeing)
                 freeing.advance()
-        return reading, freeing
+        warpgroup.wait_group(0)
+        feed.consumer_release(freeing)
+        return reading
 
     @cute.jit
     def coded_products(
-        self, feed, mma, a, b, sums, reading, freeing, steps, sw, scales, member, tile_row, n
-    ) -> tuple:
-        """The same from codes, decoded product by product behind those under way."""
-        words = cute.recast_tensor(
-            a, Uint32
-        )  # of a product: rows r and r + 8, then again 8 columns on
-        codes = cute.recast_tensor(sw, Uint64 if self.coded.bits == 4 else Uint16)
-        in_tile = member // 32 * 16 + member % 32 // 4
-        rows = [in_tile, in_tile + 8]
-        stored = [cutlass.min(tile_row * ROWS + r, n - 1) for r in rows]
-        low = self.coded.read_scale(scales, stored[0], 0)
-        high = self.coded.read_scale(scales, stored[1], 0)
-        for step in cutlass.range(steps, unroll=1):
+        self, feed, mma, codes, b, sums, reading, start, count, scales, tile_row, n
+    ) -> pipeline.PipelineState:
+        """The same of coded weights, decoded product by product behind those under way."""
+        member = cute.arch.thread_idx()[0] - WARPGROUP
+        row = member // 32 * 16 + member % 32 // 4
+        part = mma.get_slice(0)
+        a = cute.make_rmem_tensor(part.partition_shape_A((ROWS, COLUMNS)), BFloat16)
+        words = cute.recast_tensor(a, Uint32)  # of a product: rows r, r + 8, then 8 columns on
+        stored = [cutlass.min(tile_row * ROWS + row + 8 * h, n - 1) for h in range(2)]
+        low = self.coded.read_scale(scales, stored[0], start)
+        high = self.coded.read_scale(scales, stored[1], start)
+        for step in cutlass.range(count, unroll=1):
             factors = [self.coded.factors(low), self.coded.factors(high)]
-            ahead = cutlass.min(step + 1, steps - 1)
+            ahead = start + cutlass.min(step + 1, count - 1)
             low = self.coded.read_scale(scales, stored[0], ahead)
             high = self.coded.read_scale(scales, stored[1], ahead)
             feed.consumer_wait(reading)
             for i in cutlass.range_constexpr(PRODUCTS):
                 pairs = [
-                    self.coded.operand(codes, rows[h], i, reading.index, member, factors[h][i])
+                    self.coded.operand(codes, row + 8 * h, i, reading.index, member, factors[h][i])
                     for h in range(2)
                 ]
-                # Product i of the step before has been multiplied: its registers are free.
-                warpgroup.wait_group(PRODUCTS - 1)
                 for j in cutlass.range_constexpr(4):
                     words[4 * i + j] = pairs[j % 2][j // 2]
                 warpgroup.fence()
                 cute.gemm(mma, sums, a[(None, None, i)], b[(None, None, i, reading.index)], sums)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
                 warpgroup.commit_group()
+            # ptxas keeps the operands' registers as they are up to here, but not around the loop, where
+            # the matrix unit may read them still. The other warpgroup uses it in the meantime.
+            warpgroup.wait_group(0)
+            feed.consumer_release(reading)
             reading.advance()
-            if step > 0:
-                feed.consumer_release(freeing)
-                freeing.advance()
-        return reading, freeing
+        return reading
 
     @cute.jit
     def leave(self, mma, sums, factor, sy, store_y, of_tile, member) -> None:
@@ -509,7 +539,7 @@ class TallLinear:
         from_sy, to_gy = cpasync.tma_partition(
             store_y, 0, cute.make_layout(1), cute.group_modes(sy, 0, 2), chunks
         )
-        for i in cutlass.range_constexpr(TOKENS // CHUNK):
+        for i in cutlass.range_constexpr(self.tokens // CHUNK):
             buffer = i % self.buffers
             for j in cutlass.range_constexpr(cute.size(chunk)):
                 chunk[j] = from_sums[i * cute.size(chunk) + j] * factor
@@ -520,9 +550,8 @@ class TallLinear:
             if member < 32:
                 cute.copy(store_y, from_sy[(None, buffer)], to_gy[(None, (0, i))])
                 cute.arch.cp_async_bulk_commit_group()
-                # What the next chunk overwrites has been read.
-                cute.arch.cp_async_bulk_wait_group(self.buffers - 1, read=True)
-            together.arrive_and_wait()
+                # What the chunk after next overwrites has been read; the next barrier tells all.
+                cute.arch.cp_async_bulk_wait_group(self.buffers - 2, read=True)
 
 
 def exports() -> Iterator[tuple[str, TallLinear, list[object]]]:
