@@ -114,6 +114,8 @@ def test_sources_of_compiled_and_reference_code():
     assert sources(impl["reference"]) == []
     names = {path.name for path in sources(impl["cpu"])}
     assert {"hyper.cpp", "abi.h"} <= names and not any(name.endswith(".cu") for name in names)
+    names = {path.name for path in sources(registry.IMPLEMENTATIONS["linear"]["cutedsl"])}
+    assert {"linear_sm90.py", "linear.py", "library.py"} <= names
 
 
 def test_sources_can_be_asked_for_before_anything_runs(driver):

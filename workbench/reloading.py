@@ -19,6 +19,7 @@ import torch
 
 from dsv4_bench.engine import cpu_library, cuda_library
 from dsv4_bench.engine.build import csrc
+from dsv4_bench.engine.dsl import library
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
@@ -43,6 +44,8 @@ def sources(impl: Implementation, plugins: Iterable[str] = ()) -> list[Path]:
     if impl.name in _COMPILED:
         folders = (csrc() / _COMPILED[impl.name], csrc() / "common")
         return sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    if impl.name == "cutedsl":
+        return sorted(library.FOLDER.glob("*.py"))
     own = inspect.getsourcefile(inspect.unwrap(impl.function))
     named = [Path(file).absolute() for file in plugins]
     return sorted({*named, *([Path(own).absolute()] if own else [])})
@@ -68,6 +71,7 @@ def reload_code(model: Transformer, plugins: Iterable[str] = ()) -> list[str]:
         ) from error
     cpu_library.reset()
     cuda_library.reset()
+    library.dsl_build.cache_clear()
     for table in IMPLEMENTATIONS.values():
         for impl in table.values():
             impl.__dict__.pop("hash", None)  # of the code that was
