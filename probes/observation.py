@@ -9,7 +9,7 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
 from dsv4_bench.probes.device import Batch, Memory
-from dsv4_bench.probes.readings import Call, Reading, fetch
+from dsv4_bench.probes.readings import WRITTEN_ROWS, Call, Reading, fetch
 
 
 class Observation:
@@ -152,7 +152,10 @@ class Watch:
         call = Call(site, site.spec.bind(args, site.params), {}, self.forward)
         self.observation.before(call)
         for name in site.spec.mutates:
-            call.before[name] = call.inputs[name].clone()
+            if (
+                name != WRITTEN_ROWS.get(site.op, ("", ""))[0]
+            ):  # a whole cache, of which nothing is read
+                call.before[name] = call.inputs[name].clone()
         result = site.run(args)
         call.ran(site.spec.name_outputs(result) | {n: call.inputs[n] for n in site.spec.mutates})
         self.readings += self.observation.look(call)

@@ -12,7 +12,7 @@ from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
-from dsv4_bench.probes.readings import Call, Reading
+from dsv4_bench.probes.readings import WRITTEN_ROWS, Call, Reading, Request
 from dsv4_bench.probes.stats import Stats, first_nonfinite
 
 _LISTED = 4  # indices of an axis that are named one by one
@@ -46,6 +46,7 @@ class NonFiniteProbe(Probe):
             if stats is None or not _undeclared(call.site, output, stats):
                 continue
             bad = ~torch.isfinite(_without_declared(call.site, output, tensor))
+            bad &= _rows_looked_at(call, output)
             where = first_nonfinite(torch.where(bad, torch.nan, 0.0))
             if where is None or _spread(call):
                 continue
@@ -67,6 +68,16 @@ class NonFiniteProbe(Probe):
                 self.name, "nonfinite_slice", bounds, "bounds", None, "alarm", text, output
             )
             return
+
+
+def _rows_looked_at(call: Call, output: str) -> Tensor:
+    """[rows, 1, ...]: whether a row of an output is one that the call has written; [] for all."""
+    tensor, index = call.looked_at(Request("stats", output))
+    if index is None:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    rows = torch.zeros(len(tensor), dtype=torch.bool, device=tensor.device)
+    rows[index[index >= 0].long()] = True
+    return rows.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def _all_but(count: int, axis: int) -> tuple[int, ...]:
@@ -102,7 +113,10 @@ def _without_declared(site: Site, name: str, tensor: Tensor) -> Tensor:
 
 def run_time_inputs(call: Call) -> Iterator[tuple[str, Tensor]]:
     """Floating-point arguments of this call as they were before the op, without the constants."""
+    only_written = WRITTEN_ROWS.get(call.site.op, ("", ""))[0]
     for name, value in call.inputs.items():
+        if name == only_written:
+            continue
         if name not in call.site.params and isinstance(value, Tensor) and value.is_floating_point():
             yield name, call.before.get(name, value)
 

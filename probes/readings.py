@@ -76,8 +76,8 @@ class Request(NamedTuple):
     at: int | None = None
 
 
-# Arguments written in place of which one call writes rows only: op -> argument, rows written.
-_WRITTEN_ROWS = {"cache_write": ("cache", "slots")}
+# An argument that a call reads nothing of, and writes some rows of: op -> argument, rows written.
+WRITTEN_ROWS = {"cache_write": ("cache", "slots")}
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Call:
         tensor = self.outputs[request.output]
         if request.kind == "stats" and request.at is not None:
             return tensor.select(1, request.at), None
-        name, rows = _WRITTEN_ROWS.get(self.site.spec.name, ("", ""))
+        name, rows = WRITTEN_ROWS.get(self.site.spec.name, ("", ""))
         if request.output == name and isinstance(self.inputs.get(rows), Tensor):
             return tensor, self.inputs[rows]
         return tensor, None

@@ -226,3 +226,18 @@ def test_an_output_is_reduced_before_an_op_that_says_it_writes_there() -> None:
     readings = {(r.site, r.name): r.value for r in observation.flush()}
     assert readings["a", "abs_max"] == 1 and readings["b", "abs_max"] == 7
     assert readings["b", "nan"] == 0
+
+
+@pytest.mark.parametrize("bad_row, found", [(1, True), (2, False)])
+def test_a_write_that_makes_a_nan_is_its_origin(bad_row: int, found: bool) -> None:
+    """Of the rows it was to write, whatever lies in the others."""
+    cache = torch.full((4, 3), torch.nan)
+    cache[1] = cache[3] = 5.0
+    cache[bad_row, 2] = torch.nan
+    rows, slots = torch.full((2, 3), 5.0), torch.tensor([1, 3])
+    site = Site("L0/attn/window_write", spec_of("cache_write"), {}, 0)
+    call = Call(site, {"rows": rows, "slots": slots, "cache": cache}, {"cache": cache})
+    readings = Observation(make_probes(["stats", "nonfinite"])).look(call)
+    assert {r.name: r.value for r in readings}["nan"] == (1 if found else 0)
+    places = [r.value for r in readings if r.name == "first_nonfinite"]
+    assert places == ([[1.0, 2.0]] if found else [])
