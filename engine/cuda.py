@@ -2,6 +2,7 @@
 
 import dsv4_bench.engine.cuda_attention
 import dsv4_bench.engine.cuda_experts
+import dsv4_bench.engine.cuda_fusion
 import dsv4_bench.engine.cuda_hyper
 import dsv4_bench.engine.cuda_indexer
 import dsv4_bench.engine.cuda_linear

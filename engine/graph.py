@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsv4_bench.engine import cuda_library
 from dsv4_bench.engine.cache import Cache
+from dsv4_bench.engine.cuda_fusion import Fusions
 from dsv4_bench.engine.cuda_step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -56,7 +57,8 @@ class DecodeGraph:
     `layers` None: everything from token ids to logits, called with `forward`; a range: these layers
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
-    depend on each other run side by side.
+    depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
+    that follow one another are one launch, see cuda_fusion.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """
@@ -70,10 +72,12 @@ class DecodeGraph:
         observer: Observer | None = None,
         clock: Clock | None = None,
         branches: bool = True,
+        fuse: bool = True,
     ) -> None:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
+        self.fuse = fuse and observer is None and clock is None
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
         self._warm = -1  # Site.switches when every site had run
@@ -125,7 +129,8 @@ class DecodeGraph:
         return self._choice
 
     def sites(self) -> list[tuple[str, int, int]]:
-        """(path, first node, nodes) of every site in order of capture; nodes count from 0."""
+        """(path, first node, nodes) of every site in order of capture; nodes count from 0. A site that
+        was fused into a later one has none."""
         return self._sites
 
     def nodes(self) -> list[str]:
@@ -187,7 +192,8 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 origin = torch.cuda.current_stream()
                 try:
-                    branches = Branches(self.observer, self.clock, self.branches)
+                    fusions = Fusions(self.model.sites, self.fuse)
+                    branches = Branches(self.observer, self.clock, self.branches, fusions)
                     with self._tapped(branches.around):
                         self._body(self.step, branches)
                     branches.finish()

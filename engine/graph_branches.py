@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cuda_fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
 from dsv4_bench.engine.registry import Site
 
@@ -71,13 +72,19 @@ def storages(tensors: Iterable[Any]) -> set[int]:
 class Branches:
     """Runs the sites of a capture that began on the current stream; `sites` lists path, first node, nodes.
 
-    `side_by_side` False keeps them in one chain. `failed` is the site that raised, if one did.
+    `side_by_side` False keeps them in one chain. `fusions` may put a site off: its nodes are then those
+    of a later one. `failed` is the site that raised, if one did.
     """
 
     def __init__(
-        self, observer: Observer | None, clock: Clock | None, side_by_side: bool = True
+        self,
+        observer: Observer | None,
+        clock: Clock | None,
+        side_by_side: bool = True,
+        fusions: Fusions | None = None,
     ) -> None:
         self.observer, self.clock, self.side_by_side = observer, clock, side_by_side
+        self.fusions = fusions or Fusions({}, False)
         self.origin = torch.cuda.current_stream()
         self.nodes = CapturedNodes(self.origin.cuda_stream)
         self.sites: list[tuple[str, int, int]] = []
@@ -136,15 +143,20 @@ class Branches:
 
     def _run(self, site: Site, args: tuple[Any, ...]) -> Any:
         self._look_behind()
+        call = self.fusions.take(site, args)
+        if call.run is None:
+            self.sites.append((site.path, self.nodes.count(), 0))
+            self._kept.append((args, call.result))
+            return call.result
         bound = site.spec.bind(args, {})
-        reads, writes = storages(args), storages(bound[name] for name in site.spec.mutates)
+        reads, writes = storages(call.args), storages(bound[name] for name in site.spec.mutates)
         needs = self._needs(reads, writes)
         stream = self._stream(needs)
         torch.cuda.set_stream(stream)
         if self.clock is not None:
             self.clock.start(site)
         first = self.nodes.count()
-        result = site.run(args)
+        result = call.run()
         self.sites.append((site.path, first, self.nodes.count() - first))
         if self.clock is not None:
             self.clock.stop(site)

@@ -15,13 +15,14 @@ from dsv4_bench.engine import cuda_library, demo
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda_fusion import _Chain, _launch
 from dsv4_bench.engine.cuda_step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
 from dsv4_bench.engine.graph import DecodeGraph, fixed_step
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import Site, parse_route
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, Site, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.tap import set_taps
 
@@ -107,11 +108,13 @@ def test_graph_is_as_close_to_the_truth_as_the_eager_route(
         assert same > 0.9
 
 
-@pytest.mark.parametrize("branches", [False, True])
-def test_graph_has_the_bits_of_the_same_step_op_by_op(model: Transformer, branches: bool) -> None:
+@pytest.mark.parametrize("branches, fuse", [(False, False), (True, False), (True, True)])
+def test_graph_has_the_bits_of_the_same_step_op_by_op(
+    model: Transformer, branches: bool, fuse: bool
+) -> None:
     ids = texts(12)
     eager, graphed = prefilled(model, ids), prefilled(model, ids)
-    graph = DecodeGraph(model, graphed, branches=branches)
+    graph = DecodeGraph(model, graphed, branches=branches, fuse=fuse)
     tokens = torch.zeros(len(ids), dtype=torch.int64, device="cuda")
     step = fixed_step(model, eager, graph.step.limit, tokens)
     for number in range(12):
@@ -229,8 +232,39 @@ def test_the_step_kernel_makes_what_torch_makes(ratios: tuple[int, ...], batch: 
 # ------------------------------------------------------------------------------ sites and observers
 
 
+@pytest.mark.parametrize(
+    "n, heads, d, cached",
+    [(1, 64, 512, False), (3, 4, 512, False), (3, 1, 512, True), (5, 1, 128, True)],
+)
+def test_fused_norm_rope_and_write_have_the_bits_of_the_three(
+    n: int, heads: int, d: int, cached: bool
+) -> None:
+    shape = (n, d) if cached else (n, heads, d)
+    weight = None if not cached else torch.randn(d, device="cuda").bfloat16()
+    norm = Site("L0/attn/kv_norm", OPS["rms_norm"], {"weight": weight, "eps": 1e-6}, 0)
+    freqs = torch.rand(32, device="cuda")
+    rope = Site("L0/attn/kv_rope", OPS["rope"], {"freqs": freqs, "inverse": False}, 0)
+    write = Site("L0/attn/window_write", OPS["cache_write"], {}, 0)
+    for site in (norm, rope, write):
+        site.use(IMPLEMENTATIONS[site.op]["sm90"])
+    for scale in (1.0, 1e-3, 1e3):
+        x = torch.randn(shape, device="cuda").bfloat16() * scale
+        positions = torch.tensor([0, 5, 4095, 65536, 900_000][:n], device="cuda")
+        slots = torch.tensor([7, -1, 2, 0, 19][:n], device="cuda")
+        y = rope(norm(x), positions)
+        if not cached:
+            chain = _Chain([norm, rope], [(x,), (x, positions)], [])
+            assert torch.equal(_launch(chain), y)
+            continue
+        wanted = torch.full((20, d), torch.nan, device="cuda", dtype=torch.bfloat16)
+        found = wanted.clone()
+        write(y, slots, wanted)
+        _launch(_Chain([norm, rope, write], [(x,), (x, positions), (x, slots, found)], []))
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+
+
 def test_every_site_has_its_nodes(model: Transformer) -> None:
-    graph = DecodeGraph(model, prefilled(model, texts(1)))
+    graph = DecodeGraph(model, prefilled(model, texts(1)), fuse=False)
     names, sites = graph.nodes(), graph.sites()
     ran = [path for path, site in model.sites.items() if site.op != "gather_swa"]
     assert sorted(path for path, _, _ in sites) == sorted(ran)

@@ -17,6 +17,7 @@ from dsv4_bench.engine import graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda_fusion import Fusions
 from dsv4_bench.engine.graph import fixed_step
 from dsv4_bench.engine.graph_branches import Branches
 from dsv4_bench.engine.model import Transformer
@@ -196,15 +197,25 @@ def capture(
 
 
 @pytest.mark.parametrize("lengths", [(125,), (125, 3, 60)])
-@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("observed, fused", [(False, False), (True, False), (False, True)])
 def test_no_site_runs_beside_one_it_needs(
-    model: Transformer, launches: Launches, lengths: tuple[int, ...], observed: bool
+    model: Transformer,
+    launches: Launches,
+    lengths: tuple[int, ...],
+    observed: bool,
+    fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     observer = Peaks() if observed else None
     cache = prefilled(model, lengths)
+    for site in model.sites.values():
+        monkeypatch.setattr(site.stamp, "implementation", "sm90")  # what may be fused
     for _ in range(2):  # the second replay comes after all of the first
-        branches = Branches(observer, None)
+        branches = Branches(observer, None, fusions=Fusions(model.sites, fused))
         capture(model, cache, launches, branches)
+    without = [path for path, _, nodes in branches.sites if nodes == 0]
+    assert ("L1/attn/kv_rope" in without) == ("L1/attn/index/compressor/norm" in without) == fused
+    assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1
     assert branches.origin.seen == everything  # all is joined

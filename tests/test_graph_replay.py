@@ -16,6 +16,7 @@ from dsv4_bench.engine import generate, graph, graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda_fusion import Fusions
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
@@ -124,6 +125,33 @@ def test_a_graph_decodes_as_op_by_op_and_grows(
         captures.append(decode.captures)
     assert captures == [1, 1, 1, 2, 2, 2]  # the token at position 128 is the first without room
     assert decode.step.limit == 256
+
+
+@pytest.mark.usefixtures("pretended")
+def test_sites_that_are_put_off_make_the_same(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if norm, rope and write were kernels; what the last of them launches runs them one by one."""
+    plain, cache = prefilled(model), prefilled(model)
+    for site in model.sites.values():
+        monkeypatch.setattr(site.stamp, "implementation", "sm90")
+    decode = DecodeGraph(model, cache)
+    for tokens in ([9, 8], [7, 6], [5, 4], [3, 2]):
+        assert close(decode.forward(tokens), eager(model, plain, tokens))
+    norm, rope, write = (
+        model.sites[f"L1/attn/{name}"] for name in ("kv_norm", "kv_rope", "window_write")
+    )
+    fusions = Fusions(model.sites)
+    x, positions = torch.randn(2, 512), torch.tensor([4, 5])
+    later = fusions.take(norm, (x,))
+    assert later.run is None
+    again = fusions.take(rope, (later.result, positions))
+    with pytest.raises(RuntimeError, match=r"^L0/attn/wkv reads what a later launch computes"):
+        fusions.take(model.sites["L0/attn/wkv"], (again.result,))
+    fusions = Fusions(model.sites, wanted=False)
+    assert all(
+        fusions.take(site, (x, positions, x)).run is not None for site in (norm, rope, write)
+    )
 
 
 @pytest.mark.usefixtures("pretended")

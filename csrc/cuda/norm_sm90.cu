@@ -1,6 +1,7 @@
 // Ops rms_norm (weighted, and unweighted for each head) and rope (forward and inverse).
 
 #include "dispatch.cuh"
+#include "rope.cuh"
 
 namespace dsv4 {
 namespace {
@@ -58,16 +59,6 @@ int rms_norm(const T* x, int64_t rows, int64_t d, const W* weight, float eps, T*
 
 constexpr int kRopeThreads = 128;
 constexpr int kMostPairs = 256;  // rotated pairs of a head
-
-// cos and sin of position * freq. The product is rounded to float32, as the reference does; the
-// whole turns are taken off in float64, so that large angles keep every bit.
-__device__ inline float2 turn(int64_t position, float freq, bool inverse) {
-    double turns = (double)((float)position * freq) * 0.15915494309189533577;
-    float2 cos_sin;
-    sincospif(2 * (float)(turns - rint(turns)), &cos_sin.y, &cos_sin.x);
-    if (inverse) cos_sin.y = -cos_sin.y;
-    return cos_sin;
-}
 
 // One block rotates heads [y * per_block, ...) of token x. Vectors: d and the rotated part are whole
 // 16-byte vectors; else one element at a time.
