@@ -25,20 +25,23 @@ __host__ __device__ inline int place_of(int c) {
     return (2 * word + pair / 2) * 16 + pair % 2 * 8 + 2 * member + second;
 }
 
-// to[row] = from[row] with its columns in places; `vectors` of eight columns in all.
-__global__ void __launch_bounds__(256) place_kernel(const bf16* from, bf16* to, int64_t vectors) {
-    let_next_start();
-    wait_for_previous();
-    int64_t i = blockIdx.x * 256ll + threadIdx.x;
-    if (i >= vectors) return;
-    uint4 v = ((const uint4*)from)[i];
-    const uint32_t pairs[4] = {
-        select_bytes(v.x, v.z, 0x5410), select_bytes(v.x, v.z, 0x7632),
-        select_bytes(v.y, v.w, 0x5410), select_bytes(v.y, v.w, 0x7632)};
-    int column = i * 8 % kManyColumns;
-    bf16* group = to + i / (kManyColumns / 8) * kManyColumns;
+// to = from with the columns of every row in their places: 8192 values, those of `block`. All 1024 threads
+// of a block.
+__device__ inline void place_columns(const bf16* from, bf16* to, int64_t block, int64_t vectors) {
+    __shared__ uint4 placed[1024];
+    const int64_t i = block * 1024 + threadIdx.x;
+    if (i < vectors) {
+        const uint4 v = ((const uint4*)from)[i];
+        const uint32_t pairs[4] = {
+            select_bytes(v.x, v.z, 0x5410), select_bytes(v.x, v.z, 0x7632),
+            select_bytes(v.y, v.w, 0x5410), select_bytes(v.y, v.w, 0x7632)};
+        const int column = threadIdx.x % 16 * 8;
+        bf16* group = (bf16*)&placed[threadIdx.x / 16 * 16];
 #pragma unroll
-    for (int j = 0; j < 4; j++) *(uint32_t*)(group + place_of(column + j)) = pairs[j];
+        for (int j = 0; j < 4; j++) *(uint32_t*)(group + place_of(column + j)) = pairs[j];
+    }
+    __syncthreads();
+    if (i < vectors) ((uint4*)to)[i] = placed[threadIdx.x];
 }
 
 // An 8 x 8 matrix of 16-bit values, two of a row in each thread: transposed.
@@ -320,17 +323,12 @@ int launch_many(const Moe& m, const bf16* x, int blocks, void* stream) {
     return launch(kernel, blocks, Kernel::kThreads, kShared, stream, m, x);
 }
 
-// hidden, then partial; the activations in their places lie where partial will be.
+// hidden, then partial. x: the activations with their columns in places.
 template <class Policy, int kMostPairs, int kTiles>
-int many_pairs(const Moe& m, int blocks, void* stream) {
-    bf16* x = (bf16*)m.partial;
-    int64_t vectors = m.n * m.d / 8;
-    int status = launch(place_kernel, ceil_div(vectors, 256), 256, 0, stream, m.x, x, vectors);
-    if (status == cudaSuccess)
-        status = launch_many<Policy, true, kMostPairs, kTiles>(m, x, blocks, stream);
-    if (status == cudaSuccess)
-        status = launch_many<Policy, false, kMostPairs, kTiles>(m, m.hidden, blocks, stream);
-    return status;
+int many_pairs(const Moe& m, const bf16* x, int blocks, void* stream) {
+    int status = launch_many<Policy, true, kMostPairs, kTiles>(m, x, blocks, stream);
+    if (status != cudaSuccess) return status;
+    return launch_many<Policy, false, kMostPairs, kTiles>(m, m.hidden, blocks, stream);
 }
 
 }  // namespace dsv4

@@ -14,19 +14,34 @@ namespace {
 
 constexpr int kMostExperts = 1024, kCombineThreads = 256;
 
+// body(pair, expert) for every pair of the block's, with the loads of eight at a time under way.
+template <class Body> __device__ void for_each_pair(const Moe& m, Body body) {
+    constexpr int kAtOnce = 8;
+    const int pairs = m.n * m.k;
+    for (int first = threadIdx.x; first < pairs; first += kAtOnce * kMostExperts) {
+        int expert[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            int pair = first + i * kMostExperts;
+            expert[i] = pair < pairs ? m.ids[pair] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            if (first + i * kMostExperts < pairs) body(first + i * kMostExperts, expert[i]);
+    }
+}
+
 // Lists the pairs of each expert, in pieces of at most m.most. One block; the order of an expert's
 // pairs does not matter to any result.
-__global__ void __launch_bounds__(kMostExperts) list_kernel(const Moe m) {
+__device__ void list_pairs(const Moe& m) {
     __shared__ int counts[kMostExperts], pairs_to[kMostExperts], pieces_to[kMostExperts];
-    let_next_start();
-    wait_for_previous();
-    int e = threadIdx.x, pairs = m.n * m.k;
+    const int e = threadIdx.x;
     counts[e] = 0;
     __syncthreads();
-    for (int p = e; p < pairs; p += kMostExperts) {
-        assert(m.ids[p] >= 0 && m.ids[p] < m.count && "experts: an expert id is out of range");
-        atomicAdd(&counts[m.ids[p]], 1);
-    }
+    for_each_pair(m, [&](int, int expert) {
+        assert(expert >= 0 && expert < m.count && "experts: an expert id is out of range");
+        atomicAdd(&counts[expert], 1);
+    });
     __syncthreads();
     int mine = counts[e], pieces = (mine + m.most - 1) / m.most;
     pairs_to[e] = mine;
@@ -44,23 +59,36 @@ __global__ void __launch_bounds__(kMostExperts) list_kernel(const Moe m) {
     if (e == kMostExperts - 1) *m.pieces = pieces_to[e];
     counts[e] = first;
     __syncthreads();
-    for (int p = e; p < pairs; p += kMostExperts) m.order[atomicAdd(&counts[m.ids[p]], 1)] = p;
+    for_each_pair(m, [&](int pair, int expert) { m.order[atomicAdd(&counts[expert], 1)] = pair; });
 }
 
-// y[token] = the sum of its pairs' partial results, in slot order.
+// Block 0: the list, if there is one; the others: `placed`, x with its columns in places.
+__global__ void __launch_bounds__(kMostExperts) prepare_kernel(const Moe m, bf16* placed) {
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x > 0) place_columns(m.x, placed, blockIdx.x - 1, m.n * m.d / 8);
+    else if (m.order != nullptr) list_pairs(m);
+}
+
+// y[token] = the sum of its pairs' partial results, in slot order; four columns a thread.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Moe m) {
     let_next_start();
     wait_for_previous();
-    int64_t column = blockIdx.x * (int64_t)kCombineThreads + threadIdx.x, token = blockIdx.y;
+    const int64_t column = (blockIdx.x * (int64_t)kCombineThreads + threadIdx.x) * 4;
     if (column >= m.d) return;
-    float total = 0;
-    for (int64_t s = 0; s < m.k; s++) total += m.partial[(token * m.k + s) * m.d + column];
-    m.y[token * m.d + column] = total;
+    const int64_t token = blockIdx.y;
+    float4 total = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int s = 0; s < m.k; s++) {
+        const float4 part = *(const float4*)(m.partial + (token * m.k + s) * m.d + column);
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    *(float4*)(m.y + token * m.d + column) = total;
 }
 
 inline int combine(const Moe& m, void* stream) {
     if (m.k == 1) return cudaSuccess;  // the partial results are y
-    return launch(combine_kernel, dim3(ceil_div(m.d, kCombineThreads), m.n), kCombineThreads, 0,
+    return launch(combine_kernel, dim3(ceil_div(m.d, 4 * kCombineThreads), m.n), kCombineThreads, 0,
                   stream, m);
 }
 
@@ -112,18 +140,21 @@ template <class Policy> int piece_size(const Moe& m) {
 template <class Policy> int experts(Moe m, void* stream) {
     m.most = piece_size<Policy>(m);
     if (m.k == 1) m.partial = m.y;
-    int status = cudaSuccess;
     if (m.ids == nullptr || m.n == 1) m.order = nullptr;
-    else status = launch(list_kernel, 1, kMostExperts, 0, stream, m);
+    const bool many = kHasMany<Policy> && m.most > kFewPairs;
+    bf16* placed = (bf16*)m.partial;  // until the second product
+    int status = cudaSuccess;
+    if (many || m.order != nullptr)
+        status = launch(prepare_kernel, 1 + (many ? ceil_div(m.n * m.d / 8, 1024) : 0), kMostExperts,
+                        0, stream, m, placed);
     if (status != cudaSuccess) return status;
     if (m.most <= kFewPairs) return few_pairs<Policy>(m, stream);
-    if constexpr (kHasMany<Policy>) {
-        if constexpr (std::is_same_v<Policy, Mxfp4>)
-            status = many_pairs<Policy, 64, 1>(m, block_count(), stream);
-        else
-            status = m.most == 64   ? many_pairs<Policy, 64, 1>(m, block_count(), stream)
-                     : m.most == 96 ? many_pairs<Policy, 96, 1>(m, block_count(), stream)
-                                    : many_pairs<Policy, 128, 2>(m, block_count(), stream);
+    if constexpr (std::is_same_v<Policy, Mxfp4>) {
+        status = many_pairs<Policy, 64, 1>(m, placed, block_count(), stream);
+    } else if constexpr (kHasMany<Policy>) {
+        status = m.most == 64   ? many_pairs<Policy, 64, 1>(m, placed, block_count(), stream)
+                 : m.most == 96 ? many_pairs<Policy, 96, 1>(m, placed, block_count(), stream)
+                                : many_pairs<Policy, 128, 2>(m, placed, block_count(), stream);
     } else {
         int64_t pairs = m.n * m.k;
         int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
