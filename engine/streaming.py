@@ -217,13 +217,15 @@ def _unpin(address: int) -> None:
 
 
 def _available_memory() -> int:
-    """Bytes of host memory that may be taken, leaving an eighth of what there is; a lot if unknown."""
+    """Bytes of host memory that may be taken, an eighth of the machine's left over; a lot if unknown."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
         return 1 << 62
-    found = re.search(r"MemAvailable:\s*(\d+) kB", text)
-    return int(found[1]) * 1024 * 7 // 8 if found else 1 << 62
+    sizes = {name: int(kib) * 1024 for name, kib in re.findall(r"(\w+):\s*(\d+) kB", text)}
+    if "MemAvailable" not in sizes:
+        return 1 << 62
+    return sizes["MemAvailable"] - sizes["MemTotal"] // 8
 
 
 # ------------------------------------------------------------------------------ copies and their order
