@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
@@ -96,7 +98,7 @@ class Observation:
     def explain(self, call: Call) -> list[Reading]:
         """What the probes make of a call whose answers are known."""
         found = [r for p in self._asks(call)[1] for r in self._ask(p, call, p.explain)]
-        return fetch(found).readings if found else found
+        return fetch(found).readings if any(isinstance(r.value, Tensor) for r in found) else found
 
     def _ask(
         self, probe: Probe, call: Call, question: Callable[[Call], Iterable[Reading]]

@@ -74,6 +74,16 @@ def tensor_stats(tensor: Tensor) -> Stats | None:
     return Stats.of_row(reduced(tensor).tolist())
 
 
+def tensor_sums(tensor: Tensor, axis: int | None) -> Sums:
+    """The sums along `axis` of a tensor on the CPU, its values if None, in float64."""
+    sums = tensor.double() if axis is None else tensor.double().sum(axis)
+    if sums.numel():
+        low, high = (value.item() for value in sums.aminmax())
+        if low == low and high == high:  # no NaN among them
+            return Sums(sums.numel(), 0, low, high, sums.mean().item())
+    return Sums.of_row(reduced_sums(tensor, axis).tolist())
+
+
 def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
     out = (ctypes.c_double * 8)()
     values = tensor if tensor.is_contiguous() else tensor.contiguous()
