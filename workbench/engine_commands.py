@@ -15,8 +15,9 @@ from dsv4_bench.engine.registry import Site, matches, select_sites
 from dsv4_bench.probes.base import PROBES, make_probes, probe_that_reads
 from dsv4_bench.probes.honesty import measure
 from dsv4_bench.workbench import goals, views
+from dsv4_bench.workbench.asking import Restart, Rewind
 from dsv4_bench.workbench.breakpoints import Breakpoint, parse_breakpoint
-from dsv4_bench.workbench.debugger import Debugger, Restart, Rewind
+from dsv4_bench.workbench.debugger import Debugger
 from dsv4_bench.workbench.heat import heat_view, parse_request
 from dsv4_bench.workbench.loading import read_route
 from dsv4_bench.workbench.reloading import Reloader, sources

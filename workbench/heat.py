@@ -12,7 +12,8 @@ from dsv4_bench.engine.errors import DSV4Error, did_you_mean
 from dsv4_bench.probes.capture import Captured
 from dsv4_bench.probes.error_map import Area, error_map
 from dsv4_bench.probes.metrics import rows_of
-from dsv4_bench.workbench.debugger import Debugger, Held
+from dsv4_bench.workbench.debugger import Debugger
+from dsv4_bench.workbench.records import Held
 
 _FIELDS = {"rows": r"(\d+):(\d+)", "columns": r"(\d+):(\d+)", "cells": r"(\d+)x(\d+)"}
 _CELLS = (16, 64)

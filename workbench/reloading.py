@@ -24,8 +24,9 @@ from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
 from dsv4_bench.probes.capture import Captured, within
-from dsv4_bench.workbench.debugger import Debugger, Held
+from dsv4_bench.workbench.debugger import Debugger
 from dsv4_bench.workbench.loading import load_plugins
+from dsv4_bench.workbench.records import Held
 from dsv4_bench.workbench.saving import fingerprint
 from dsv4_bench.workbench.timing import history
 from dsv4_bench.workbench.timing.clock import make_clock

@@ -15,8 +15,9 @@ import torch
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 from dsv4_bench.probes.base import make_probes
+from dsv4_bench.workbench.asking import Plan, Quit, Request, Restart, Rewind
 from dsv4_bench.workbench.commands import BY_NAME, Parsed
-from dsv4_bench.workbench.debugger import Debugger, Plan, Quit, Request, Restart, Rewind
+from dsv4_bench.workbench.debugger import Debugger
 from dsv4_bench.workbench.engine_commands import EngineCommands
 from dsv4_bench.workbench.loading import load_model, prompt_tokens
 from dsv4_bench.workbench.protocol import SCHEMA_VERSION

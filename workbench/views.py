@@ -14,7 +14,8 @@ from dsv4_bench.engine.ops.experts import Expert
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context, Site, matches
 from dsv4_bench.probes.stats import tensor_stats
 from dsv4_bench.probes.tensor import expected_nonfinite
-from dsv4_bench.workbench.debugger import Debugger, Held, Record
+from dsv4_bench.workbench.debugger import Debugger
+from dsv4_bench.workbench.records import Held, Record
 
 
 def state_view(debugger: Debugger, text: dict[str, Any]) -> dict[str, Any]:
