@@ -30,12 +30,17 @@ class GraphWatch:
     """The observer of a decode graph: `probes` look at `sites` at every replay.
 
     One launch a layer, on a branch beside the sites, leaves every answer in a ring on the device;
-    `readings` fetches it, once a step. Raises CannotAnswer for probes that cannot be in a graph, and
-    where the fused kernel does not run.
+    `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
+    probes that cannot be in a graph, and where the fused kernel does not run.
     """
 
     def __init__(
-        self, probes: Sequence[Probe], sites: int, device: torch.device, steps: int = _STEPS
+        self,
+        probes: Sequence[Probe],
+        sites: int,
+        device: torch.device,
+        steps: int = _STEPS,
+        first: int = 0,
     ) -> None:
         others = split(probes)[1]
         if others:
@@ -52,6 +57,7 @@ class GraphWatch:
         exponents = any(probe.name == "exponents" for probe in probes)
         width = _VALUES_A_SITE * sites
         self.ring = cuda_stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
+        self.first = first
         self.missed = 0  # steps that the ring lost before they were fetched
         self._fetched = 0
         self._begin()
@@ -140,7 +146,7 @@ class GraphWatch:
     # -- after replays
 
     def readings(self) -> list[Reading]:
-        """What the probes make of the steps since the last time; waits. `forward` numbers the steps.
+        """What the probes make of the steps since the last time; waits.
 
         What takes a closer look at tensors sees those of the last step.
         """
@@ -150,7 +156,7 @@ class GraphWatch:
             self._fetched = row.number + 1
             found += self._settle(row)
             for call in self._calls:
-                call.forward = row.number
+                call.forward = self.first + row.number
                 found += self.observation.explain(call)
         return found
 
@@ -168,7 +174,8 @@ class GraphWatch:
                 said[place.owner] = said[place.owner]._replace(value=value)
             else:
                 place.owner.settle(value)
-        said = [reading._replace(forward=row.number) for reading in said]
+        forward = self.first + row.number
+        said = [reading._replace(forward=forward) for reading in said]
         return fetch(said).readings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.generate import can_use_graph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.probes.base import Probe
@@ -39,8 +40,11 @@ class GenerationWatch:
         self._graph: GraphWatch | None = None
         captured, others = split(probes)
         if graph and captured and can_use_graph(model):
-            self._graph = GraphWatch(captured, len(model.sites), model.device)
-            if others:
+            try:
+                self._graph = GraphWatch(captured, len(model.sites), model.device, first=1)
+            except CannotAnswer as error:
+                say(f"decoding without a CUDA graph, for the probes: {error}")
+            if others and self._graph is not None:
                 names = ", ".join(probe.name for probe in others)
                 say(f"probes on the prefill only, not in a CUDA graph: {names}")
         self._passes = 0
@@ -57,7 +61,7 @@ class GenerationWatch:
         self._eager.flush()
         readings, self._eager.readings = self._eager.readings, []
         if self._graph is not None:
-            readings += [r._replace(forward=r.forward + 1) for r in self._graph.readings()]
+            readings += self._graph.readings()
             self._hand_over(self._graph)
         self._passes += 1
         self._eager.forward = self._passes
