@@ -214,6 +214,13 @@ class Ring:
         self.arrived = torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
         self._scratch: list[Tensor] = []
         self._seen = 0
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Launch once, so that a capture need not load the kernel; what it writes is overwritten."""
+        if self.values.numel():
+            nothing = View(self.values, None, 0, 1, 0, 1, kind=_VALUES)
+            launch([nothing], self.values, 0, self.arrived, self.exponents, self.copies)
 
     def launch(self, views: Sequence[View], first_slot: int = 0, advance: bool = False) -> None:
         """Put the statistics of `views` into the present step, in one launch (of 96 views each).

@@ -57,6 +57,8 @@ class GraphWatch:
         exponents = any(probe.name == "exponents" for probe in probes)
         width = _VALUES_A_SITE * sites
         self.ring = cuda_stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
+        x = torch.ones(2, 8, 8, device=device)
+        x @ x  # a capture cannot make a cuBLAS handle, and some probe may want one
         self.first = first
         self.missed = 0  # steps that the ring lost before they were fetched
         self._fetched = 0
