@@ -25,6 +25,7 @@ from dsv4_bench.workbench.timing.capturing import capture_pass, parse_layers, ru
 from dsv4_bench.workbench.timing.ceilings import Ceilings, ceilings
 from dsv4_bench.workbench.timing.clock import CpuClock
 from dsv4_bench.workbench.timing.document import parse_gate, regressions
+from dsv4_bench.workbench.timing.layers import time_layer
 from dsv4_bench.workbench.timing.profile import Request, profile
 from dsv4_bench.workbench.timing.sites import Effort, time_site
 
@@ -142,6 +143,25 @@ def test_a_slow_and_wrong_kernel_shows(model):
     assert row.verdict == "over" and row.bytes > 0 and row.flops > 0
     calls = {name: sum(k["calls"] for k in found) for name, found in row.kernels.items()}
     assert calls["slow"] > calls["reference"] > 0
+
+
+def test_between_the_sites_no_op_runs(model):
+    """A slow op is in the time of the whole layer and not in that of the code between its sites."""
+
+    def slow(*args, **params):
+        time.sleep(0.1)
+        return reference("attention")(*args, **params)
+
+    with implementations(attention__slow=slow):
+        model.set_route(parse_route(["reference", "*/core=slow"]))
+        kept = caught(model)
+        entry = time_layer(model, kept, kept.layers[0], CpuClock(), BRIEF)
+        model.set_route(parse_route(["reference"]))
+    assert min(entry["seconds"], entry["eager"]) > 0.1 > 2 * entry["between"] > 0
+    assert entry["repeats"] == 3 and entry["how"] == entry["between_how"] == "wall"
+    assert all(site.tap is None for site in model.sites.values())
+    cache = kept.cache.layers[1].tensors()
+    assert all(cache[name].equal(tensor) for name, tensor in kept.layers[0].cache.items())
 
 
 def test_in_place_ops_are_timed_on_fresh_copies(model):
