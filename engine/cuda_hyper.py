@@ -130,9 +130,9 @@ def hc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`hc_post(y, x, post, comb)`, then `hc_pre` of the result, which is returned first.
 
-    One kernel that reads the streams once, for bfloat16 at widths 4096 and 7168; two elsewhere.
+    One kernel that reads the streams once, for bfloat16 of width 4096; two elsewhere.
     """
-    if x.dtype != torch.bfloat16 or x.shape[-1] not in (4096, 7168):
+    if x.dtype != torch.bfloat16 or x.shape[-1] != 4096:
         new = hc_post(y, x, post, comb)
         constants = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
         return new, *hc_pre(new, fn=fn, scale=scale, base=base, **constants)

@@ -12,11 +12,10 @@ namespace dsv4 {
 // A cluster of 16 CTAs takes tiles of Tile tokens. CTA r owns columns [r * kSlice, ...) of all four
 // streams: its part of fn stays in registers as tensor-core fragments, split into bfloat16 terms that
 // add up to float32, and the streams are read from memory once, into a ring of shared-memory stages.
-// For each tile it sends its share of token t's sums to CTA t, where a warp that does nothing else
-// gates them and sends the four pre weights back to all. Tile i is multiplied while the sums of i - 1
-// are sent and gated and i - 2 is collapsed, with one barrier a tile, so that warps are in different
-// phases and nothing waits for another CTA. Columns are permuted alike in both operands, to make loads
-// 16 bytes.
+// For each tile it sends its share of token t's sums to CTA t, which gates them and sends the four
+// pre weights back to all; then every CTA collapses its columns. Warps have roles, so that all of this
+// goes on at once: workers multiply, one tile after another; movers read tiles, send sums, collapse;
+// one warp gates. Columns are permuted alike in both operands, to make loads 16 bytes.
 
 constexpr int kCluster = 16;
 constexpr int kSlots = 4;       // exchange buffers; three tiles are under way at once
@@ -37,23 +36,24 @@ struct Streams {
     } sublayer;
 };
 
-// Tile: tokens, 16 or 8. Groups: 32-column groups a warp. Warps: that multiply and collapse. Terms: of
-// bfloat16 a weight. Blocks: of 8 mixes, 3 or 1. Expands: a tile first becomes the streams after a
-// sublayer, in place, as hc_post makes them.
+// Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Warps: workers. Terms: of bfloat16 a weight.
+// Blocks: of 8 mixes, 3 or 1. Expands: movers first turn a tile into the streams after a sublayer, in
+// place, as hc_post makes them.
 template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages, bool Expands = false>
 struct Collapse {
     static constexpr bool kExpands = Expands;
-    static constexpr bool kOwnWarp = Warps == 16 && !Expands;  // for gating
-    static constexpr int kTile = Tile, kWorkers = 32 * Warps, kThreads = kWorkers + (kOwnWarp ? 128 : 0);
+    static constexpr int kFirstReads = Expands ? 2 : Stages - 1;
+    static_assert(!Expands || Stages == 4);  // there are two stages of Sublayer
+    static constexpr int kTile = Tile, kStages = Stages, kWorkers = Warps;
+    static constexpr int kMovers = Warps == 16 ? 7 : 3, kMoving = 32 * kMovers, kThreads = 32 * (Warps + kMovers + 1);
+    // Of a thread that works and of another: together no more than equal shares of 64 Ki.
+    static constexpr int kWorkRegisters = Warps == 16 ? 88 : 224, kMoveRegisters = Warps == 16 ? 64 : 56;
     static constexpr int kSlice = Groups * Warps * 8;  // columns of a stream a CTA
     static constexpr int kWidth = kCluster * kSlice;   // d
     static constexpr int kMix = 8 * Blocks;
     static constexpr int kSums = kMix + 4;  // the mixes, the sum of squares, three of nothing
     static constexpr int kRows = Blocks == 1 ? kStreams : kMixes;  // of fn
     static constexpr int kPitch = 2 * kStreams * kSlice + 64;  // bytes a token; 64 spread the banks
-    static constexpr int kAhead = Stages - 3;  // tiles being read while three are worked on
-    static_assert(!Expands || kAhead == 1);    // Sublayer has two stages
-
     struct Partial {  // sums over the columns of one warp
         alignas(16) float mix[Tile][kMix];
         float square[Tile + 8];  // 8 spread the banks
@@ -70,7 +70,7 @@ struct Collapse {
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        uint64_t loaded[Stages], summed[kSlots], gated[kSlots];
+        uint64_t loaded[Stages], expanded[Stages], multiplied[2], taken[2], summed[kSlots], gated[kSlots];
     };
     static_assert(sizeof(Shared) <= 227 << 10);
 
@@ -91,10 +91,17 @@ struct Collapse {
     }
     __device__ void init_barriers() {
         if (threadIdx.x != 0) return;
-        for (int i = 0; i < Stages; i++) barrier_init(&s.loaded[i], 1);
+        for (int i = 0; i < Stages; i++) {
+            barrier_init(&s.loaded[i], 1);
+            barrier_init(&s.expanded[i], kMovers);
+        }
         for (int i = 0; i < kSlots; i++) {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&s.multiplied[i], kWorkers);
+            barrier_init(&s.taken[i], kMovers);
         }
         fence_barrier_init();
         for (int i = 0; i < kSlots; i++) {
@@ -134,51 +141,59 @@ struct Collapse {
         }
     }
 
-    // Starts to read tile i of this cluster, if there is one: a warp reads a token, a lane a stream.
+    // threadIdx.x, read anew each time: what follows from it would otherwise be kept in registers.
+    static __device__ int thread() {
+        int index;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+        return index;
+    }
+    // A mover's index among all movers.
+    static __device__ int mover() { return thread() - 32 * kWorkers; }
+
+    // Movers start to read tile i of this cluster, if there is one: a warp a token, a lane a stream.
     __device__ void start_read(int i) {
         constexpr uint32_t kBytes = 2 * kSlice;
         constexpr uint32_t kToken = kStreams * kBytes + (Expands ? kBytes + 4 * (kStreams + kCombs) : 0);
         if (i >= tiles()) return;
         const int stage = i % Stages, left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
         uint64_t* loaded = &s.loaded[stage];
-        if (threadIdx.x == 0) barrier_expect(loaded, tokens * kToken);
-        if constexpr (Expands)
-            if (threadIdx.x == 0) {
+        if (mover() == 0) {
+            barrier_expect(loaded, tokens * kToken);
+            if constexpr (Expands) {
                 const int64_t token = token_at(i, 0);
-                bulk_load(s.sublayer[i % 2].post, in.sublayer.post + token * kStreams,
-                          tokens * 4 * kStreams, loaded);
-                bulk_load(s.sublayer[i % 2].comb, in.sublayer.comb + token * kCombs,
-                          tokens * 4 * kCombs, loaded);
-#pragma unroll 1
-                for (int row = 0; row < tokens; row++)
-                    bulk_load(s.sublayer[i % 2].y + row * kBytes,
-                              in.sublayer.y + (token + row) * kWidth + rank * kSlice, kBytes, loaded);
+                Sublayer& to = s.sublayer[i % 2];
+                bulk_load(to.post, in.sublayer.post + token * kStreams, tokens * 4 * kStreams, loaded);
+                bulk_load(to.comb, in.sublayer.comb + token * kCombs, tokens * 4 * kCombs, loaded);
             }
-        if (lane < kStreams)
-#pragma unroll 1  // registers are short
-            for (int row = warp; row < tokens; row += Warps) {
-                int64_t from = (int64_t)token_at(i, row) * kStreams + lane;
+        }
+        for (int row = warp - kWorkers; row < tokens; row += kMovers) {
+            const int64_t token = token_at(i, row);
+            if (lane < kStreams)
                 bulk_load(s.x[stage] + row * kPitch + lane * kBytes,
-                          in.x + from * kWidth + rank * kSlice, kBytes, loaded);
-            }
+                          in.x + (token * kStreams + lane) * kWidth + rank * kSlice, kBytes, loaded);
+            if constexpr (Expands)
+                if (lane == kStreams)
+                    bulk_load(s.sublayer[i % 2].y + row * kBytes,
+                              in.sublayer.y + token * kWidth + rank * kSlice, kBytes, loaded);
+        }
         __syncwarp();
     }
 
-    // The streams of tile i after the sublayer, in place and to memory.
+    // Movers: the streams of tile i after the sublayer, in place and to memory.
     __device__ void expand(int i) {
-        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
         const Sublayer& from = s.sublayer[i % 2];
+        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
 #pragma unroll 1
-        for (int k = threadIdx.x; k < Tile * kSlice / 4; k += kWorkers) {
+        for (int k = mover(); k < Tile * kSlice / 4; k += kMoving) {
             const int row = k / (kSlice / 4), column = k % (kSlice / 4) * 4, token = token_at(i, row);
             if (token >= in.n) continue;
+            using Four = Vector<bf16, 4>;
             char* x = s.x[i % Stages] + row * kPitch + 2 * column;
             bf16* out = in.sublayer.x + (int64_t)token * kStreams * kWidth + rank * kSlice + column;
-            using Four = Vector<bf16, 4>;
             Four y = *(const Four*)(from.y + 2 * (row * kSlice + column)), old[kStreams];
 #pragma unroll
             for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + 2 * j * kSlice);
-#pragma unroll
+#pragma unroll 2
             for (int stream = 0; stream < kStreams; stream++) {
                 float value[4];
                 expand_streams(y, old, from.post[row][stream], from.comb[row] + stream, value);
@@ -188,16 +203,22 @@ struct Collapse {
             }
         }
         fence_async_proxy();  // the copy engine writes there next
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.expanded[i % Stages]);
     }
 
-    // This warp's columns of tile i times fn, into s.partial[i % 2].
+    // A worker's columns of tile i times fn, into s.partial[i % 2].
     __device__ void multiply(int i) {
+        const int id = Warps == 16 ? thread() : threadIdx.x;
+        const int warp = id / 32, lane = id % 32, r = lane / 4, t = lane % 4;
         float acc[Blocks][4] = {};
         float square[2] = {};
-        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        barrier_wait(&(Expands ? s.expanded : s.loaded)[i % Stages], i / Stages % 2);
+        if (i >= 2) barrier_wait(&s.taken[i % 2], (i / 2 - 1) % 2);
 #pragma unroll
         for (int g = 0; g < Groups; g++) {
             const char* from = s.x[i % Stages] + r * kPitch + 2 * ((warp * Groups + g) * 32 + 8 * t);
+            if (Groups > 4 && g % 3 == 2) named_barrier(2, 32 * kWorkers);  // else registers run out
             uint4 low = *(const uint4*)from, high = {};
             if (Tile == 16) high = *(const uint4*)(from + 8 * kPitch);
 #pragma unroll
@@ -229,14 +250,18 @@ struct Collapse {
                                                                     acc[block][2 * half + 1]};
             if (t == 0) partial.square[row] = square[half];
         }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.multiplied[i % 2]);
     }
 
-    // The CTA's sums of tile i, those of token `row` to CTA `row`. Four threads add up four of them.
+    // Movers: the CTA's sums of tile i, those of token `row` to CTA `row`. Four threads add up four.
     __device__ void send_sums(int i) {
         constexpr int kParts = kSums / 4;
         const int slot = i % kSlots, quarter = threadIdx.x % 4;
         const Partial* partial = s.partial[i % 2];
-        for (int k = threadIdx.x / 4; k < Tile * kParts; k += kWorkers / 4) {
+        barrier_wait(&s.multiplied[i % 2], i / 2 % 2);
+#pragma unroll 1
+        for (int k = mover() / 4; k < Tile * kParts; k += kMoving / 4) {
             int row = k / kParts, part = k % kParts;
             float sum[4] = {};
 #pragma unroll
@@ -256,6 +281,8 @@ struct Collapse {
                 remote_store(remote_address(to, row), float4{sum[0], sum[1], sum[2], sum[3]},
                              remote_address(barrier, row));
         }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.taken[i % 2]);
     }
 
     // One warp: the gates of this CTA's token of tile i; pre goes to all CTAs.
@@ -317,12 +344,12 @@ struct Collapse {
         if (rank < Tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
     }
 
-    // u of tile i, this CTA's columns.
+    // Movers: u of tile i, this CTA's columns.
     __device__ void collapse(int i) {
         const int slot = i % kSlots;
         barrier_wait(&s.gated[slot], i / kSlots % 2);
 #pragma unroll 1
-        for (int k = threadIdx.x; k < Tile * kSlice / 8; k += kWorkers) {
+        for (int k = mover(); k < Tile * kSlice / 8; k += kMoving) {
             int row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
             int token = token_at(i, row);
             if (token >= in.n) continue;
@@ -344,7 +371,25 @@ struct Collapse {
                     pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
                     pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7]));
         }
-        if (threadIdx.x == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
+        if (mover() == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
+    }
+
+    // Movers: all tiles of this cluster.
+    __device__ void move(int count) {
+        if constexpr (Expands) {
+            expand(0);
+            named_barrier(1, kMoving);
+            start_read(kFirstReads);
+        }
+#pragma unroll 1
+        for (int i = 0; i <= count; i++) {
+            if constexpr (Expands)
+                if (i + 1 < count) expand(i + 1);
+            if (i < count) send_sums(i);
+            if (i > 0) collapse(i - 1);
+            named_barrier(1, kMoving);  // nobody needs tile i - 1 any more
+            start_read(i - 1 + Stages);
+        }
     }
 };
 
@@ -354,34 +399,28 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const Streams 
     C c(in, *reinterpret_cast<typename C::Shared*>(memory));
     let_next_start();
     c.init_barriers();
+    __syncthreads();
     cluster_arrive();
-    if (C::kOwnWarp && c.warp >= C::kWorkers / 32) {
-        fewer_registers<32>();
+    if (C::thread() < 32 * C::kWorkers) {
+        more_registers<C::kWorkRegisters>();
+        c.load_weights();  // while the kernel before may still run
         wait_for_previous();
         cluster_wait();
         const int count = c.tiles();
-        for (int i = 0; i < count && c.warp == C::kWorkers / 32; i++) c.gate(i, count);
+#pragma unroll 1
+        for (int i = 0; i < count; i++) c.multiply(i);
         return;
     }
-    if (C::kOwnWarp) more_registers<112>();
-    c.load_weights();  // while the kernel before may still run
+    fewer_registers<C::kMoveRegisters>();
     wait_for_previous();
-    for (int i = 0; i < C::kAhead; i++) c.start_read(i);
-    cluster_wait();
-    const int count = c.tiles();
-#pragma unroll 1
-    for (int i = 0; i < count + 2; i++) {
-        named_barrier(1, C::kWorkers);  // tile i - 1 is multiplied, i - 3 collapsed
-        if (i < count) c.start_read(i + C::kAhead);
-        if (i > 0 && i <= count) c.send_sums(i - 1);
-        if constexpr (C::kExpands)
-            if (i < count) {
-                c.expand(i);
-                named_barrier(1, C::kWorkers);
-            }
-        if (i < count) c.multiply(i);
-        if (!C::kOwnWarp && c.warp == 0 && i > 0 && i <= count) c.gate(i - 1, count);
-        if (i >= 2) c.collapse(i - 2);
+    if (C::mover() < C::kMoving) {
+        for (int i = 0; i < C::kFirstReads; i++) c.start_read(i);
+        cluster_wait();
+        c.move(c.tiles());
+    } else {
+        cluster_wait();
+        const int count = c.tiles();
+        for (int i = 0; i < count; i++) c.gate(i, count);
     }
 }
 

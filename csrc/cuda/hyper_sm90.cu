@@ -89,14 +89,14 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
     Streams in = {(const bf16*)x, (int)n, fn, p, (bf16*)u, post, comb, {}};
     int status = kUnsupported;
-    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 2, 16, 3, 3, 5>>(in, stream);
+    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 2, 16, 2, 3, 5>>(in, stream);
     if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 2, 3, 6>>(in, stream);
     if (status != kUnsupported) return status;
     return collapse_any<kMixes>(x, dtype, n, d, fn, p, u, post, comb, stream);
 }
 
 // hc_post, then hc_pre of its result, in one kernel: y [n, d], x [n, 4, d] of bfloat16, post and comb as
-// hc_pre made them for x -> new_x [n, 4, d], u, new_post, new_comb. Only d 4096 and 7168.
+// hc_pre made them for x -> new_x [n, 4, d], u, new_post, new_comb. Only d 4096.
 DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post, const float* comb,
                                  int64_t n, int64_t d, const float* fn, const float* scale,
                                  const float* base, int64_t iters, float eps, float norm_eps,
@@ -106,9 +106,7 @@ DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
     Streams in = {(const bf16*)x, (int)n, fn, p, (bf16*)u, new_post, new_comb,
                   {(const bf16*)y, post, comb, (bf16*)new_x}};
-    if (d == 4096) return collapse<Collapse<16, 2, 16, 3, 3, 4, true>>(in, stream);
-    if (d == 7168) return collapse<Collapse<8, 7, 8, 2, 3, 4, true>>(in, stream);
-    return kUnsupported;
+    return d == 4096 ? collapse<Collapse<16, 2, 16, 2, 3, 4, true>>(in, stream) : kUnsupported;
 }
 
 // x [n, 4, d] -> h [n, d] of the same dtype; fn [4, 4 * d].
