@@ -175,19 +175,21 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
 
 // ---------------------------------------------------------------- bfloat16, 128 wide, 64 heads, one token
 //
-// Bound by reading the entries: a warpgroup takes 64 of them from memory straight into the left operand
-// of wgmma, the next ones on their way, and the query, permuted alike, is the right one.
+// Bound by reading the entries: the copy engine brings them into a ring, 64 at a time; a warpgroup takes
+// them as the left operand of wgmma from registers, and the query, permuted alike, is the right one.
 
-constexpr int kTile = 64, kHeads = 64, kTileThreads = 128, kTileBlocks = 4;  // blocks a processor
-constexpr int kRing = 2;  // tiles of a block in registers
+constexpr int kTile = 64, kHeads = 64, kTileThreads = 128;
+constexpr int kRing = 3, kTileBlocks = 3;  // tiles on their way in a block, blocks a processor
 
-struct TokenQuery {
+struct TokenShared {
     alignas(1024) char q[2][kHeads * 128];  // halves of the columns, 128-byte swizzle
+    alignas(128) char keys[kRing][kTile * 2 * kDim];
     float weight[kHeads];
+    uint64_t loaded[kRing];
 };
 
 // Columns 32 g + 8 t + 4 s + 2 h + {0, 1} of every head go to 32 g + 16 s + 8 h + 2 t + {0, 1}.
-__device__ void load_token_query(const Problem& p, int64_t token, TokenQuery& to) {
+__device__ void load_token_query(const Problem& p, int64_t token, TokenShared& to) {
     const uint4* from = (const uint4*)((const bf16*)p.q + token * kHeads * kDim);
     if (threadIdx.x < kHeads) to.weight[threadIdx.x] = p.weight(token * kHeads + threadIdx.x);
 #pragma unroll 4
@@ -203,44 +205,37 @@ __device__ void load_token_query(const Problem& p, int64_t token, TokenQuery& to
     }
 }
 
-// 16 entries a warp: [row r or r + 8][columns 32 g + 8 t ...]; zeros past the pool.
-struct Tile {
-    uint4 at[2][kDim / 32];
-
-    __device__ void load(const Problem& p, int64_t sequence, int64_t first) {
-        const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// dot = the tile of `keys` times the query; the keys have been read once all threads are past `read`.
+template <class F> __device__ void score_tile(const TokenShared& s, const char* keys, float (&dot)[32],
+                                              F read) {
+    const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const char* from = keys + (threadIdx.x / 32 * 16 + r) * 2 * kDim + 16 * t;
+    uint4 low[kDim / 32], high[kDim / 32];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int64_t entry = first + threadIdx.x / 32 * 16 + 8 * half + r;
-            const bf16* from = (const bf16*)p.keys + (sequence * p.capacity + entry) * kDim;
-#pragma unroll
-            for (int g = 0; g < kDim / 32; g++)
-                at[half][g] = entry < p.capacity ? load_once(from + 32 * g + 8 * t) : uint4{};
-        }
+    for (int g = 0; g < kDim / 32; g++) {
+        low[g] = *(const uint4*)(from + 64 * g);
+        high[g] = *(const uint4*)(from + 8 * 2 * kDim + 64 * g);
     }
-};
-
-__device__ inline void score_tile(const TokenQuery& query, const Tile& tile, float (&dot)[32]) {
+    read();
     wgmma_fence();
 #pragma unroll
     for (int g = 0; g < kDim / 32; g++) {
-        uint4 low = tile.at[0][g], high = tile.at[1][g];
-        uint64_t b = matrix_descriptor(shared_address(query.q[g / 2]) + g % 2 * 64, 0, 1024);
-        wgmma_64x64(dot, low.x, high.x, low.y, high.y, b, g > 0);
-        wgmma_64x64(dot, low.z, high.z, low.w, high.w, b + (32 >> 4), true);
+        uint64_t b = matrix_descriptor(shared_address(s.q[g / 2]) + g % 2 * 64, 0, 1024);
+        wgmma_64x64(dot, low[g].x, high[g].x, low[g].y, high[g].y, b, g > 0);
+        wgmma_64x64(dot, low[g].z, high[g].z, low[g].w, high[g].w, b + (32 >> 4), true);
     }
     wgmma_commit();
     wgmma_wait<0>();
 }
 
 // Writes the scores of a tile: sum over heads of weight * relu(dot).
-__device__ inline void write_scores(const Problem& p, const TokenQuery& query, const float (&dot)[32],
-                                    int64_t token, int64_t first, int64_t visible) {
+__device__ inline void write_scores(const Problem& p, const TokenShared& s, const float (&dot)[32],
+                                    int64_t token, int first, int end, int visible) {
     const int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float score[2] = {};
 #pragma unroll
     for (int i = 0; i < kHeads / 8; i++) {
-        float2 w = *(const float2*)(query.weight + 8 * i + 2 * t);
+        float2 w = *(const float2*)(s.weight + 8 * i + 2 * t);
 #pragma unroll
         for (int half = 0; half < 2; half++)
             score[half] += w.x * relu(dot[4 * i + 2 * half]) + w.y * relu(dot[4 * i + 2 * half + 1]);
@@ -250,37 +245,47 @@ __device__ inline void write_scores(const Problem& p, const TokenQuery& query, c
         score[half] += __shfl_xor_sync(~0u, score[half], 1);
         score[half] += __shfl_xor_sync(~0u, score[half], 2);
     }
-    int64_t entry = first + threadIdx.x / 32 * 16 + 8 * t + r;
-    if (t < 2 && entry < p.total)
+    int entry = first + threadIdx.x / 32 * 16 + 8 * t + r;
+    if (t < 2 && entry < end)
         p.score[token * p.total + entry] = entry < visible ? t ? score[1] : score[0] : -INFINITY;
 }
 
-// All entries for token y; blocks take tiles in turns.
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(Problem p) {
-    __shared__ TokenQuery query;
+// Entries [x * share, ...) for token y.
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(Problem p, int share) {
+    extern __shared__ __align__(1024) char memory[];
+    TokenShared& s = *reinterpret_cast<TokenShared*>(memory);
+    const int64_t token = blockIdx.y;
+    const int begin = blockIdx.x * share, end = min(begin + share, (int)p.total);
     let_next_start();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kRing; i++) barrier_init(&s.loaded[i], 1);
+        fence_barrier_init();
+    }
     wait_for_previous();
-    const int64_t token = blockIdx.y, step = (int64_t)gridDim.x * kTile;
-    const int64_t sequence = p.sequence_of(token), visible = p.visible(token);
-    int64_t first = (int64_t)blockIdx.x * kTile;
-    Tile tile[kRing];
-    tile[0].load(p, sequence, first);  // does not wait to know what is visible
-#pragma unroll
-    for (int i = 1; i < kRing; i++)
-        if (first + i * step < visible) tile[i].load(p, sequence, first + i * step);
-    load_token_query(p, token, query);
+    const char* keys = (const char*)p.keys + p.sequence_of(token) * p.capacity * 2 * kDim;
+    auto load = [&](int i) {
+        const int first = begin + i * kTile, bytes = min(kTile, end - first) * 2 * kDim;
+        barrier_expect(&s.loaded[i % kRing], bytes);
+        bulk_load(s.keys[i % kRing], keys + (int64_t)first * 2 * kDim, bytes, &s.loaded[i % kRing]);
+    };
+    const int tiles = (end - begin + kTile - 1) / kTile, ahead = min(tiles, kRing);
+    if (threadIdx.x == 0)  // does not wait to know what is visible
+        for (int i = 0; i < ahead; i++) load(i);
+    const int visible = (int)p.visible(token);
+    const int loads = max(ahead, min(tiles, (visible - begin + kTile - 1) / kTile));
+    load_token_query(p, token, s);
     fence_async_proxy();
     __syncthreads();
-    while (true) {
-#pragma unroll
-        for (int i = 0; i < kRing; i++) {
-            float dot[32];
-            score_tile(query, tile[i], dot);
-            if (first + kRing * step < visible) tile[i].load(p, sequence, first + kRing * step);
-            write_scores(p, query, dot, token, first, visible);
-            first += step;
-            if (first >= p.total) return;
+    for (int i = 0; i < tiles; i++) {
+        float dot[32];
+        if (i < loads) {
+            barrier_wait(&s.loaded[i % kRing], i / kRing % 2);
+            score_tile(s, s.keys[i % kRing], dot, [&] {
+                __syncthreads();
+                if (threadIdx.x == 0 && i + kRing < loads) load(i + kRing);
+            });
         }
+        write_scores(p, s, dot, token, begin + i * kTile, end, visible);
     }
 }
 
@@ -301,11 +306,15 @@ DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, con
     Problem p = {q, keys, weights, sequence, positions, n, capacity, total, (int)heads, (int)dim,
                  (int)ratio, scale, weights_dtype == DSV4_F32, score};
     if (total == 0 || n == 0) return cudaSuccess;
+    if (total > 1 << 30) return kUnsupported;
     const bool fits = dtype == DSV4_BF16 && dim == kDim;
     if (fits && heads == kHeads && tokens == 1) {
-        int64_t most = ceil_div(total, kTile), blocks = ceil_div(kTileBlocks * processors, n);
-        dim3 grid(blocks < most ? blocks : most, n);
-        return launch(score_token_kernel, grid, kTileThreads, 0, stream, p);
+        static const int allowed = allow_shared(score_token_kernel, sizeof(TokenShared));
+        if (allowed) return allowed;
+        int64_t blocks = kTileBlocks * processors / n, share = ceil_div(total, blocks ? blocks : 1);
+        share = share < kTile ? kTile : ceil_div(share, 16) * 16;
+        return launch(score_token_kernel, dim3(ceil_div(total, share), n), kTileThreads,
+                      sizeof(TokenShared), stream, p, (int)share);
     }
     if (fits && heads % 8 == 0 && heads <= kMostHeads) {
         dim3 grid(ceil_div(total, kEntries), ceil_div(n, tokens));
