@@ -41,11 +41,15 @@ class Record:
         now = impl.code() if impl.code is not None else ""
         if impl.hash == self.hash:
             return SAME
-        sources = self.code.rpartition("-")[0]
-        return OTHER_COMPILER if sources and sources == now.rpartition("-")[0] else CHANGED
+        return OTHER_COMPILER if self.code and _sources(self.code) == _sources(now) else CHANGED
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _sources(code: str) -> list[str]:
+    """What `code` says of sources, flags and arch; an implementation of two builds joins them by +."""
+    return [build.rpartition("-")[0] for build in code.split("+")]
 
 
 def record_file() -> Traversable:

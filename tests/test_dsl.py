@@ -11,9 +11,9 @@ from test_cpu_kernels import make_weight, oracle_weight, same
 from torch import Tensor
 from verified import measured
 
-import dsv4_bench.engine.dsl.linear  # noqa: F401  (registers the kernel)
+import dsv4_bench.engine.dsl.linear as dsl_linear
 from dsv4_bench.engine.cuda_weights import pack
-from dsv4_bench.engine.dsl.linear import LINEAR, multiprocessors
+from dsv4_bench.engine.dsl.linear import MANY_ROWS, Plan, no_empty_share
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import DENSE_CACHE, Weight
 from dsv4_bench.engine.numerics import double_precision
@@ -43,10 +43,12 @@ def kernel(x: Tensor, weight: Weight, out_dtype: torch.dtype | None = None) -> T
     return y
 
 
-def close(got: Tensor, want: Tensor, what: str = "", op: str = "linear") -> None:
+def close(
+    got: Tensor, want: Tensor, what: str = "", op: str = "linear", name: str = "cutedsl"
+) -> None:
     """`got` equals float64 `want`, rounded once to got's dtype."""
     got, rounded, limit = got.cpu(), want.to(got.dtype).cpu(), LIMIT[got.dtype]
-    measured(op, "cutedsl", relative_error(got, rounded), limit)
+    measured(op, name, relative_error(got, rounded), limit)
     same(got, rounded, limit, what)
 
 
@@ -75,8 +77,20 @@ def truth(x: Tensor, weight: Weight) -> Tensor:
         return OPS["linear"].reference(x, weight=weight, out_dtype=torch.float64)
 
 
+@pytest.fixture(params=[Plan(256, 1), Plan(128, 1), Plan(128, 2), Plan(128, 5)], ids=str)
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Whatever the shape: these tiles, and that many parts of the columns if there are steps enough."""
+
+    def plan(n: int, m: int, k: int, coded: bool, narrow: bool, processors: int) -> Plan:
+        parts = [s for s in range(1, request.param.splits + 1) if no_empty_share(-(-k // 64), s)]
+        return Plan(128 if narrow else request.param.tokens, parts[-1])
+
+    monkeypatch.setattr(dsl_linear, "plan", plan)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", FORMATS)
-def test_ragged_tiles(kind: str) -> None:
+def test_ragged_tiles(kind: str, forced: Plan) -> None:
     for n, k in SHAPES:
         weight = make_weight(kind, n, k)
         exact = oracle_weight(weight).to(CUDA)
@@ -158,11 +172,10 @@ def test_nothing_around_the_product_is_written_or_read(kind: str) -> None:
     x.copy_(torch.randn(m, k))
     out = torch.full((2 * guard + m * n,), 7.5, dtype=F32, device=CUDA)
     y = out[guard:-guard].view(m, n)
-    kind = kind.removesuffix("_e8m0")
-    factor = packed.global_scale * (128 if kind == "nvfp4" else 1)
-    pointers = (packed.struct.data, packed.struct.scale, x.data_ptr(), y.data_ptr())
-    LINEAR.call(f"linear_{kind}_f32", x, *pointers, n, m, k, 1, factor, multiprocessors(0))
-    close(y, truth(x, weight))
+    for splits in (1, 3):
+        y.fill_(math.nan)
+        dsl_linear._launch(x, packed, y, m, 1, 128, splits, 132)
+        close(y, truth(x, weight))
     assert (out[:guard] == 7.5).all() and (out[-guard:] == 7.5).all()
 
 
@@ -178,6 +191,26 @@ def test_grouped_linear(kind: str) -> None:
                 close(run(o, weight=weight, groups=groups), want, f"{m} rows", "grouped_linear")
     with pytest.raises(DSV4Error, match="grouped_linear"):
         run(o, weight=random_weight(kind, 256, 4096), groups=8)
+
+
+def test_few_and_many_rows_of_one_implementation() -> None:
+    both: Any = IMPLEMENTATIONS["linear"]["sm90+cutedsl"].function
+    weight = random_weight("nvfp4", 1536, 4096)
+    for m in (1, 64, MANY_ROWS - 1, MANY_ROWS, 300):
+        x = torch.randn(m, 4096, device=CUDA).to(BF16)
+        y = both(x, weight=weight, out_dtype=None)
+        close(y, truth(x, weight), f"{m} rows", name="sm90+cutedsl")
+    odd = random_weight("bf16", 9, 64)  # cutedsl takes n in eights
+    x = torch.randn(300, 64, device=CUDA).to(BF16)
+    close(both(x, weight=odd, out_dtype=None), truth(x, odd), name="sm90+cutedsl")
+    grouped: Any = IMPLEMENTATIONS["grouped_linear"]["sm90+cutedsl"].function
+    weight = random_weight("fp8_e8m0", 512, 128)
+    for m in (5, 300):
+        o = torch.randn(m, 256, device=CUDA).to(BF16)
+        with double_precision():
+            want = OPS["grouped_linear"].reference(o.double(), weight=weight, groups=2)
+        got = grouped(o, weight=weight, groups=2)
+        close(got, want, f"{m} rows", "grouped_linear", "sm90+cutedsl")
 
 
 def test_views_ranks_and_output_types() -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import dsv4_bench.engine.dsl.linear as dsl_linear
-from dsv4_bench.engine import cuda_library, ptxas
+from dsv4_bench.engine import build, cuda_library, ptxas
 from dsv4_bench.engine.dsl import compile as dsl_compile
 from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.errors import CannotAnswer
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context, choose
 
 LIBRARIES = {"linear": dsl_linear.LINEAR}
 
@@ -38,8 +40,8 @@ def test_no_kernel_spills(op: str, tmp_path: Path) -> None:
     if dsl_library.compiler()[0] is not None:
         log = ptxas.log_of(dsl_library.dsl_build(op).library())
     else:
-        source = dsl_library.FOLDER / f"{op}_sm90.py"
-        command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", str(source)]
+        sources = [dsl_library.FOLDER / name for name in dsl_library.dsl_build(op).sources]
+        command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", *map(str, sources)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         log = done.stdout + done.stderr
         assert done.returncode == 0, log
@@ -89,8 +91,6 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(cuda_library, "_device_reason", lambda: "no CUDA device")
     assert impl.unavailable(Context("cuda")) == "no CUDA device"
     monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
-    import torch
-
     context = Context("cuda", torch.bfloat16)
     assert impl.unavailable(Context("cuda", torch.float32)) == "needs bfloat16, this is float32"
     monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
@@ -110,3 +110,97 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
     finally:
         monkeypatch.undo()
         dsl_library.dsl_build.cache_clear()
+
+
+# ------------------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize(
+    "n, k", [(8, 8), (1536, 4096), (4096, 8192), (32768, 1024), (129280, 4096)]
+)
+@pytest.mark.parametrize("m", [1, 128, 300, 1024, 8192])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_every_part_of_the_columns_has_steps(n: int, k: int, m: int, narrow: bool) -> None:
+    tokens, splits = dsl_linear.plan(n, m, k, True, narrow, 132)
+    steps = -(-k // 64)
+    assert (splits - 1) * -(-steps // splits) < steps
+    assert (
+        f"linear_nvfp4_{'f32' if narrow or splits > 1 else 'bf16'}_{tokens}"
+        in LIBRARIES["linear"].signatures
+    )
+
+
+def test_plans_fill_the_gpu() -> None:
+    def plan(n: int, m: int, k: int) -> tuple[int, int]:
+        return tuple(dsl_linear.plan(n, m, k, True, False, 132))
+
+    assert plan(4096, 4096, 8192) == plan(32768, 1024, 1024) == (256, 1)  # enough large tiles
+    assert plan(4096, 512, 8192) == (128, 1)  # 128 blocks instead of 64
+    assert (
+        plan(4096, 128, 8192)[1] > 1 and plan(1536, 128, 4096)[1] > 1
+    )  # too few tiles of any size
+
+
+# ------------------------------------------------------------------------------ by the number of rows
+
+
+class Held:
+    """A tensor of that shape as far as the choice looks."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@pytest.mark.parametrize("op", ["linear", "grouped_linear"])
+@pytest.mark.parametrize(
+    "shape, refused, chosen",
+    [
+        ((0, 64), None, "sm90"),
+        ((dsl_linear.MANY_ROWS - 1, 64), None, "sm90"),
+        ((dsl_linear.MANY_ROWS, 64), None, "cutedsl"),
+        ((2, dsl_linear.MANY_ROWS // 2, 64), None, "cutedsl"),
+        ((4096, 64), "no such format", "sm90"),
+        ((4096, 0), None, "sm90"),
+    ],
+)
+def test_many_rows_go_to_cutedsl_if_it_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    shape: tuple[int, ...],
+    refused: str | None,
+    chosen: str,
+) -> None:
+    table = IMPLEMENTATIONS[op]
+    monkeypatch.setattr(dsl_linear, "why_not", lambda *args: refused)
+    for name in ("sm90", "cutedsl"):
+        monkeypatch.setattr(table[name], "function", lambda x, _name=name, **params: _name)
+    params = {"out_dtype": None} if op == "linear" else {"groups": 1}
+    assert table["sm90+cutedsl"].function(Held(*shape), weight=None, **params) == chosen
+
+
+def test_kernel_means_both_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context("cuda", torch.bfloat16)
+    monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
+    monkeypatch.setattr(cuda_library, "nvcc", lambda: (sys.executable, ""))
+    monkeypatch.setattr(dsl_library, "compiler", lambda: (sys.executable, ""))
+    monkeypatch.setattr(build.Build, "find", lambda self: None)
+    caches = cuda_library.cuda_build, dsl_library.dsl_build
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for op in ("linear", "grouped_linear"):
+            impl, note = choose(op, "kernel", context)
+            assert (impl.name, note) == ("sm90+cutedsl", "")
+            few, many = impl.code().split("+")
+            assert few.startswith("linear_sm90-") and many.startswith("linear_dsl_sm90-")
+            assert choose(op, "kernel", Context("cuda", torch.float32))[0].name == "sm90"
+        monkeypatch.setattr(dsl_library, "compiler", lambda: (None, "no DSL"))
+        dsl_library.dsl_build.cache_clear()
+        assert choose("linear", "kernel", context)[0].name == "sm90"
+    finally:
+        monkeypatch.undo()
+        for cache in caches:
+            cache.cache_clear()

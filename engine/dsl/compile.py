@@ -1,9 +1,10 @@
 """A compiler command for CuTe-DSL sources: kernels in Python -> a shared object with a C ABI.
 
-    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC -o OUT.so SOURCE.py
+    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC -o OUT.so SOURCE.py [HELPER.py ...]
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC --version
-    python -m dsv4_bench.engine.dsl.compile -c SOURCE.py         object files only, without nvcc
+    python -m dsv4_bench.engine.dsl.compile -c SOURCE.py [HELPER.py ...]     objects, without nvcc
 
+Helpers are what SOURCE.py imports from this package; these files are used, not the installed ones.
 SOURCE.py has a generator `exports()`: name, host function, example arguments. Each becomes
 `int dsv4_<name>(arguments..., void* stream)`, status 0 or a cudaError_t. The DSL compiles and writes
 object files; nvcc adds the functions that load the kernels at their first call. Needs
@@ -53,16 +54,17 @@ def glue(name: str, header: str) -> str:
 
 
 def load(source: Path) -> Any:
-    """The module in `source`."""
-    spec = importlib.util.spec_from_file_location(source.stem, source)
+    """The module in `source`, under the name it has in this package."""
+    name = f"{__package__ or 'dsv4_bench.engine.dsl'}.{source.stem}"
+    spec = importlib.util.spec_from_file_location(name, source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[source.stem] = module  # the DSL looks functions up in their module
+    sys.modules[name] = module  # for imports, and the DSL looks functions up in their module
     spec.loader.exec_module(module)
     return module
 
 
-def compile_exports(source: Path) -> list[str]:
+def compile_exports(source: Path, helpers: list[Path]) -> list[str]:
     """Write <name>.o and <name>.h into the current folder for each export; returns their names."""
     # The DSL reads these when it is imported; it knows no other way to compile for an absent GPU.
     os.environ.update(
@@ -70,6 +72,8 @@ def compile_exports(source: Path) -> list[str]:
     )
     import cutlass.cute as cute
 
+    for helper in helpers:
+        load(helper)
     names = []
     for name, function, arguments in load(source).exports():
         compiled = cute.compile(function, *arguments)
@@ -107,6 +111,7 @@ def main() -> int:
     parser.add_argument("-c", dest="objects_only", action="store_true")
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("helpers", type=Path, nargs="*")
     args = parser.parse_args()
     if args.nvcc is None and not args.objects_only:
         parser.error("--nvcc is needed")
@@ -115,7 +120,7 @@ def main() -> int:
         return 0
     if args.source is None or (args.output is None and not args.objects_only):
         parser.error("a source and -o are needed")
-    names = compile_exports(args.source)
+    names = compile_exports(args.source, args.helpers)
     if args.objects_only:
         return 0
     Path("glue.cu").write_text(

@@ -23,6 +23,7 @@ from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import Context, Function, implementation
 
 FOLDER = Path(__file__).parent
+HELPERS = ("codes.py",)  # that the sources import
 
 
 def compiler() -> tuple[str | None, str]:
@@ -39,7 +40,8 @@ def compiler() -> tuple[str | None, str]:
 @lru_cache
 def dsl_build(op: str) -> build.Build:
     """The build of ``engine/dsl/<op>_sm90.py``."""
-    return build.Build(f"{op}_dsl_sm90", (f"{op}_sm90.py",), (), ARCH, compiler()[0], FOLDER)
+    files = (f"{op}_sm90.py", *HELPERS)
+    return build.Build(f"{op}_dsl_sm90", files, (), ARCH, compiler()[0], FOLDER)
 
 
 def sources() -> list[str]:

@@ -13,18 +13,21 @@ Needs nvidia-cutlass-dsl; `compile.py` compiles it ahead of time, on any machine
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import BFloat16, Float32, Int32, Uint8, Uint16, Uint32, Uint64
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_ptr
 from cutlass.utils import LayoutEnum, SmemAllocator
 from cutlass.utils import hopper_helpers as hopper
 
-ROWS, COLUMNS = 128, 64  # of a tile: weight rows, contracted columns of a step
+from dsv4_bench.engine.dsl.codes import COLUMNS, PRODUCTS, Fp8, Mxfp4, Nvfp4
+
+ROWS = 128  # weight rows of a tile
 CLUSTER = 2  # blocks along the weight rows; they share the activations
 CHUNK = 32  # activation rows that leave at a time
 SHARED, LEAVING = (
@@ -35,158 +38,10 @@ GROUP = 8  # tiles of activation rows whose weights are read once from L2
 WARPGROUP = 128  # threads
 MULTIPLIERS = 2  # warpgroups that multiply; one more loads
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
-PRODUCTS = COLUMNS // 16  # of a step
 # The matrix unit cuts the low bits of a sum at every product. float32 results are added up in float32
 # every so many steps, which takes registers: their tiles have half the activation rows.
 STEPS_TOGETHER = 8
 THREAD = pipeline.Agent.Thread
-
-
-# ------------------------------------------------------------------------------ decoding
-
-
-@cute.jit
-def product_of_pairs(a: Uint32, b: Uint32) -> Uint32:
-    """Two bfloat16 products."""
-    return cute.arch.inline_ptx(  # the instruction takes no immediate
-        "{ .reg .b32 b; mov.b32 b, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, b; }",
-        write_only_types=[Uint32],
-        read_only_args=[a, b],
-    )
-
-
-@cute.jit
-def e4m3_pair(codes: Uint16) -> Uint32:
-    """Two e4m3 as two bfloat16, exactly, NaN included."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 h; .reg .b16 l, u; .reg .f32 a, b;"
-        " cvt.rn.f16x2.e4m3x2 h, {$r0}; mov.b32 {l, u}, h;"
-        " cvt.f32.f16 a, l; cvt.f32.f16 b, u; cvt.rn.bf16x2.f32 {$w0}, b, a; }",
-        write_only_types=[Uint32],
-        read_only_args=[codes],
-    )
-
-
-@cute.jit
-def e2m1_pair(word: Uint32, shifted: Uint32, selector: Uint32) -> Uint32:
-    """Byte `selector` % 8 of `word` as two bfloat16, times 2^-126; `shifted` is word << 4.
-
-    Exponent and mantissa of the code keep their meaning at the bottom of bfloat16's fields.
-    """
-    x = Uint32(cute.arch.prmt(word, shifted, selector))
-    return (x & Uint32(0x80008000)) | ((x >> 6) & Uint32(0x01C001C0))
-
-
-@cute.jit
-def e8m0_pair(code: Uint32) -> Uint32:
-    """2^(code - 127) as two equal bfloat16: code 0 is a subnormal, 255 is NaN."""
-    bits = code << 7
-    if code == 0:
-        bits = Uint32(0x0040)
-    if code == 255:
-        bits = Uint32(0x7FC0)
-    return bits | (bits << 16)
-
-
-# ------------------------------------------------------------------------------ formats
-
-
-class Nvfp4:
-    """e2m1 codes with an e4m3 scale every 16 columns. The product is 2^-7 of what it stands for."""
-
-    bits, unit, scale_type = 4, Uint64, Uint32
-    swizzle = warpgroup.SmemLayoutAtomKind.K_SW32
-    factor = 128.0
-
-    @staticmethod
-    def scale_tensor(scale: cute.Pointer, n: Int32, k: Int32) -> cute.Tensor:
-        steps = k // COLUMNS
-        return cute.make_tensor(scale, cute.make_layout((n, steps), stride=(steps, 1)))
-
-    @staticmethod
-    def read_scale(scales: cute.Tensor, row: Int32, step: Int32):
-        return Uint32(scales[row, step])
-
-    @staticmethod
-    def factors(raw: Uint32) -> list:
-        """The scale of each product, times 2^119."""
-        up = Float32(2.0**119)
-        return [
-            cute.arch.inline_ptx(
-                "{ .reg .b32 h; .reg .b16 p, l, u; .reg .f32 a; mov.b32 {l, u}, {$r0};"
-                f" mov.b16 p, {'lu'[i // 2]}; cvt.rn.f16x2.e4m3x2 h, p; mov.b32 {{l, u}}, h;"
-                f" cvt.f32.f16 a, {'lu'[i % 2]}; mul.f32 a, a, {{$r1}};"
-                " cvt.rn.bf16x2.f32 {$w0}, a, a; }",
-                write_only_types=[Uint32],
-                read_only_args=[raw, up],
-            )
-            for i in range(PRODUCTS)
-        ]
-
-    @staticmethod
-    def operand(
-        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
-    ) -> tuple:
-        """The thread's four columns of product `i` in a weight row: two pairs of bfloat16."""
-        both = Uint64(codes[row, i ^ (row >> 2 & 1) * 2, stage])  # the swizzle: 16 bytes by row / 4
-        selector = Uint32(0x40) + Uint32(member % 4) * Uint32(0x1111)
-        pairs = []
-        for word in (Uint32(both), Uint32(both >> 32)):
-            pairs.append(product_of_pairs(e2m1_pair(word, word << 4, selector), factor))
-        return tuple(pairs)
-
-
-class Mxfp4(Nvfp4):
-    """e2m1 codes with an e8m0 scale every 32 columns."""
-
-    scale_type = Uint16
-    factor = 1.0
-
-    @staticmethod
-    def factors(raw: Uint32) -> list:
-        pairs = [e8m0_pair(raw & 0xFF), e8m0_pair(raw >> 8)]
-        return [pairs[i // 2] for i in range(PRODUCTS)]
-
-    @staticmethod
-    def operand(
-        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
-    ) -> tuple:
-        # The scale may reach 2^127: 2^126 is a product of its own.
-        up = Uint32(0x7E807E80)
-        return tuple(
-            product_of_pairs(pair, factor)
-            for pair in Nvfp4.operand(codes, row, i, stage, member, up)
-        )
-
-
-class Fp8:
-    """e4m3 codes with an e8m0 scale every 128 x 128."""
-
-    bits, unit, scale_type = 8, Uint16, Uint8
-    swizzle = warpgroup.SmemLayoutAtomKind.K_SW64
-    factor = 1.0
-
-    @staticmethod
-    def scale_tensor(scale: cute.Pointer, n: Int32, k: Int32) -> cute.Tensor:
-        across = cute.ceil_div(k, 128)
-        layout = cute.make_layout((cute.ceil_div(n, 128), across), stride=(across, 1))
-        return cute.make_tensor(scale, layout)
-
-    @staticmethod
-    def read_scale(scales: cute.Tensor, row: Int32, step: Int32):
-        return Uint32(scales[row // 128, step * COLUMNS // 128])
-
-    @staticmethod
-    def factors(raw: Uint32) -> list:
-        return [e8m0_pair(raw)] * PRODUCTS
-
-    @staticmethod
-    def operand(
-        codes: cute.Tensor, row: Int32, i: int, stage: Int32, member: Int32, factor
-    ) -> tuple:
-        pair = 8 * (i ^ (row >> 1 & 3)) + member % 4  # the swizzle: 16 bytes by row / 2
-        low, high = codes[row, pair, stage], codes[row, pair + 4, stage]
-        return tuple(product_of_pairs(e4m3_pair(Uint16(c)), factor) for c in (low, high))
 
 
 # ------------------------------------------------------------------------------ the kernel
@@ -200,11 +55,11 @@ class TallLinear:
     is a multiple of 256 and k of 64.
     """
 
-    def __init__(self, coded: type | None, out_dtype: type[cutlass.Numeric]) -> None:
+    def __init__(self, coded: type | None, out_dtype: type[cutlass.Numeric], tokens: int) -> None:
         self.coded = coded
         self.out_dtype = out_dtype
         self.exact = out_dtype is Float32
-        self.tokens = 128 if self.exact else 256  # activation rows of a tile
+        self.tokens = tokens  # activation rows of a tile
         self.buffers = LEAVING // (ROWS * CHUNK * out_dtype.width // 8)
         self.stored = BFloat16 if coded is None else Uint8
         self.width = COLUMNS if coded is None else COLUMNS * coded.bits // 8  # of a stage
@@ -230,6 +85,7 @@ class TallLinear:
         m: Int32,
         k: Int32,
         groups: Int32,
+        splits: Int32,
         factor: Float32,
         processors: Int32,
         stream: cuda.CUstream,
@@ -244,7 +100,10 @@ class TallLinear:
         weight = cute.make_tensor(w, cute.make_layout((n, width), stride=(width, 1)))
         across = cute.assume(k * groups, divby=8)
         rows = cute.make_tensor(x, cute.make_layout((m, across), stride=(across, 1)))
-        out = cute.make_tensor(y, cute.make_layout((n, m), stride=(1, cute.assume(n, divby=8))))
+        pitch = cute.assume(n, divby=8)
+        out = cute.make_tensor(
+            y, cute.make_layout((n, m, splits), stride=(1, pitch, Int64(m) * pitch))
+        )
 
         layout_w = self.weight_layout()
         layout_x = hopper.make_smem_layout_a(
@@ -280,10 +139,10 @@ class TallLinear:
 
         self.storage = Storage
         row_tiles, token_tiles = cute.ceil_div(n, ROWS * CLUSTER), cute.ceil_div(m, self.tokens)
-        clusters = min(row_tiles * token_tiles, processors // CLUSTER)
+        clusters = min(row_tiles * token_tiles * splits, processors // CLUSTER)
         self.kernel(
             *(load_w, from_w, layout_w, load_x, from_x, layout_x, store_y, to_y, layout_y),
-            *(scales, n, groups, row_tiles, token_tiles, factor),
+            *(scales, n, groups, splits, row_tiles, token_tiles, factor),
         ).launch(
             grid=(clusters * CLUSTER, 1, 1),
             block=((1 + MULTIPLIERS) * WARPGROUP, 1, 1),
@@ -307,6 +166,7 @@ class TallLinear:
         scales: cute.Tensor | None,
         n: Int32,
         groups: Int32,
+        splits: Int32,
         row_tiles: Int32,
         token_tiles: Int32,
         factor: Float32,
@@ -339,42 +199,40 @@ class TallLinear:
         pipeline.pipeline_init_arrive(cluster_shape_mn=(CLUSTER, 1), is_relaxed=True)
         gw = cute.local_tile(from_w, (ROWS, self.width), (None, None))
         gx = cute.local_tile(from_x, (self.tokens, COLUMNS), (None, None))
-        gy = cute.local_tile(to_y, (ROWS, self.tokens), (None, None))
+        gy = cute.local_tile(to_y, (ROWS, self.tokens), (None, None, None))
         pipeline.pipeline_init_wait(cluster_shape_mn=(CLUSTER, 1))
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
             if warp == 0:
-                per_group = n // groups
-                self.load(feed, load_w, gw, sw, load_x, gx, sx, per_group, row_tiles, token_tiles)
+                work = (n // groups, splits, row_tiles, token_tiles)
+                self.load(feed, load_w, gw, sw, load_x, gx, sx, *work)
         else:
             cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
-            self.multiply(
-                feed,
-                stored,
-                sx,
-                sy,
-                store_y,
-                gy,
-                scales,
-                n,
-                cute.size(gw, mode=[3]),
-                row_tiles,
-                token_tiles,
-                factor,
-            )
+            work = (cute.size(gw, mode=[3]), splits, row_tiles, token_tiles)
+            self.multiply(feed, stored, sx, sy, store_y, gy, scales, n, factor, *work)
 
     @cute.jit
-    def place(self, tile: Int32, row_tiles: Int32, token_tiles: Int32) -> tuple:
-        """Weight and activation tile of a cluster's tile; GROUP tiles of activations share the weights."""
+    def place(self, tile, steps, splits, row_tiles, token_tiles) -> tuple:
+        """Of a cluster's tile: weight and activation tile, part of the columns, its first step and steps.
+
+        GROUP tiles of activations go over all weights together.
+        """
+        tiles = row_tiles * token_tiles
+        split, tile = tile // tiles, tile % tiles
         group = tile // (GROUP * row_tiles)
         within = tile - group * GROUP * row_tiles
         size = cutlass.min(GROUP, token_tiles - group * GROUP)
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        return within // size * CLUSTER + rank, group * GROUP + within % size
+        share = cute.ceil_div(steps, splits)
+        start = split * share
+        row, token = within // size * CLUSTER + rank, group * GROUP + within % size
+        return row, token, split, start, cutlass.min(share, steps - start)
 
     @cute.jit
-    def load(self, feed, load_w, gw, sw, load_x, gx, sx, per_group, row_tiles, token_tiles) -> None:
+    def load(
+        self, feed, load_w, gw, sw, load_x, gx, sx, per_group, splits, row_tiles, token_tiles
+    ) -> None:
         """What the loading warp does: the stages of all tiles of this block."""
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         to_sw, of_gw = cpasync.tma_partition(
@@ -389,12 +247,12 @@ class TallLinear:
         )
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
-        for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
-            row, token = self.place(tile, row_tiles, token_tiles)
-            steps = cute.size(gw, mode=[3])
+        steps = cute.size(gw, mode=[3])
+        for tile in cutlass.range(first, row_tiles * token_tiles * splits, stride, unroll=1):
+            row, token, _, start, count = self.place(tile, steps, splits, row_tiles, token_tiles)
             # Steps of earlier groups; both blocks of a cluster load the same activations.
             before = (row - rank) * ROWS // per_group * steps
-            for step in cutlass.range(steps, unroll=1):
+            for step in cutlass.range(start, start + count, unroll=1):
                 feed.producer_acquire(state)
                 barrier = feed.producer_get_barrier(state)
                 cute.copy(
@@ -416,7 +274,20 @@ class TallLinear:
 
     @cute.jit
     def multiply(
-        self, feed, sw, sx, sy, store_y, gy, scales, n, steps, row_tiles, token_tiles, factor
+        self,
+        feed,
+        sw,
+        sx,
+        sy,
+        store_y,
+        gy,
+        scales,
+        n,
+        factor,
+        steps,
+        splits,
+        row_tiles,
+        token_tiles,
     ) -> None:
         """What the multiplying warpgroups do: all products of a tile, then its way out."""
         source = (
@@ -433,20 +304,25 @@ class TallLinear:
         part_sums = cute.make_rmem_tensor(sums.shape, Float32) if self.exact else sums
         reading = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         first, stride = cute.arch.cluster_idx()[0], cute.arch.grid_dim()[0] // CLUSTER
-        for tile in cutlass.range(first, row_tiles * token_tiles, stride, unroll=1):
-            row, token = self.place(tile, row_tiles, token_tiles)
+        for tile in cutlass.range(first, row_tiles * token_tiles * splits, stride, unroll=1):
+            row, token, split, start, count = self.place(
+                tile, steps, splits, row_tiles, token_tiles
+            )
             if cutlass.const_expr(self.exact):
                 sums.fill(0)
-                for start in cutlass.range(0, steps, STEPS_TOGETHER, unroll=1):
-                    count = cutlass.min(STEPS_TOGETHER, steps - start)
+                for before in cutlass.range(0, count, STEPS_TOGETHER, unroll=1):
+                    some = cutlass.min(STEPS_TOGETHER, count - before)
                     reading = self.products(
-                        feed, mma, sw, b, part_sums, reading, start, count, scales, row, n
+                        feed, mma, sw, b, part_sums, reading, start + before, some, scales, row, n
                     )
                     for i in cutlass.range_constexpr(cute.size(sums)):
                         sums[i] = sums[i] + part_sums[i]
             else:
-                reading = self.products(feed, mma, sw, b, sums, reading, 0, steps, scales, row, n)
-            self.leave(mma, sums, factor, sy, store_y, gy[(None, None, row, token)], member)
+                reading = self.products(
+                    feed, mma, sw, b, sums, reading, start, count, scales, row, n
+                )
+            of_tile = gy[(None, None, row, token, split)]
+            self.leave(mma, sums, factor, sy, store_y, of_tile, member)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
@@ -554,23 +430,75 @@ class TallLinear:
                 cute.arch.cp_async_bulk_wait_group(self.buffers - 2, read=True)
 
 
-def exports() -> Iterator[tuple[str, TallLinear, list[object]]]:
+class SumOfParts:
+    """y [size] = the sum of parts [splits, size] float32, added in order; size is a multiple of 8."""
+
+    THREADS, EACH = 256, 8
+
+    @cute.jit
+    def __call__(
+        self,
+        parts: cute.Pointer,
+        y: cute.Pointer,
+        size: Int64,
+        splits: Int32,
+        stream: cuda.CUstream,
+    ) -> None:
+        runs = cute.ceil_div(size, self.EACH)
+        stride = cute.assume(size, divby=self.EACH)
+        shape = (self.EACH, runs, splits)
+        given = cute.make_tensor(parts, cute.make_layout(shape, stride=(1, self.EACH, stride)))
+        out = cute.make_tensor(y, cute.make_layout(shape[:2], stride=(1, self.EACH)))
+        blocks = cute.ceil_div(runs, self.THREADS)
+        self.kernel(given, out).launch(
+            grid=(blocks, 1, 1), block=(self.THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, given: cute.Tensor, out: cute.Tensor) -> None:
+        run = cute.arch.block_idx()[0] * self.THREADS + cute.arch.thread_idx()[0]
+        if run < cute.size(out, mode=[1]):
+            total = cute.make_rmem_tensor(self.EACH, Float32)
+            part = cute.make_rmem_tensor(self.EACH, Float32)
+            total.fill(0)
+            for split in cutlass.range(cute.size(given, mode=[2])):
+                cute.autovec_copy(given[(None, run, split)], part)
+                total.store(total.load() + part.load())
+            rounded = cute.make_rmem_tensor(self.EACH, out.element_type)
+            rounded.store(total.load().to(out.element_type))
+            cute.autovec_copy(rounded, out[(None, run)])
+
+
+OUTPUTS = {"bf16": BFloat16, "f32": Float32}
+
+
+def pointer(dtype: type[cutlass.Numeric], alignment: int = 16) -> cute.Pointer:
+    """Stands for any address of that type and alignment."""
+    return make_ptr(dtype, alignment, cute.AddressSpace.gmem, assumed_align=alignment)
+
+
+def exports() -> Iterator[tuple[str, Any, list[Any]]]:
     """What is compiled: (name, host function, arguments to compile it for)."""
+    stream = cuda.CUstream(0)
     for kind, coded in (("bf16", None), ("nvfp4", Nvfp4), ("mxfp4", Mxfp4), ("fp8", Fp8)):
-        for out, out_dtype in (("bf16", BFloat16), ("f32", Float32)):
-            kernel, name = TallLinear(coded, out_dtype), f"linear_{kind}_{out}"
-            TallLinear.kernel.set_name_prefix(  # what profilers show
-                name, remove_cutlass_symbol=True, keep_mangled_name=False
-            )
-            scale_type = Uint8 if coded is None else coded.scale_type
+        scale_type = Uint8 if coded is None else coded.scale_type
+        for out, tokens in (("bf16", 256), ("bf16", 128), ("f32", 128)):
+            kernel, name = TallLinear(coded, OUTPUTS[out], tokens), f"linear_{kind}_{out}_{tokens}"
+            name_kernel(TallLinear, name)
             pointers = [
-                make_ptr(dtype, 16, cute.AddressSpace.gmem, assumed_align=align)
-                for dtype, align in (
-                    (kernel.stored, 16),
-                    (scale_type, scale_type.width // 8),
-                    (BFloat16, 16),
-                    (out_dtype, 16),
-                )
+                pointer(kernel.stored),
+                pointer(scale_type, scale_type.width // 8),
+                pointer(BFloat16),
+                pointer(OUTPUTS[out]),
             ]
-            rest = [Int32(64)] * 4 + [Float32(1), Int32(2), cuda.CUstream(0)]
+            rest = [Int32(64)] * 5 + [Float32(1), Int32(2), stream]
             yield name, kernel, pointers + rest
+    for out, out_dtype in OUTPUTS.items():
+        name_kernel(SumOfParts, f"sum_{out}")
+        pointers = [pointer(Float32), pointer(out_dtype)]
+        yield f"sum_{out}", SumOfParts(), [*pointers, Int64(8), Int32(2), stream]
+
+
+def name_kernel(kernels: type, name: str) -> None:
+    """What profilers show of the next kernel that is compiled."""
+    kernels.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
