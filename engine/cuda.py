@@ -8,6 +8,7 @@ import dsv4_bench.engine.cuda_indexer
 import dsv4_bench.engine.cuda_linear
 import dsv4_bench.engine.cuda_rows
 import dsv4_bench.engine.cuda_sm100
+import dsv4_bench.engine.cuda_softmax_stats
 import dsv4_bench.engine.cuda_stats
 import dsv4_bench.engine.cuda_step
 import dsv4_bench.engine.cuda_timing
