@@ -115,7 +115,9 @@ def test_sources_of_compiled_and_reference_code():
     names = {path.name for path in sources(impl["cpu"])}
     assert {"hyper.cpp", "abi.h"} <= names and not any(name.endswith(".cu") for name in names)
     names = {path.name for path in sources(registry.IMPLEMENTATIONS["linear"]["cutedsl"])}
-    assert {"linear_sm90.py", "linear.py", "library.py"} <= names
+    assert {"linear_sm90.py", "codes.py", "linear.py", "library.py"} <= names
+    both = {path.name for path in sources(registry.IMPLEMENTATIONS["linear"]["sm90+cutedsl"])}
+    assert names | {"linear_sm90.cu", "abi.h"} <= both
 
 
 def test_sources_can_be_asked_for_before_anything_runs(driver):

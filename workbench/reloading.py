@@ -40,16 +40,22 @@ _EFFORT = Effort(seconds=0.2, least=3, most=30)  # of the timing after a reload
 
 def sources(impl: Implementation, plugins: Iterable[str] = ()) -> list[Path]:
     """The files whose change changes what `impl` does; empty for the reference."""
-    if impl.name == "reference":
+    names = impl.name.split("+")  # the kernels of two together are called so
+    if names == ["reference"]:
         return []
-    if impl.name in _COMPILED:
-        folders = (csrc() / _COMPILED[impl.name], csrc() / "common")
-        return sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    if impl.name == "cutedsl":
-        return sorted(library.FOLDER.glob("*.py"))
+    if all(name in (*_COMPILED, "cutedsl") for name in names):
+        return sorted({path for name in names for path in _of_package(name)})
     own = inspect.getsourcefile(inspect.unwrap(impl.function))
     named = [Path(file).absolute() for file in plugins]
     return sorted({*named, *([Path(own).absolute()] if own else [])})
+
+
+def _of_package(name: str) -> Iterable[Path]:
+    """The sources of our own implementation `name`."""
+    if name == "cutedsl":
+        return library.FOLDER.glob("*.py")
+    folders = (csrc() / _COMPILED[name], csrc() / "common")
+    return (path for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def reload_code(model: Transformer, plugins: Iterable[str] = ()) -> list[str]:
