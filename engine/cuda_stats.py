@@ -147,15 +147,15 @@ def values_view(tensor: Tensor, at: int) -> View | None:
 
 
 @lru_cache
-def available(device: torch.device) -> bool:
-    """Whether the kernel runs on `device`; builds it if need be."""
+def available(device: torch.device, library: Library = PROBES) -> bool:
+    """Whether the probes' kernels in `library` run on `device`; builds them if need be."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
-        if unavailable(PROBES.name, Context("cuda", torch.float32), (torch.float32,)):
+        if unavailable(library.name, Context("cuda", torch.float32), (torch.float32,)):
             return False
     try:
-        PROBES.load()
+        library.load()
     except CannotAnswer:
         return False
     return True

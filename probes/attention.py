@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cuda_softmax_stats import FIELDS, PROBE_SOFTMAX, softmax_stats
+from dsv4_bench.engine.cuda_stats import available
 from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
@@ -39,36 +41,68 @@ class SoftmaxProbe(Probe):
         return site.op == "attention"
 
     def observe(self, call: Call) -> Iterable[Reading]:
-        lse, name = call.outputs["lse"].float(), self.name
-        sink = torch.exp(call.inputs["sink"].float() - lse)  # [n, h]
-        every = torch.arange(len(lse), device=lse.device)
+        name = self.name
+        every = torch.arange(len(call.outputs["lse"]), device=call.outputs["lse"].device)
         rows, note = sample_rows(every, _QUERIES)
-        weights = attention_weights(call, rows)  # [s, h, keys]
-        row_sum = weights.sum(-1) + sink[rows]
-        width = call.inputs["window_index"].shape[1]
-        entropy = torch.special.entr(weights).sum(-1).mean()
-        yield call.reading(name, "sink_mass", sink.mean(), "share")
-        window = weights[..., :width].sum(-1).mean()
-        yield call.reading(name, "window_mass", window, "share", sampled=note)
-        if weights.shape[-1] > width:
-            entries = weights[..., width:].sum(-1).mean()
-            yield call.reading(name, "entry_mass", entries, "share", sampled=note)
-        yield call.reading(name, "entropy", entropy, "nats", sampled=note)
-        yield call.reading(name, "max_weight", weights.max(), "share", sampled=note)
-        padding, worst = (1 - row_sum).clamp(min=0).max(), furthest(row_sum, 1.0)
-        yield call.reading(
-            name, "padding_mass", padding, "share", _ROUNDING, at_most(_ROUNDING), sampled=note
-        )
+        found = _fused(call, rows) or _by_torch(call, rows)
+        yield call.reading(name, "sink_mass", found["sink_mass"], "share")
+        for mass in ("window_mass", "entry_mass"):
+            if mass in found:
+                yield call.reading(name, mass, found[mass], "share", sampled=note)
+        yield call.reading(name, "entropy", found["entropy"], "nats", sampled=note)
+        yield call.reading(name, "max_weight", found["max_weight"], "share", sampled=note)
+        limit = _ROUNDING
         yield call.reading(
             name,
-            "row_sum",
-            worst,
+            "padding_mass",
+            found["padding_mass"],
             "share",
-            1.0,
-            near(1.0, _ROUNDING),
-            "furthest from 1",
+            limit,
+            at_most(limit),
             sampled=note,
         )
+        off = near(1.0, _ROUNDING)
+        yield call.reading(
+            name, "row_sum", found["row_sum"], "share", 1.0, off, "furthest from 1", sampled=note
+        )
+
+
+def _fused(call: Call, rows: Tensor) -> dict[str, Tensor]:
+    """The readings' values by one launch; nothing where there is no kernel for these tensors."""
+    a, lse = call.inputs, call.outputs["lse"]
+    if not lse.is_cuda or not available(lse.device, PROBE_SOFTMAX):
+        return {}
+    entries = None
+    if a.get("entry_index") is not None and a["entry_index"].shape[1]:
+        entries = a["entries"], a["entry_index"]
+    pools = (a["window"], a["window_index"]), entries
+    values = softmax_stats(a["q"], lse, a["sink"], rows, pools, a["scale"])
+    if values is None:
+        return {}
+    found = dict(zip(FIELDS, values.unbind(), strict=True))
+    if entries is None:
+        del found["entry_mass"]
+    return found
+
+
+def _by_torch(call: Call, rows: Tensor) -> dict[str, Tensor]:
+    """The same with torch's operations."""
+    lse = call.outputs["lse"].float()
+    sink = torch.exp(call.inputs["sink"].float() - lse)  # [n, h]
+    weights = attention_weights(call, rows)  # [s, h, keys]
+    row_sum = weights.sum(-1) + sink[rows]
+    width = call.inputs["window_index"].shape[1]
+    found = {
+        "sink_mass": sink.mean(),
+        "window_mass": weights[..., :width].sum(-1).mean(),
+        "entropy": torch.special.entr(weights).sum(-1).mean(),
+        "max_weight": weights.max(),
+        "padding_mass": (1 - row_sum).clamp(min=0).max(),
+        "row_sum": furthest(row_sum, 1.0),
+    }
+    if weights.shape[-1] > width:
+        found["entry_mass"] = weights[..., width:].sum(-1).mean()
+    return found
 
 
 def attention_weights(call: Call, rows: Tensor) -> Tensor:
