@@ -106,6 +106,20 @@ def test_topk(total: int, k: int) -> None:
         )
 
 
+@pytest.mark.parametrize("total", [700, 4096, 16384, 100000, 262144, 300001])
+def test_topk_of_rows_whose_bound_is_loose(total: int) -> None:
+    """Far outliers, a random walk, the best all in one place, one score above many equal ones."""
+    whole = torch.tensor([total], device="cuda")
+    outliers = torch.randn(1, total, device="cuda").exp().exp()
+    walk = torch.randn(1, total, device="cuda").cumsum(1)
+    steps = torch.arange(total, device="cuda").float()[None]
+    peak = torch.zeros(1, total, device="cuda")
+    peak[0, total // 3] = 1
+    for score in (outliers, walk, steps, -steps, peak, -peak):
+        for k in (512, 1024):
+            check_topk(score, whole, k)
+
+
 @pytest.mark.parametrize("n", [1, 4, 16, 64, 200])
 def test_topk_of_many_rows(n: int) -> None:
     score = torch.randn(n, 30000, device="cuda")

@@ -146,6 +146,10 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// The same for threads that have nothing to show to others.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -167,6 +171,25 @@ __device__ __forceinline__ void remote_store(uint32_t remote, float4 value, uint
         "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)),
         "r"(__float_as_uint(value.z)), "r"(__float_as_uint(value.w)), "r"(barrier)
         : "memory");
+}
+__device__ __forceinline__ void remote_store(uint32_t remote, uint64_t value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
+                     remote),
+                 "l"(value), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void remote_store(uint32_t remote, uint32_t value, uint32_t barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     remote),
+                 "r"(value), "r"(barrier)
+                 : "memory");
+}
+// barrier_expect on another CTA's barrier.
+__device__ __forceinline__ void remote_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
+                     barrier),
+                 "r"(bytes)
+                 : "memory");
 }
 // Plain accesses; a cluster barrier orders them.
 __device__ __forceinline__ uint32_t remote_load(uint32_t remote) {
