@@ -1,7 +1,6 @@
 """Humming (the package humming-kernels) as a peer of the NVFP4 benchmarks, where it is installed.
 
-Its kernels are built by nvcc at the first call. Weights are random bits in the ModelOpt layout, turned
-into its own layout once. Of the experts only its two matrix products are timed: its users bring
+Its kernels are built by nvcc at the first call. Weights are random bits, brought into its layout once. Of the experts only its two matrix products are timed: its users bring
 routing, activation and sum themselves, so the figure flatters it.
 """
 
@@ -25,23 +24,16 @@ def installed() -> bool:
 def layer(n: int, k: int, experts: int | None = None) -> Any:
     """An NVFP4 matrix [n, k] (or one per expert) of random codes with scales around 1."""
     from humming.layer import HummingLayer
+    from humming.schema.modelopt import ModeloptNvfp4WeightSchema
 
+    schema = ModeloptNvfp4WeightSchema(quant_algo="nvfp4").to_humming_schema(BF16)
     found = HummingLayer(
-        shape_n=n,
-        shape_k=k,
-        weight_config={"quant_method": "modelopt", "quant_algo": "nvfp4"},
-        num_experts=experts,
-        torch_dtype=BF16,
+        shape_n=n, shape_k=k, weight_config=schema, num_experts=experts, torch_dtype=BF16
     ).to(CUDA)
-    lead = (experts,) if experts else ()
-    tensors = {
-        "weight": torch.randint(0, 256, (*lead, n, k // 2), dtype=torch.uint8, device=CUDA),
-        "weight_scale": torch.randint(
-            0x20, 0x50, (*lead, n, k // 16), dtype=torch.uint8, device=CUDA
-        ).view(torch.float8_e4m3fn),
-        "weight_scale_2": torch.full(lead or (1,), 0.01, device=CUDA),
-    }
-    found.load_from_tensors(tensors)
+    with torch.no_grad():
+        found.weight.random_(-(2**31), 2**31 - 1)  # eight codes each
+        found.weight_scale.view(torch.uint8).random_(0x20, 0x50)
+        found.weight_scale_2.fill_(0.01)
     found.transform()
     return found
 
