@@ -70,7 +70,7 @@ def pack(rows: Tensor, packed: int) -> Tensor:
     codes = (tiles * inverse[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = torch.where(finite, codes, _NAN)
     entries = rows.new_zeros(m, packed, dtype=torch.uint8)
-    entries[:, :plain] = codes.view(m, -1)[:, :plain]
+    entries[:, :plain] = codes.flatten(1)[:, :plain]
     rope = rows[:, plain:].to(torch.bfloat16).contiguous()
     entries[:, plain : packed - SCALE_BYTES] = rope.view(torch.uint8)
     entries[:, packed - SCALE_BYTES :][:, : tiles.shape[1]] = (exponent + 127).to(torch.uint8)

@@ -159,6 +159,14 @@ def test_a_nan_changes_no_other_value() -> None:
     assert b[100].isnan() and torch.equal(a[keep], b[keep])
 
 
+def test_no_rows() -> None:
+    nothing = torch.empty(0, WIDTH)
+    assert pack(nothing, PACKED).shape == (0, PACKED)
+    assert unpack(pack(nothing, PACKED), WIDTH).shape == (0, WIDTH)
+    ring = pack(torch.randn(3, WIDTH), PACKED)
+    assert torch.equal(reference("gather_swa")(ring, nothing), ring)
+
+
 def test_widths() -> None:
     assert packed_bytes(WIDTH, ROPE) == PACKED and plain_of(WIDTH, PACKED) == PLAIN
     rows = torch.randn(3, 128)  # a tile and a half
