@@ -26,7 +26,7 @@ from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, did_you_mean
 Function = Callable[..., Any]
 
 # What the family `kernel` tries, best first, by device type.
-KERNEL_ORDER = {"cpu": ("cpu",), "cuda": ("sm90", "cutedsl", "cublaslt")}
+KERNEL_ORDER = {"cpu": ("cpu",), "cuda": ("sm90+cutedsl", "sm90", "cutedsl")}
 
 
 @dataclass(frozen=True)

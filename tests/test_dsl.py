@@ -47,7 +47,7 @@ def close(
     got: Tensor, want: Tensor, what: str = "", op: str = "linear", name: str = "cutedsl"
 ) -> None:
     """`got` equals float64 `want`, rounded once to got's dtype."""
-    got, rounded, limit = got.cpu(), want.to(got.dtype).cpu(), LIMIT[got.dtype]
+    rounded, limit = want.to(got), LIMIT[got.dtype]
     measured(op, name, relative_error(got, rounded), limit)
     same(got, rounded, limit, what)
 

@@ -161,7 +161,7 @@ def _launch(
 
 _FEW = {op: IMPLEMENTATIONS[op]["sm90"] for op in ("linear", "grouped_linear")}
 _MANY = {op: IMPLEMENTATIONS[op]["cutedsl"] for op in _FEW}
-MANY_ROWS = 128  # from here on cutedsl is the faster one at the models' shapes
+MANY_ROWS = 64  # from here on cutedsl is the faster one at the models' shapes
 
 
 def _for_any_rows(op: str) -> Callable[[Function], Function]:

@@ -1,11 +1,12 @@
 """CuTe-DSL kernels of op linear for many rows: y = x W^T on wgmma, with TMA and clusters, for sm_90a.
 
-A cluster of two blocks multiplies 2 x 128 weight rows with the same 256 activation rows, which each
-block reads half of and multicasts. In a block one warp feeds a ring of shared-memory stages, 64
+A cluster of two blocks multiplies 2 x 128 weight rows with the same 256 (or 128) activation rows, of which
+each block reads half and multicasts it. In a block one warp feeds a ring of shared-memory stages, 64
 columns each, and two warpgroups multiply 64 weight rows each; the product leaves through shared memory
 and bulk-tensor stores. Blocks are persistent: the next tile's loads run under this one's stores.
 bfloat16 weights are multiplied from shared memory; coded ones are decoded into registers, which wgmma
-takes as its first operand, while the products before are under way.
+takes as its first operand, while the products before are under way. With few tiles the columns are
+divided over `splits` blocks, whose float32 parts SumOfParts adds up.
 
 Needs nvidia-cutlass-dsl; `compile.py` compiles it ahead of time, on any machine.
 """
@@ -30,10 +31,8 @@ from dsv4_bench.engine.dsl.codes import COLUMNS, PRODUCTS, Fp8, Mxfp4, Nvfp4
 ROWS = 128  # weight rows of a tile
 CLUSTER = 2  # blocks along the weight rows; they share the activations
 CHUNK = 32  # activation rows that leave at a time
-SHARED, LEAVING = (
-    226 * 1024,
-    32 * 1024,
-)  # bytes a block: for everything but barriers, for chunks on their way out
+# Bytes of shared memory a block: all but barriers, and of these what is on its way out.
+SHARED, LEAVING = 226 * 1024, 32 * 1024
 GROUP = 8  # tiles of activation rows whose weights are read once from L2
 WARPGROUP = 128  # threads
 MULTIPLIERS = 2  # warpgroups that multiply; one more loads
@@ -66,13 +65,34 @@ class TallLinear:
         self.stage_bytes = ROWS * self.width * self.stored.width // 8 + self.tokens * COLUMNS * 2
         self.stages = (SHARED - LEAVING) // self.stage_bytes
 
-    def weight_layout(self) -> cute.ComposedLayout:
-        """The stages of stored weights [rows, width, stage] in shared memory."""
-        tile = (ROWS, self.tokens, COLUMNS)
+    def layouts(self) -> tuple[cute.ComposedLayout, ...]:
+        """Shared memory: stages of stored weights and of activations, chunks on their way out."""
+        rows, columns = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        tile, stages = (ROWS, self.tokens, COLUMNS), self.stages
+        of_x = (self.tokens, ROWS, COLUMNS)
+        layout_x = hopper.make_smem_layout_a(rows, of_x, BFloat16, stages)
+        layout_y = hopper.make_smem_layout_epi(self.out_dtype, columns, (ROWS, CHUNK), self.buffers)
         if self.coded is None:
-            return hopper.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, BFloat16, self.stages)
+            return hopper.make_smem_layout_a(rows, tile, BFloat16, stages), layout_x, layout_y
         atom = warpgroup.make_smem_layout_atom(self.coded.swizzle, Uint8)
-        return cute.tile_to_shape(atom, (ROWS, self.width, self.stages), order=(0, 1, 2))
+        layout_w = cute.tile_to_shape(atom, (ROWS, self.width, stages), order=(0, 1, 2))
+        return layout_w, layout_x, layout_y
+
+    def tensors(self, w, scale, x, y, n, m, k, groups, splits) -> tuple:
+        """Stored weights [n, width], scales, activations [m, groups * k], output [n, m, splits]."""
+        columns = cute.assume(k, divby=8)
+        width, scales = columns, None
+        if self.coded is not None:
+            width = cute.assume(k * self.coded.bits // 8, divby=16)
+            scales = self.coded.scale_tensor(scale, n, k)
+        across, pitch = cute.assume(k * groups, divby=8), cute.assume(n, divby=8)
+        out = cute.make_layout((n, m, splits), stride=(1, pitch, Int64(m) * pitch))
+        return (
+            cute.make_tensor(w, cute.make_layout((n, width), stride=(width, 1))),
+            scales,
+            cute.make_tensor(x, cute.make_layout((m, across), stride=(across, 1))),
+            cute.make_tensor(y, out),
+        )
 
     @cute.jit
     def __call__(
@@ -91,27 +111,8 @@ class TallLinear:
         stream: cuda.CUstream,
     ) -> None:
         """Launches on `processors` multiprocessors; all pointers but `scale` are 16-byte aligned."""
-        columns = cute.assume(k, divby=8)
-        width = columns
-        scales = None
-        if cutlass.const_expr(self.coded is not None):
-            width = cute.assume(k * self.coded.bits // 8, divby=16)
-            scales = self.coded.scale_tensor(scale, n, k)
-        weight = cute.make_tensor(w, cute.make_layout((n, width), stride=(width, 1)))
-        across = cute.assume(k * groups, divby=8)
-        rows = cute.make_tensor(x, cute.make_layout((m, across), stride=(across, 1)))
-        pitch = cute.assume(n, divby=8)
-        out = cute.make_tensor(
-            y, cute.make_layout((n, m, splits), stride=(1, pitch, Int64(m) * pitch))
-        )
-
-        layout_w = self.weight_layout()
-        layout_x = hopper.make_smem_layout_a(
-            LayoutEnum.ROW_MAJOR, (self.tokens, ROWS, COLUMNS), BFloat16, self.stages
-        )
-        layout_y = hopper.make_smem_layout_epi(
-            self.out_dtype, LayoutEnum.COL_MAJOR, (ROWS, CHUNK), self.buffers
-        )
+        weight, scales, rows, out = self.tensors(w, scale, x, y, n, m, k, groups, splits)
+        layout_w, layout_x, layout_y = self.layouts()
         one = (None, None, 0)
         load_w, from_w = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
