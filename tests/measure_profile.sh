@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT [FLASH_FOLDER]
+# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT [FLASH_FOLDER [short]]
 # Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder.
 set -uo pipefail
 out=$1
@@ -18,16 +18,17 @@ step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
 
 [[ -d $flash ]] || timeout 100 python3 tests/flash_layers.py "$flash"
 
-step 40 demo "${bench[@]}" profile --layer 3 --json --ceilings --graph \
+brief=(--json --seconds 0.05)
+step 30 flash "${bench[@]}" profile "$flash" --layer 1 --context 511 --graph "${brief[@]}"
+(cd "$out" && step 30 ncu_flash "${bench[@]}" profile "$flash" --sites 'L1/ffn/*' --context 511 --ncu --json)
+step 30 demo "${bench[@]}" profile --layer 3 --graph "${brief[@]}" \
     --trace "$out/demo_trace.json" --plot "$out/demo.png"
-step 60 flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 --json --seconds 0.2 --graph
-(cd "$out" && step 60 ncu_flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 --ncu --json)
+[[ ${3:-} == short ]] && exit
+step 40 all_flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 "${brief[@]}"
+(cd "$out" && step 60 ncu_all_flash "${bench[@]}" profile "$flash" --layers 0-2 --context 511 --ncu --json)
+step 40 batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 "${brief[@]}"
+(cd "$out" && step 60 ncu_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --ncu --json)
+step 40 prefill "${bench[@]}" profile "$flash" --layer 1 --context 1024 --phase prefill "${brief[@]}"
 step 30 reload_rows python3 tests/reload_times.py L3/attn/window_write csrc/cuda/rows_sm90.cu
 step 30 reload_norm python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
-step 40 batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 --json \
-    --seconds 0.2
-(cd "$out" && step 60 ncu_batch "${bench[@]}" profile "$flash" --layer 1 --context 511 --batch 32 \
-    --ncu --json)
-step 40 prefill "${bench[@]}" profile "$flash" --layer 1 --context 1024 --phase prefill --json \
-    --seconds 0.2
 python3 tests/profile_summary.py "$out" >"$out/summary.json"

@@ -10,6 +10,7 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 import warnings
@@ -42,6 +43,8 @@ class CudaClock:
         self._own = cuda_timing.available()
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool without a graph is gone for good, so one graph stays.
+        self._keeper = self.capture(lambda: self._sink.add_(1), 1)
         self._launch: float | None = None  # of a graph
         self._empty = statistics.median(events(lambda: None) for _ in range(20))
 
@@ -79,9 +82,13 @@ class CudaClock:
             return _StreamTimed(make, before, self._empty, "stream", text)
 
     def _recover(self) -> None:
-        """A capture that failed leaves torch's random numbers as if it went on; one that ends frees them."""
+        """After a capture that failed: torch's allocator and random numbers believe that it goes on."""
         torch.cuda.synchronize()
-        self.capture(lambda: self._sink.add_(1), 1)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        with contextlib.suppress(RuntimeError):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._keeper = self.capture(lambda: self._sink.add_(1), 1)
 
     def replay_seconds(self, replay: Call) -> float:
         """Seconds of one replay of somebody's graph with an empty L2, less what launching it takes."""
