@@ -24,7 +24,7 @@ from dsv4_bench.workbench.timing import trace
 from dsv4_bench.workbench.timing.capturing import capture_pass, parse_layers, run_layer, sequences
 from dsv4_bench.workbench.timing.ceilings import Ceilings, ceilings
 from dsv4_bench.workbench.timing.clock import CpuClock
-from dsv4_bench.workbench.timing.document import parse_gate, regressions
+from dsv4_bench.workbench.timing.document import parse_gate, regressions, report
 from dsv4_bench.workbench.timing.layers import time_layer
 from dsv4_bench.workbench.timing.profile import Request, profile
 from dsv4_bench.workbench.timing.sites import Effort, time_site
@@ -248,6 +248,26 @@ def test_some_sites_of_a_layer_give_no_whole(model):
     assert [s["site"] for s in found["sites"]] == ["L1/attn/core"] and found["whole"] == []
     with pytest.raises(DSV4Error, match="layers asked for"):
         profile(model, [TOKENS], Request((1,), "head", "decode", BRIEF), lambda text: None)
+
+
+def test_a_report_says_how_a_gpu_was_timed(document):
+    copy = json.loads(json.dumps(document))
+    copy["sites"][0]["how"] = dict.fromkeys(copy["sites"][0]["how"], "graph")
+    copy["sites"][1]["how"]["reference"] = "waits"
+    copy["whole"][0].update(
+        seconds=1e-4, sites=9e-5, between=8e-6, eager=2e-3, how="graph",
+        graph={"layer": 1, "seconds": 7e-5, "chain": 9.5e-5, "kernels": 40,
+               "sites": [{"site": "L1/attn/core", "seconds": 1e-5}] * 8},
+    )  # fmt: skip
+    copy["whole"][1].update(comparable=False, problem="it waits for the GPU")
+    text = report(copy)
+    assert (
+        "microseconds inside a CUDA graph" in text and " w |" in text and "\nw: waits for" in text
+    )
+    assert "add up to 90.0 us and the code between them to 8.0, together 98.0% of it" in text
+    assert "launched from Python, 2000.0 us" in text and "it waits for the GPU" in text
+    assert "40 kernels: 70.0 us with independent sites side by side, 95.0 us in one chain" in text
+    assert "between time stamps on the device add up to 80.0 us" in text
 
 
 @pytest.mark.parametrize(("text", "factor"), [("3%", 1.03), ("2x", 2.0), ("1.5", 1.5), ("0%", 1.0)])
