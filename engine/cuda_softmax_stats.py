@@ -11,7 +11,7 @@ PROBE_SOFTMAX = Library(
     "probe_softmax",
     {"probe_softmax": (P, I, P, P, P, N, P, P, N, P, P, N, I, N, N, N, F, P, P, P)},
 )
-_KEYS, _MOST_DIM = 32, 512  # as in probe_softmax_sm90.cu
+_KEYS, _HEADS, _MOST_DIM = 16, 8, 512  # of a block, of a head; as in probe_softmax_sm90.cu
 
 # What `softmax_stats` returns, in this order: means over sampled tokens and heads, but the sink's, which
 # is over all tokens; `row_sum` is the one that is furthest from 1.
@@ -49,8 +49,9 @@ def softmax_stats(
         kept += [rows, index]
         addresses.append((rows.data_ptr(), index.data_ptr(), index.shape[1]))
     chunks = sum(-(-width // _KEYS) for _, _, width in addresses)
-    parts = q.new_empty((len(sample), heads, chunks, 4), dtype=torch.float32)
-    arrived = torch.zeros(1, dtype=torch.int32, device=q.device)
+    parts = q.new_empty((len(sample), heads, chunks + 1, 4), dtype=torch.float32)
+    groups = len(sample) * -(-heads // _HEADS)
+    arrived = torch.zeros(1 + groups, dtype=torch.int32, device=q.device)
     out = q.new_empty(8, dtype=torch.float64)
     PROBE_SOFTMAX.call(
         "probe_softmax",

@@ -29,7 +29,7 @@ _CHUNK = 32768  # elements that a block reads at least
 _MOST_CHUNKS = 1024  # of a tensor
 _MOST_ELEMENTS = 1 << 32  # counts have 32 bits
 _PART = 6  # doubles of scratch a chunk
-_MOMENTS, _SUMS, _VALUES = 0, 1, 2
+_MOMENTS, _SUMS, _VALUES, _EMPTY = 0, 1, 2, 3
 _ITEM = struct.Struct("@PPqqqqiiiiiiii")
 
 PROBES = Library(
@@ -45,7 +45,8 @@ class View(NamedTuple):
     """What the kernel reads: `rows` of `cols` elements, `stride` apart, the last one with `last`.
 
     `row_index` [rows] int64 names the rows instead, below 0 for none. Of kind sums: `rows` x `cols` sums of
-    `last` terms each. Of kind values: `rows` integers to copy. A block reads `per_chunk` rows. The
+    `last` terms each. Of kind values: `rows` integers to copy, and of kind empty: rows to count in, to
+    column `last` of a ring's copies. A block reads `per_chunk` rows. The
     tensors are kept so that they live on.
     """
 
@@ -63,7 +64,8 @@ class View(NamedTuple):
     @property
     def chunks(self) -> int:
         """Blocks that read it; an empty one takes a block too, which writes its zeros."""
-        return max(-(-self.rows // self.per_chunk), 1) if self.kind == _MOMENTS else 1
+        whole = self.kind in (_SUMS, _VALUES)
+        return 1 if whole else max(-(-self.rows // self.per_chunk), 1)
 
 
 def moments_view(tensor: Tensor, index: Tensor | None = None) -> View | None:
@@ -146,6 +148,20 @@ def values_view(tensor: Tensor, at: int) -> View | None:
     return View(tensor, None, tensor.numel(), 1, at, 1, kind=_VALUES)
 
 
+def empty_view(tensor: Tensor, at: int) -> View | None:
+    """The rows [..., n] of `tensor`, to count what is -infinity in each, or below 0 of integers.
+
+    The counts go to column `at` of a ring's copies. None for another dtype.
+    """
+    if tensor.dtype not in DTYPES and tensor.dtype not in (torch.int32, torch.int64):
+        return None
+    tensor = tensor.contiguous()
+    cols = tensor.shape[-1]
+    rows = tensor.numel() // cols if cols else 0
+    per_chunk = max(_CHUNK // max(cols, 1), 1)
+    return View(tensor, None, rows, cols, at, cols, per_chunk, kind=_EMPTY)
+
+
 @lru_cache
 def available(device: torch.device, library: Library = PROBES) -> bool:
     """Whether the probes' kernels in `library` run on `device`; builds them if need be."""
@@ -186,7 +202,7 @@ def packed(views: Sequence[View], first_slot: int = 0) -> bytearray:
 
 def _kind_of(view: View) -> int:
     """The code of its elements: a dtype, or the size of an integer."""
-    return view.tensor.element_size() if view.kind == _VALUES else DTYPES[view.tensor.dtype]
+    return DTYPES.get(view.tensor.dtype, view.tensor.element_size())
 
 
 class Ring:

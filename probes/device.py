@@ -10,7 +10,14 @@ from torch import Tensor
 
 from dsv4_bench.engine import cuda_stats
 from dsv4_bench.probes.readings import Call, Request
-from dsv4_bench.probes.stats import Stats, Sums, exponent_counts, reduced, reduced_sums
+from dsv4_bench.probes.stats import (
+    Stats,
+    Sums,
+    empty_counts,
+    exponent_counts,
+    reduced,
+    reduced_sums,
+)
 
 
 class Question:
@@ -22,8 +29,8 @@ class Question:
         self.call, self.request = call, request
 
     @property
-    def output(self) -> Tensor:
-        return self.call.outputs[self.request.output]
+    def tensor(self) -> Tensor:
+        return self.call.tensor(self.request.output)
 
     def looked_at(self) -> tuple[Tensor, Tensor | None]:
         """The tensor it is about, and the rows of it if not all."""
@@ -132,10 +139,10 @@ def unanswered(calls: Iterable[Call]) -> Iterator[Question]:
 
 
 def view_of(question: Question) -> cuda_stats.View | None:
-    """What the fused kernel reads for `question`; None if it does not answer it."""
+    """What the fused kernel reads for `question` to fill a row; None if it does not answer it."""
     tensor, index = question.looked_at()
     kind = question.request.kind
-    if not tensor.is_cuda or kind == "values" or not cuda_stats.available(tensor.device):
+    if not tensor.is_cuda or kind in ("values", "empty") or not cuda_stats.available(tensor.device):
         return None
     if kind == "sums":
         return cuda_stats.sums_view(tensor, question.request.at)
@@ -148,6 +155,8 @@ def _by_torch(question: Question) -> Tensor:
     kind = question.request.kind
     if kind == "values":
         return tensor
+    if kind == "empty":
+        return empty_counts(tensor)
     if kind == "sums":
         return reduced_sums(tensor, question.request.at)
     return (reduced if kind == "stats" else exponent_counts)(tensor, index)

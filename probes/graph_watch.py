@@ -105,7 +105,10 @@ class GraphWatch:
         first, views = len(self._slots), []
         for question in unanswered(self._fresh):
             if question.request.kind == "values":
-                self._copy(question, question.output)
+                self._copy(question, question.tensor)
+                continue
+            if question.request.kind == "empty":
+                self._count_empty(question)
                 continue
             view = view_of(question)
             if view is None:
@@ -136,9 +139,19 @@ class GraphWatch:
         view = cuda_stats.values_view(bits, self._copied)
         if view is None:
             raise CannotAnswer(f"a probe's value is {value.dtype}", "run without a graph")
-        self._places.append(_Place(owner, self._copied, value.dtype, value.shape))
+        self._place(_Place(owner, self._copied, value.dtype, value.shape), view)
+
+    def _count_empty(self, question: Question) -> None:
+        view = cuda_stats.empty_view(question.tensor, self._copied)
+        if view is None:
+            raise _not_fused(question)
+        shape = question.tensor.shape[:-1]
+        self._place(_Place(question, self._copied, torch.int64, shape), view)
+
+    def _place(self, place: _Place, view: cuda_stats.View) -> None:
+        self._places.append(place)
         self._copying.append(view)
-        self._copied += view.rows
+        self._copied += place.shape.numel()
 
     @property
     def captured(self) -> bool:
@@ -200,7 +213,7 @@ class _Place(NamedTuple):
 
 
 def _not_fused(question: Question) -> CannotAnswer:
-    tensor, request = question.output, question.request
+    tensor, request = question.tensor, question.request
     return CannotAnswer(
         f"{question.call.site.path}: {request.kind} of {request.output} ({tensor.dtype}, "
         f"{list(tensor.shape)}) cannot be taken in a CUDA graph",

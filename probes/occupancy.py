@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.engine.step import Step
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most
-from dsv4_bench.probes.sampling import on_device
 
 
 @probe
@@ -33,44 +29,51 @@ class CacheProbe(Probe):
         self.reset()
 
     def reset(self) -> None:
-        self._used: dict[int | None, tuple[int, Tensor]] = {}  # layer -> forward, entries
+        self._used: dict[int | None, tuple[int, int]] = {}  # layer -> forward, entries
 
     def wants(self, site: Site) -> bool:
         return site.op in ("compressor", "attention")
 
     def observe(self, call: Call) -> Iterable[Reading]:
+        if call.site.op == "attention":
+            call.ask("empty", "window_index")
+            return ()
+        call.ask("empty", "score_state")
+        if call.inputs["step"].padded:
+            call.ask("values", "step.positions")
+        return ()
+
+    def explain(self, call: Call) -> Iterable[Reading]:
         return self._compressor(call) if call.site.op == "compressor" else self._attention(call)
 
     def _compressor(self, call: Call) -> Iterable[Reading]:
-        ratio = len(call.inputs["ape"])
-        lengths = _lengths(call.inputs["step"], call.outputs["score_state"].device)
-        used, tail = lengths // ratio, lengths % ratio
+        ratio, lengths = len(call.inputs["ape"]), _lengths(call)
+        used, tail = [n // ratio for n in lengths], [n % ratio for n in lengths]
         if "/index/" not in call.site.path:
-            self._used[call.site.layer] = (call.forward, used.sum())
+            self._used[call.site.layer] = (call.forward, sum(used))
         yield call.reading(self.name, "entries_used", used, "entries")
         yield call.reading(self.name, "tail", tail, "tokens")
-        waiting = torch.arange(ratio, device=tail.device) < tail[:, None]
-        wrong = _occupied(call.outputs["score_state"], ratio) != waiting
-        yield call.reading(self.name, "tail_error", wrong.sum(), "slots", 0, at_most(0))
+        width = call.outputs["score_state"].shape[-1]
+        wrong = sum(
+            (empty < width) != (slot < waiting)  # an empty slot is all -inf
+            for slots, waiting in zip(call.empty("score_state"), tail, strict=True)
+            for slot, empty in enumerate(slots[-ratio:])
+        )
+        yield call.reading(self.name, "tail_error", wrong, "slots", 0, at_most(0))
 
     def _attention(self, call: Call) -> Iterable[Reading]:
-        index, entries = call.inputs["window_index"], call.inputs.get("entries")
-        fill = (index >= 0).sum(-1).max() / index.shape[1]
+        width, entries = call.inputs["window_index"].shape[1], call.inputs.get("entries")
+        fill = (width - min(call.empty("window_index"))) / width
         yield call.reading(self.name, "window_fill", fill, "share")
-        forward, used = self._used.get(call.site.layer, (-1, None))
-        if entries is not None and len(entries) and used is not None and forward == call.forward:
-            text = f"of {len(entries)} rows"
+        forward, used = self._used.get(call.site.layer, (-1, 0))
+        if entries is not None and len(entries) and forward == call.forward:
+            text = f"{used} of {len(entries)} rows"
             yield call.reading(self.name, "pool_fill", used / len(entries), "share", detail=text)
 
 
-def _lengths(step: Step, device: torch.device) -> Tensor:
-    """[b] int64: tokens of each sequence after the step."""
+def _lengths(call: Call) -> list[int]:
+    """Tokens of each sequence after the step."""
+    step: Step = call.inputs["step"]
     if step.padded:  # one token of each, at positions that the device alone knows
-        return step.positions + 1
-    lengths = [a + b for a, b in zip(step.starts, step.lengths, strict=True)]
-    return on_device(lengths, device)
-
-
-def _occupied(score_state: Tensor, ratio: int) -> Tensor:
-    """[b, ratio]: slots of the open window that hold a token; an empty one is all -inf."""
-    return (score_state[:, -ratio:] != -torch.inf).any(-1)
+        return [position + 1 for position in call.values("step.positions")]
+    return [a + b for a, b in zip(step.starts, step.lengths, strict=True)]

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.registry import Site
-from dsv4_bench.probes.stats import Stats, Sums, exponent_counts, tensor_stats, tensor_sums
+from dsv4_bench.probes.stats import (
+    Stats,
+    Sums,
+    empty_counts,
+    exponent_counts,
+    tensor_stats,
+    tensor_sums,
+)
 
 Value = float | int | str | Sequence[float] | Tensor
 Rule = Callable[[Any], str]  # value -> verdict
@@ -67,8 +74,9 @@ def near(target: float, tolerance: float) -> Rule:
 
 
 class Request(NamedTuple):
-    """Something to know of an output: `stats` of it (or of part `at` along its second axis), its `sums`
-    along axis `at` (None: its values one by one), its `exponents`, or all its `values`.
+    """Something to know of a tensor: `stats` of it (or of part `at` along its second axis), its `sums`
+    along axis `at` (None: its values one by one), its `exponents`, all its `values`, or how many values
+    of each row are `empty`.
     """
 
     kind: str
@@ -104,10 +112,18 @@ class Call:
 
     # -- what is asked of outputs
 
+    def tensor(self, name: str) -> Tensor:
+        """An output, an input, or what an input has: ``step.positions``."""
+        if name in self.outputs:
+            return self.outputs[name]
+        owner, _, rest = name.partition(".")
+        value: Tensor = getattr(self.inputs[owner], rest) if rest else self.inputs[owner]
+        return value
+
     def ask(self, kind: str, output: str, at: int | None = None) -> None:
-        """Have `stats`, `sums`, `exponents` or `values` of an output ready for `explain`."""
-        tensor = self.outputs[output]
-        if not tensor.is_cpu and (tensor.is_floating_point() or kind == "values"):
+        """Have `stats`, `sums`, `exponents`, `values` or `empty` of a tensor ready for `explain`."""
+        tensor = self.tensor(output)
+        if not tensor.is_cpu and (tensor.is_floating_point() or kind in ("values", "empty")):
             self.answers.setdefault(Request(kind, output, at), None)
             self.pending = True
 
@@ -132,8 +148,12 @@ class Call:
         return found
 
     def values(self, output: str) -> Any:
-        """All values of a small output, as `tolist` gives them."""
+        """All values of a small tensor, as `tolist` gives them."""
         return self._answer(Request("values", output))
+
+    def empty(self, output: str) -> Any:
+        """How many values of each row of [..., n] are -infinity, or below 0 of integers: [...]."""
+        return self._answer(Request("empty", output))
 
     def _answer(self, request: Request) -> Any:
         if request.output in self.overwritten:
@@ -155,7 +175,7 @@ class Call:
 
     def looked_at(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """The tensor that a request is about, and the rows of it, -1 for none; None: all rows."""
-        tensor = self.outputs[request.output]
+        tensor = self.tensor(request.output)
         if request.kind == "stats" and request.at is not None:
             return tensor.select(1, request.at), None
         written = WRITTEN_ROWS.get(self.site.spec.name)
@@ -199,7 +219,7 @@ def _computed(request: Request, tensor: Tensor) -> Any:
         return tensor_sums(tensor, request.at)
     if request.kind == "exponents":
         return exponent_counts(tensor).tolist()
-    return tensor.tolist()
+    return (empty_counts(tensor) if request.kind == "empty" else tensor).tolist()
 
 
 def fetch(readings: Sequence[Reading], answers: Sequence[Tensor] = ()) -> Fetched:

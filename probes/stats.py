@@ -162,6 +162,12 @@ def exponent_counts(tensor: Tensor, index: Tensor | None = None) -> Tensor:
     return counts.scatter_add_(0, exponents.long(), kept.long().expand(exponents.shape))
 
 
+def empty_counts(tensor: Tensor) -> Tensor:
+    """How many values of each row of [..., n] are -infinity, or below 0 of integers: int64 [...]."""
+    empty = tensor == -torch.inf if tensor.is_floating_point() else tensor < 0
+    return empty.sum(-1)
+
+
 def first_nonfinite(tensor: Tensor) -> list[int] | None:
     """Coordinate of the first NaN or infinity in row-major order, or None."""
     bad = ~torch.isfinite(tensor)

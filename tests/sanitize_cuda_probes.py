@@ -11,29 +11,45 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine.cuda_softmax_stats import softmax_stats
 
 
 def views() -> list[cuda_stats.View]:
+    """Inputs are copied from the host: what torch's kernels write, the sanitizer does not see."""
     torch.manual_seed(1)
     found: list[cuda_stats.View | None] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = torch.randn(40, 1003).to(dtype).cuda()
         flat = torch.randn(70_001).to(dtype).cuda()
-        index = torch.tensor([3, -1, 39, 3], device="cuda")
-        for view in (base, base[:, 3:-2], base[::2], base.T, flat[1:], flat[:1], flat[:0]):
+        index = torch.tensor([3, -1, 39, 3]).cuda()
+        for view in (base, base[:, 3:-2], base[::2], flat[1:], flat[:1], flat[:0]):
             found.append(cuda_stats.moments_view(view))
         found.append(cuda_stats.moments_view(base, index))
         comb: Tensor = torch.rand(33, 4, 4).to(dtype).cuda()
         found += [cuda_stats.sums_view(comb, axis) for axis in (1, 2)]
-        found.append(cuda_stats.sums_view(comb[:, 0], None))
-    found.append(cuda_stats.values_view(torch.arange(7, device="cuda"), 2))
+        found += [cuda_stats.sums_view(comb[:, 0], None), cuda_stats.empty_view(comb, 10)]
+    found.append(cuda_stats.values_view(torch.arange(7).cuda(), 2))
     return [view for view in found if view is not None]
+
+
+def softmax() -> None:
+    for n, heads, dim, widths in ((3, 9, 512, (128, 33)), (1, 64, 264, (65, 512))):
+        pools = [
+            (torch.randn(50, dim).bfloat16().cuda(), torch.randint(-1, 50, (n, w)).int().cuda())
+            for w in widths
+        ]
+        q, lse = torch.randn(n, heads, dim).bfloat16().cuda(), torch.randn(n, heads).cuda()
+        sample = torch.arange(n).cuda()
+        given = (q, lse, torch.randn(heads).cuda(), sample, (pools[0], pools[1]), 0.1)
+        print(softmax_stats(*given) is not None)
 
 
 def main() -> None:
     device = torch.device("cuda")
     for exponents in (False, True):
-        ring = cuda_stats.Ring(device, slots=40, steps=2, exponents=exponents, width=9)
+        ring = cuda_stats.Ring(device, slots=40, steps=2, exponents=exponents, width=200)
+        for tensor in (ring.step, ring.arrived):
+            tensor.copy_(torch.zeros(tensor.shape, dtype=tensor.dtype))
         looked = views()
         ring.launch(looked, advance=True)
         graph = torch.cuda.CUDAGraph()
@@ -43,7 +59,9 @@ def main() -> None:
         for _ in range(3):
             graph.replay()
         print([row.number for row in ring.fetch()])
+    softmax()
     stamps = cuda_stats.Stamps(device, 2, 2)
+    stamps.step.copy_(torch.zeros(1, dtype=torch.int64))
     for _ in range(3):
         stamps.stamp(0, begin=True)
         stamps.stamp(1)

@@ -22,6 +22,7 @@ from dsv4_bench.probes.readings import Call, Reading
 from dsv4_bench.probes.stats import (
     Stats,
     Sums,
+    empty_counts,
     exponent_counts,
     reduced,
     reduced_sums,
@@ -220,6 +221,37 @@ def test_sums() -> None:
             Sums.of_row(reduced_sums(tensor.cpu(), axis).tolist()),
         )
         assert found == pytest.approx(expected, rel=1e-12), (list(tensor.shape), axis)
+
+
+@fused
+def test_empty_values_of_rows() -> None:
+    torch.manual_seed(5)
+    state = torch.randn(3, 128, 600, device="cuda")
+    state[torch.rand_like(state) < 0.3] = -torch.inf
+    state[0, 0], state[1, 1], state[2, 2, 5] = -torch.inf, torch.inf, torch.nan
+    index = torch.randint(-3, 9, (130, 77), device="cuda")
+    tensors = [
+        state,
+        state.bfloat16(),
+        state.half(),
+        index,
+        index.int(),
+        state[:, ::2, 1:],
+        state[:0],
+    ]
+    ring = cuda_stats.Ring(torch.device("cuda"), 8, width=4000)
+    views, places = [], []
+    for tensor in tensors:
+        places.append(places[-1] + views[-1].rows if views else 3)
+        view = cuda_stats.empty_view(tensor, places[-1])
+        assert view is not None
+        views.append(view)
+    ring.launch(views, advance=True)
+    (row,) = ring.fetch()
+    for tensor, place in zip(tensors, places, strict=True):
+        expected = empty_counts(tensor.cpu()).flatten()
+        assert torch.equal(row.copies[place : place + len(expected)], expected)
+    assert row.copies[:3].tolist() == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------ graphs

@@ -147,6 +147,32 @@ def test_dtypes() -> None:
         assert item["dtype"] == dtype.itemsize
 
 
+def test_rows_to_count_in() -> None:
+    for tensor in (
+        DEEP,
+        DEEP[:, ::2],
+        BASE.T,
+        torch.zeros(2, 0, 5),
+        torch.zeros(7, dtype=torch.int64),
+    ):
+        view = cuda_stats.empty_view(tensor, 5)
+        assert view is not None
+        item = items([view])[0]
+        rows = math.prod(tensor.shape[:-1])
+        assert (item["kind"], item["rows"], item["cols"], item["last"]) == (
+            3,
+            rows,
+            tensor.shape[-1],
+            5,
+        )
+        assert item["dtype"] == (8 if tensor.dtype == torch.int64 else 0)
+        if tensor.is_floating_point():
+            place = item["data"] + 4 * item["stride"] * (rows - 1)
+            assert rows == 0 or element(place) == tensor.reshape(-1, tensor.shape[-1])[-1, 0]
+    large = cuda_stats.empty_view(torch.zeros(1000, 512), 0)
+    assert large is not None and large.chunks == 16 and large.per_chunk == 64
+
+
 @pytest.mark.parametrize(
     ("tensor", "axis"),
     [(DEEP, 0), (DEEP, 1), (DEEP, 2), (DEEP[:, 1:3, ::2], 2), (BASE, 1), (BASE, 0), (BASE.T, None)],

@@ -9,10 +9,10 @@ typedef struct dsv4_probe_item {
     const int64_t* index;  // the rows to look at, below 0 for none; null: all of them
     int64_t rows;
     int64_t cols;    // elements of a row; of kind kSums, the sums of a row
-    int64_t last;    // elements of the last row; of kind kSums, the terms of a sum; of kind kValues,
-                     // where in a step's row of the copies its elements go
+    int64_t last;    // elements of the last row; of kind kSums, the terms of a sum; of kinds kValues and
+                     // kEmpty, where in a step's row of the copies its results go
     int64_t stride;  // elements from row to row
-    int32_t dtype;   // enum dsv4_dtype; of kind kValues, the bytes of an integer: 4 or 8
+    int32_t dtype;   // enum dsv4_dtype, or the bytes of an integer: 4 or 8
     int32_t kind;    // enum Kind
     int32_t slot;    // where in a step's row of the ring the result goes
     int32_t rows_per_chunk;
@@ -25,7 +25,7 @@ typedef struct dsv4_probe_item {
 namespace dsv4 {
 namespace {
 
-enum Kind { kMoments = 0, kSums = 1, kValues = 2 };
+enum Kind { kMoments = 0, kSums = 1, kValues = 2, kEmpty = 3 };
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = 8;                   // elements that a thread takes at once
@@ -75,13 +75,21 @@ __device__ inline void add_value(Part& p, float x) {
     p.squares = fma((double)x, (double)x, p.squares);
 }
 
+// x in float64, for finite x: its bits one exponent field further make x * 2^-896, subnormal or not.
+// Exact, and faster than the conversion, of which a multiprocessor does few.
+__device__ inline double widened(float x) {
+    uint32_t bits = __float_as_uint(x);
+    uint32_t high = (bits & 0x80000000) | (bits >> 3 & 0x0fffffff);
+    return __hiloint2double((int)high, (int)(bits << 29)) * 0x1p896;
+}
+
 // Eight finite values. What most groups have none of, zeros and a new or equal peak, is looked for first.
 __device__ inline void add_finite(Part& p, const float (&x)[kGroup], uint32_t largest) {
     uint32_t smallest = kInfinity;
     double sum[2] = {0, 0}, squares[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kGroup; i++) {
-        double value = x[i];
+        double value = widened(x[i]);
         smallest = min(smallest, __float_as_uint(x[i]) & 0x7fffffff);
         sum[i % 2] += value;
         squares[i % 2] = fma(value, value, squares[i % 2]);
@@ -369,6 +377,33 @@ __device__ inline void copy_values(const dsv4_probe_item& item, int64_t* out) {
         out[i] = item.dtype == 8 ? ((const int64_t*)item.data)[i] : ((const int32_t*)item.data)[i];
 }
 
+template <class T> __device__ inline bool is_empty(T x) { return to_float(x) == -INFINITY; }
+__device__ inline bool is_empty(int32_t x) { return x < 0; }
+__device__ inline bool is_empty(int64_t x) { return x < 0; }
+
+// How many elements of each row are -infinity, or below 0 of integers; a warp takes a row.
+template <class T> __device__ inline void count_empty(const dsv4_probe_item& item, int64_t* out) {
+    int64_t first = (blockIdx.x - item.first_chunk) * (int64_t)item.rows_per_chunk;
+    int64_t last = min(first + item.rows_per_chunk, item.rows);
+    for (int64_t row = first + threadIdx.x / 32; row < last; row += kWarps) {
+        const T* from = (const T*)item.data + row * item.stride;
+        uint32_t count = 0;
+        for (int64_t c = threadIdx.x % 32; c < item.cols; c += 32) count += is_empty(from[c]);
+        count = __reduce_add_sync(~0u, count);
+        if (threadIdx.x % 32 == 0) out[row] = count;
+    }
+}
+
+__device__ inline void count_empty_of(const dsv4_probe_item& item, int64_t* out) {
+    switch (item.dtype) {
+        case DSV4_F32: return count_empty<float>(item, out);
+        case DSV4_BF16: return count_empty<bf16>(item, out);
+        case DSV4_F16: return count_empty<__half>(item, out);
+        case 4: return count_empty<int32_t>(item, out);
+        case 8: return count_empty<int64_t>(item, out);
+    }
+}
+
 // ---------------------------------------------------------------- kernels
 
 __device__ inline int find_item(const Job& job, int chunk) {
@@ -402,6 +437,8 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__
     double* out = job.ring + slot * kFields;
     if (item.kind == kValues) {
         copy_values(item, job.copies + row * job.width + item.last);
+    } else if (item.kind == kEmpty) {
+        count_empty_of(item, job.copies + row * job.width + item.last);
     } else if (item.kind == kSums) {
         write_sums(item, shared_spreads, out);
     } else {
