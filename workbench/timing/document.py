@@ -125,6 +125,8 @@ def _whole(entry: dict[str, Any]) -> str:
     if not entry["comparable"]:
         why = entry["problem"] or "some of it waits for the GPU"
         text += f" (not timed in the same way: {why})"
+    if entry["how"] == "wall":
+        text += " (each of them, and the layer, begins with empty caches)"
     if entry["how"] == "graph":
         text += f"; launched from Python, {_us(entry['eager'])} us"
     return text + (f"\n{_graph(entry['graph'])}" if "graph" in entry else "")
