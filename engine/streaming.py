@@ -256,6 +256,7 @@ class CudaCopies:
         pair = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         for buffer in pair:
             buffer.record_stream(self.stream)
+        self.stream.wait_stream(torch.cuda.current_stream())  # what had this memory before
         return pair
 
     def fill(self, slot: int, copy: Callable[[], None]) -> None:
