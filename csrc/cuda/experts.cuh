@@ -63,14 +63,6 @@ __device__ inline float swiglu(float gate, float up, float limit) {
 
 __device__ inline float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-// The hidden value of sums that still lack the format's factor and the global scales.
-__device__ inline float hidden_value(const Expert& expert, float factor, float gate, float up,
-                                     float limit, float weight) {
-    gate = rounded(gate * factor * expert.w1.global_scale);
-    up = rounded(up * factor * expert.w3.global_scale);
-    return swiglu(gate, up, limit) * weight;
-}
-
 // 4, 8 or 16 bytes to shared memory, past the registers.
 template <int kBytes> __device__ inline void copy_small(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),

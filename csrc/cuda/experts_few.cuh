@@ -10,8 +10,6 @@
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
 
-#include <stdlib.h>
-
 #include <type_traits>
 
 #include "experts.cuh"
@@ -21,7 +19,8 @@ namespace dsv4 {
 
 constexpr int kMultipliers = 16, kFinishers = 2;  // warps
 constexpr int kFewThreads = (kMultipliers + kFinishers) * 32;
-constexpr int kFewPairs = 8, kMostDepth = 4;
+constexpr int kFewPairs = 8, kDepth = 3;  // stages of a ring
+constexpr int kPeaks = kFinishers + 2;      // pieces whose peaks are kept: finishers may be behind
 constexpr int kGroups = 2, kFewRows = 16 * kGroups;  // of a tile: 16-row products
 constexpr int kSumStride = kFewRows + 4;             // floats from pair to pair
 
@@ -41,7 +40,7 @@ template <class Policy> struct Stage {
 
 struct FewShared {
     uint64_t summed[kFinishers], taken[kFinishers];
-    uint32_t peak[kFewPairs];  // bits of the largest finite activation of each pair
+    uint32_t peaks[kPeaks][kFewPairs];  // bits of the largest finite activation of each pair
 };
 
 // One kernel's view of its matrices.
@@ -58,12 +57,12 @@ template <class Policy, Product kProduct> struct Few {
     uint4* x;                      // activations: [step][vector][lane]
     uint4* zeros;                  // [vector][lane], one of each vector for all other lanes
     float* sums;                   // [finisher][multiplier][pair]
-    Stage<Policy>* ring;           // [multiplier][depth]
-    int depth, rows, chunks, slices, tiles, experts;  // experts: of an item
+    Stage<Policy>* ring;           // [multiplier][kDepth]
+    int rows, chunks, slices, tiles, experts;  // experts: of an item
     Items items;
 
-    __device__ Few(const Moe& m, FewShared& s, char* memory, int depth)
-        : m(m), s(s), x((uint4*)memory), depth(depth), rows(kGated ? m.inner : m.d),
+    __device__ Few(const Moe& m, FewShared& s, char* memory)
+        : m(m), s(s), x((uint4*)memory), rows(kGated ? m.inner : m.d),
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + 63) / 64),
           tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
           items((kTogether ? 1 : m.piece_count()) * tiles) {
@@ -110,14 +109,13 @@ template <class Policy, Product kProduct> struct Few {
 
     using Scale = typename Policy::Scale;
 
-    // The stage that is copied next, and this thread's part of its matrices: 16 bytes of row
-    // lane.group of every eight, and the scales of row lane.group + 8 * lane.member.
+    // The stage that is copied next, and this thread's part of it: 16 bytes of row lane.group of every
+    // eight, and the scales of row lane.group + 8 * lane.member.
     struct Ahead {
         const Lane lane;
         int item, piece, tile, e = 0, slice = 0;
         Work work;
-        const char *codes[kGated ? 2 : 1], *scales;
-        int offset[2 * kGroups];  // of rows, bytes
+        const char *codes[2 * kGroups], *scales;
 
         __device__ explicit Ahead(const Few& few)
             : item(few.items.first), piece(item / few.tiles), tile(item % few.tiles) {
@@ -126,27 +124,32 @@ template <class Policy, Product kProduct> struct Few {
                 find(few);
             }
         }
-        // The rows of the current tile of the current expert.
+        // The first stage of the current tile of the current expert.
         __device__ void find(const Few& few) {
             const Expert& expert = few.expert(work, e);
-            const int warp = threadIdx.x / 32, first = warp * 4 + lane.member;
-            const int row = lane.group + 8 * lane.member;
-            codes[0] = (const char*)few.matrix(expert, 0).data + first * 16;
-            if constexpr (kGated) codes[1] = (const char*)few.matrix(expert, 8).data + first * 16;
-            scales = (const char*)few.matrix(expert, row).scale +
-                     (few.weight_row(tile, row) * few.chunks + warp * 4) * sizeof(Scale);
+            const int warp = threadIdx.x / 32, row = lane.group + 8 * lane.member;
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
-                offset[i] = (int)few.weight_row(tile, lane.group + 8 * i) * few.chunks * 16;
+                codes[i] = (const char*)few.matrix(expert, 8 * i).data +
+                           (few.weight_row(tile, lane.group + 8 * i) * few.chunks + warp * 4 +
+                            lane.member) * 16;
+            scales = (const char*)few.matrix(expert, row).scale +
+                     (few.weight_row(tile, row) * few.chunks + warp * 4) * sizeof(Scale);
+        }
+        __device__ void skip(int chunks) {
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; i++) codes[i] += chunks * 16;
+            scales += chunks * (int)sizeof(Scale);
         }
         __device__ void next(const Few& few) {
-            if (++slice < few.slices) return;
+            if (++slice < few.slices) return skip(64);
             slice = 0;
             if (++e == few.experts) {
-                e = 0, item++;
-                if (++tile == few.tiles) tile = 0, piece++;
+                e = 0, item++, tile++;
                 if (item >= few.items.last) return;
-                if (tile == 0) work = few.work_of(piece);
+                if (!kTogether && (tile + 1) * kOutputs <= few.rows)  // no row is beyond the last
+                    return skip(kOutputs * few.chunks - 64 * (few.slices - 1));
+                if (tile == few.tiles) tile = 0, work = few.work_of(++piece);
             }
             find(few);
         }
@@ -158,27 +161,14 @@ template <class Policy, Product kProduct> struct Few {
             const bool valid = first + ahead.lane.member < chunks;
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
-                copy_async(&to.codes[i][lane],
-                           ahead.codes[kGated ? i % 2 : 0] + ahead.offset[i] +
-                               (valid ? ahead.slice * 1024 : 0),
-                           valid);
-            if (scales_staged() && first < chunks) {
-                const int row = ahead.lane.group + 8 * ahead.lane.member;
-                if constexpr (kRowScales<Policy>)
+                copy_async(&to.codes[i][lane], ahead.codes[i], valid);
+            if constexpr (kRowScales<Policy>)
+                if (scales_staged() && first < chunks)
                     copy_small<4 * sizeof(Scale)>(
-                        to.scales[row], ahead.scales + ahead.slice * 64 * (int)sizeof(Scale));
-            }
+                        to.scales[ahead.lane.group + 8 * ahead.lane.member], ahead.scales);
             ahead.next(*this);
         }
         copy_commit();
-    }
-
-    // All copies but those of the `depth` - 2 last stages have landed, for all threads of the warp.
-    __device__ void wait_for_stage() const {
-        if (depth == 4) copy_wait<2>();
-        else if (depth == 3) copy_wait<1>();
-        else copy_wait<0>();
-        __syncwarp();
     }
 
     // ---- the multiplying warps: activations
@@ -191,42 +181,42 @@ template <class Policy, Product kProduct> struct Few {
     }
 
     // Activation rows of a piece, zeros behind the last column.
-    __device__ void stage_x(const Work& work) const {
+    __device__ void stage_x(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
         meet();
-        if constexpr (kInHalves<Policy>) find_peaks(work);
+        if constexpr (kInHalves<Policy>) find_peaks(work, peaks);
         if (threadIdx.x < kVectors * lanes) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         int units = (chunks + 3) / 4 * 4 * kVectors, present = chunks * kVectors;
         for (int t = 0; t < work.count; t++) {
             const bf16* from = activations(work, t);
-#pragma unroll 4
+#pragma unroll 2
             for (int u = threadIdx.x; u < units; u += kMultipliers * 32) {
                 int chunk = u / kVectors, at = chunk / 4 * kVectors + u % kVectors;
                 uint4 v = u < present ? *(const uint4*)(from + u * 8) : make_uint4(0, 0, 0, 0);
-                x[at * lanes + t * 4 + chunk % 4] = operand_order(v, t);
+                x[at * lanes + t * 4 + chunk % 4] = operand_order(v, peaks[t]);
             }
         }
         meet();
     }
 
-    __device__ void find_peaks(const Work& work) const {
-        if (threadIdx.x < kFewPairs) s.peak[threadIdx.x] = 0;
+    __device__ void find_peaks(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
+        if (threadIdx.x < kFewPairs) peaks[threadIdx.x] = 0;
         meet();
         for (int t = 0; t < work.count; t++) {
             const bf16* from = activations(work, t);
             uint32_t most = 0;
-#pragma unroll 4
+#pragma unroll 2
             for (int u = threadIdx.x; u < chunks * kVectors; u += kMultipliers * 32)
                 most = max(most, largest_of(*(const uint4*)(from + u * 8)));
             most = __reduce_max_sync(~0u, most);
-            if (threadIdx.x % 32 == 0) atomicMax(&s.peak[t], most);
+            if (threadIdx.x % 32 == 0) atomicMax(&peaks[t], most);
         }
         meet();
     }
 
-    // Eight columns of pair t in the order of the products.
-    __device__ uint4 operand_order(const uint4& v, int t) const {
+    // Eight columns of a pair in the order of the products.
+    __device__ static uint4 operand_order(const uint4& v, uint32_t peak) {
         if constexpr (kInHalves<Policy>) {
-            return to_halves<true>(v, HalfRows::exponent_of(s.peak[t]));
+            return to_halves<true>(v, HalfRows::exponent_of(peak));
         } else if constexpr (kRowScales<Policy>) {
             const uint4 twice[2] = {v, v};
             uint32_t b[Policy::kProducts][2];
@@ -242,28 +232,29 @@ template <class Policy, Product kProduct> struct Few {
     __device__ void multiply() const {
         const Lane lane;
         const int warp = threadIdx.x / 32;
-        Stage<Policy>* const mine = ring + warp * depth;
+        Stage<Policy>* const mine = ring + warp * kDepth;
         Ahead ahead(*this);
-        for (int d = 0; d < depth - 1; d++) copy(ahead, mine[d]);
+        for (int d = 0; d < kDepth - 1; d++) copy(ahead, mine[d]);
         if (!kGated) wait_for_previous();
         Work work;
-        int known = -1, now = 0;
+        int known = -1, now = 0, generation = 0;
         for_each_item([&](int piece, int tile, int number) {
             if (piece != known) {
                 work = work_of(piece), known = piece;
-                stage_x(work);
+                stage_x(work, s.peaks[generation++ % kPeaks]);
             }
             float sum[kGroups][4] = {};
             for (int e = 0; e < experts; e++) {
                 bool has = kTogether ? lane.group == e : lane.group < work.count;
                 const uint4* from = has ? x + warp * kVectors * lanes + threadIdx.x % 32 : zeros;
                 for (int slice = 0; slice < slices; slice++) {
-                    wait_for_stage();
-                    copy(ahead, mine[now == 0 ? depth - 1 : now - 1]);
+                    copy_wait<kDepth - 2>();
+                    __syncwarp();
+                    copy(ahead, mine[now == 0 ? kDepth - 1 : now - 1]);
                     if (slice * 64 + warp * 4 < chunks)
-                        multiply_stage(mine[now], slice, tile, expert(work, e), from, sum);
+                        multiply_stage(mine[now], slice, tile, work, e, from, sum);
                     from += has ? kMultipliers * kVectors * lanes : 0;
-                    now = now == depth - 1 ? 0 : now + 1;
+                    now = now == kDepth - 1 ? 0 : now + 1;
                 }
             }
             keep_sums(sum, number, work.count);
@@ -271,8 +262,9 @@ template <class Policy, Product kProduct> struct Few {
         copy_wait<0>();
     }
 
-    __device__ void multiply_stage(const Stage<Policy>& stage, int slice, int tile, const Expert& e,
-                                   const uint4* from, float (&sum)[kGroups][4]) const {
+    __device__ void multiply_stage(const Stage<Policy>& stage, int slice, int tile,
+                                   const Work& work, int e, const uint4* from,
+                                   float (&sum)[kGroups][4]) const {
         const Lane lane;
         Scale scales[kGroups][2];
         if (scales_staged())
@@ -286,7 +278,8 @@ template <class Policy, Product kProduct> struct Few {
                 const bool known = Policy::kBlockScale && i >= (kGated ? 2 : 1);
                 scales[i / 2][i % 2] =
                     known ? scales[0][kGated ? i % 2 : 0]
-                          : scale_of(matrix(e, 8 * i), weight_row(tile, lane.group + 8 * i), slice);
+                          : scale_of(matrix(expert(work, e), 8 * i),
+                                     weight_row(tile, lane.group + 8 * i), slice);
             }
         uint4 b[kVectors];
 #pragma unroll
@@ -365,16 +358,13 @@ template <class Policy, Product kProduct> struct Few {
         const int warp = threadIdx.x / 32, buffer = number % kFinishers;
         const Lane lane;
         barrier_wait(&s.taken[buffer], number / kFinishers % 2 ^ 1);
-        float* to = sums_of(buffer, warp);
+        float* to = sums_of(buffer, warp) + 2 * lane.member * kSumStride + lane.group;
 #pragma unroll
-        for (int i = 0; i < 4 * kGroups; i++) {
-            int pair = 2 * lane.member + i % 2, row = lane.group + i / 2 * 8;
-            if (pair >= count) continue;
-            float value = sum[i / 4][i % 4];
-            if (kInHalves<Policy>)
-                value = HalfRows::undo(value, HalfRows::exponent_of(s.peak[pair]));
-            to[pair * kSumStride + row] = value;
-        }
+        for (int p = 0; p < 2; p++)
+            if (2 * lane.member + p < count)
+#pragma unroll
+                for (int i = 0; i < 2 * kGroups; i++)
+                    to[p * kSumStride + 8 * i] = sum[i / 2][i % 2 * 2 + p];
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.summed[buffer]);
     }
@@ -383,52 +373,58 @@ template <class Policy, Product kProduct> struct Few {
 
     __device__ void finish(int me) const {
         Work work;
-        int known = -1;
+        int known = -1, generation = -1;
         for_each_item([&](int piece, int tile, int number) {
+            if (piece != known) work = work_of(piece), known = piece, generation++;
             if (number % kFinishers != me) return;
-            if (piece != known) work = work_of(piece), known = piece;
+            const uint32_t(&peaks)[kFewPairs] = s.peaks[generation % kPeaks];
             barrier_wait(&s.summed[me], number / kFinishers % 2);
             int values = kTogether ? kOutputs : kOutputs * work.count;
             for (int i = threadIdx.x % 32; i < values; i += 32) {
                 int64_t row = tile * kOutputs + i % kOutputs;
-                if (row < rows) finish_value(work, me, row, i % kOutputs, i / kOutputs);
+                if (row < rows) finish_value(work, me, row, i % kOutputs, i / kOutputs, peaks);
             }
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(&s.taken[me]);
         });
     }
 
-    __device__ float total(int buffer, int pair, int row) const {
+    // Of row `row` of a tile and a pair: all warps' sums, but for the global scale.
+    __device__ float total(int buffer, int pair, int row,
+                           const uint32_t (&peaks)[kFewPairs]) const {
         float total = 0;
 #pragma unroll
         for (int w = 0; w < kMultipliers; w++)
             total += sums_of(buffer, w)[pair * kSumStride + row];
-        return total;
+        if (kInHalves<Policy>) total = HalfRows::undo(total, HalfRows::exponent_of(peaks[pair]));
+        return total * kFactor;
     }
 
-    __device__ void finish_value(const Work& work, int me, int64_t row, int at, int which) const {
+    __device__ void finish_value(const Work& work, int me, int64_t row, int at, int which,
+                                 const uint32_t (&peaks)[kFewPairs]) const {
         if constexpr (kTogether) {
             float y = 0;
             for (int e = 0; e < experts; e++)
-                y += total(me, e, at) * kFactor * expert(work, e).w2.global_scale;
+                y += total(me, e, at, peaks) * expert(work, e).w2.global_scale;
             m.y[row] = y;
         } else {
-            int64_t pair = m.pair(work.first + which);
+            const int64_t pair = m.pair(work.first + which);
             const Expert& e = expert(work, 0);
             if constexpr (kGated) {
                 const int gate = at / 8 * 16 + at % 8;
-                m.hidden[pair * rows + row] = __float2bfloat16_rn(
-                    hidden_value(e, kFactor, total(me, which, gate),
-                                 total(me, which, gate + 8), m.limit, m.weight_of(pair)));
-            } else
-                m.partial[pair * rows + row] =
-                    total(me, which, at) * kFactor * e.w2.global_scale;
+                const float g = rounded(total(me, which, gate, peaks) * e.w1.global_scale);
+                const float u = rounded(total(me, which, gate + 8, peaks) * e.w3.global_scale);
+                m.hidden[pair * rows + row] =
+                    __float2bfloat16_rn(swiglu(g, u, m.limit) * m.weight_of(pair));
+            } else {
+                m.partial[pair * rows + row] = total(me, which, at, peaks) * e.w2.global_scale;
+            }
         }
     }
 };
 
 template <class Policy, Product kProduct>
-__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int depth) {
+__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m) {
     extern __shared__ __align__(128) char memory[];
     __shared__ FewShared s;
     if (threadIdx.x == 0) {
@@ -443,7 +439,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int de
     // the weights are copied before the hidden vectors are there.
     if (kProduct == Product::kHidden) wait_for_previous();
     let_next_start();
-    const Few<Policy, kProduct> few(m, s, memory, depth);
+    const Few<Policy, kProduct> few(m, s, memory);
     const int warp = threadIdx.x / 32;
     if (warp < kMultipliers) {
         few.multiply();
@@ -453,28 +449,25 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m, int de
     }
 }
 
-// How many stages fit; less than two: none.
-template <class Policy, Product kProduct> int few_depth(const Moe& m) {
+// Shared memory of a block, beside FewShared.
+template <class Policy, Product kProduct> int64_t few_bytes(const Moe& m) {
     const int64_t chunks = (kProduct == Product::kHidden ? m.d : m.inner) / Policy::kChunk;
-    if (chunks > 64 * 1024) return 0;
-    const int room = 227 * 1024 - (int)sizeof(FewShared) -
-                     Few<Policy, kProduct>::fixed_bytes((int)chunks, m.most);
-    const int depth = room / (int)(kMultipliers * sizeof(Stage<Policy>));
-    if (const char* forced = getenv("DSV4_EXPERTS_DEPTH"))
-        if (atoi(forced) < depth) return atoi(forced);
-    return depth < kMostDepth ? depth : kMostDepth;
+    return Few<Policy, kProduct>::fixed_bytes((int)chunks, m.most) +
+           kDepth * kMultipliers * (int64_t)sizeof(Stage<Policy>);
+}
+
+template <class Policy> bool few_fits(const Moe& m) {
+    constexpr int64_t kRoom = 227 * 1024 - sizeof(FewShared);
+    return m.d < 1 << 20 && m.inner < 1 << 20 && few_bytes<Policy, Product::kHidden>(m) <= kRoom &&
+           few_bytes<Policy, Product::kDown>(m) <= kRoom;
 }
 
 template <class Policy, Product kProduct> int launch_few(const Moe& m, int blocks, void* stream) {
     auto kernel = few_kernel<Policy, kProduct>;
-    const int depth = few_depth<Policy, kProduct>(m);
-    if (depth < 2) return kUnsupported;
-    const int chunks = (int)((kProduct == Product::kHidden ? m.d : m.inner) / Policy::kChunk);
-    const size_t shared = Few<Policy, kProduct>::fixed_bytes(chunks, m.most) +
-                          depth * kMultipliers * sizeof(Stage<Policy>);
+    const size_t shared = few_bytes<Policy, kProduct>(m);
     int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
-    return launch(kernel, blocks, kFewThreads, shared, stream, m, depth);
+    return launch(kernel, blocks, kFewThreads, shared, stream, m);
 }
 
 }  // namespace dsv4

@@ -76,6 +76,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         int sources[kMostPairs];  // activation rows of the producers' item
     };
     static constexpr int kOutputs = kGated ? kManyRows / 2 : kManyRows;  // rows of the result
+    static constexpr int kRowsApart = kGated ? 16 : 32;  // matrix rows from row r of a tile to r + 32
 
     const Moe& m;
     Shared& s;
@@ -104,29 +105,28 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + 32, ...
         Turn turn, landed;
         int behind = 0;  // stages that are copied but not yet handed over
+        Facts next;
+        for (int part = 0; part < 3; part++) look_up(next, blockIdx.x, part, thread);
         for (int item = blockIdx.x, slot = 0; item < total; item += gridDim.x) {
-            const int tile = item % tiles;
-            const Work work = m.work_of(item / tiles);
-            announce(work, s.items[slot], thread);
+            const Facts now = next;
+            announce(now, s.items[slot], thread);
             slot = slot == kItems - 1 ? 0 : slot + 1;
-            const dsv4_weight& w = matrix(work, r);
-            const int64_t row = weight_row(tile, r), next = kGated ? 16 : 32;
-            const char* codes = (const char*)w.data + row * (columns / 2) + quarter * 16;
-            const Scale* scales = Policy::scale_row(w, row + quarter * next);
             for (int step = 0; step < steps; step++, turn.next(kStages)) {
                 Stage& stage = s.stages[turn.stage];
                 barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
 #pragma unroll
                 for (int i = 0; i < kManyRows / 32; i++)
                     copy_async(&stage.codes[r + 32 * i][quarter],
-                               codes + i * next * (columns / 2) + step * 64, true);
+                               now.codes + (i * kRowsApart * (columns / 2) + step * 64), true);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     copy_small<4 * sizeof(Scale)>(
                         stage.scales[r + 32 * (quarter + 4 * i)],
-                        scales + i * 4 * next * (columns / Policy::kChunk) + step * 4);
-                copy_x(stage, work.count, step, thread);
+                        now.scales + (i * 4 * kRowsApart * (columns / Policy::kChunk) + step * 4));
+                copy_x(stage, now.work.count, step, thread);
                 copy_commit();
+                for (int part = 0; part < 3; part++)
+                    if (step == part * steps / 3) look_up(next, item + gridDim.x, part, thread);
                 if (behind < kAhead) {
                     behind++;
                 } else {
@@ -146,17 +146,43 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         landed.next(kStages);
     }
 
-    __device__ void announce(const Work& work, Item& item, int thread) const {
+    // What a producing thread has to know of an item: the piece, one of its pairs, its own weight rows.
+    struct Facts {
+        Work work;
+        int pair;
+        float weight, factor;
+        const char* codes;
+        const Scale* scales;
+    };
+
+    // In three parts, each of which needs what the one before has loaded; none waits for its loads.
+    __device__ void look_up(Facts& facts, int item, int part, int thread) const {
+        if (item >= total) return;
+        if (part == 0) {
+            facts.work = m.work_of(item / tiles);
+        } else if (part == 1) {
+            const int r = thread / 4, quarter = thread % 4;
+            const dsv4_weight& w = matrix(facts.work, r);
+            const int64_t row = weight_row(item % tiles, r);
+            facts.codes = (const char*)w.data + row * (columns / 2) + quarter * 16;
+            facts.scales = Policy::scale_row(w, row + quarter * kRowsApart);
+            facts.factor = matrix(facts.work, thread % 2 * 8).global_scale;
+            facts.pair = thread < facts.work.count ? m.pair(facts.work.first + thread) : 0;
+        } else if (kGated) {
+            facts.weight = m.weight_of(facts.pair);
+        }
+    }
+
+    __device__ void announce(const Facts& facts, Item& item, int thread) const {
         named_barrier(1, kManyProducers);  // the sources of the item before are no longer used
-        if (thread < work.count) {
-            int pair = m.pair(work.first + thread);
-            item.pairs[thread] = pair;
-            s.sources[thread] = kGated ? pair / (int)m.k : pair;
-            if (kGated) item.weights[thread] = m.weight_of(pair);
+        if (thread < facts.work.count) {
+            item.pairs[thread] = facts.pair;
+            s.sources[thread] = kGated ? facts.pair / (int)m.k : facts.pair;
+            if (kGated) item.weights[thread] = facts.weight;
         }
         if (thread < 2) {
-            item.factors[thread] = Policy::kFactor * matrix(work, 8 * thread).global_scale;
-            item.count = work.count;
+            item.factors[thread] = Policy::kFactor * facts.factor;
+            item.count = facts.work.count;
         }
         named_barrier(1, kManyProducers);
     }

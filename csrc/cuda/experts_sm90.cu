@@ -104,25 +104,21 @@ template <class Policy> int few_pairs(Moe m, void* stream) {
     const int blocks = block_count();
     int status = launch_few<Policy, Product::kHidden>(m, blocks, stream);
     if (status != cudaSuccess) return status;
+    const int pieces_of = m.most;
     if (m.n == 1 && m.k > 1 && m.k <= kFewPairs) {
         m.most = (int)m.k;
-        return launch_few<Policy, Product::kDownToken>(m, blocks, stream);
+        if (few_fits<Policy>(m)) return launch_few<Policy, Product::kDownToken>(m, blocks, stream);
+        m.most = pieces_of;
     }
     status = launch_few<Policy, Product::kDown>(m, blocks, stream);
     return status == cudaSuccess ? combine(m, stream) : status;
 }
 
-// The most pairs of a piece for few_pairs: what fits in shared memory with three stages, or with two.
+// The most pairs of a piece for few_pairs, as fit in shared memory; 0: none do.
 template <class Policy> int few_size(Moe m) {
-    if (const char* forced = getenv("DSV4_EXPERTS_MOST"))
-        if (m.n > 1) return atoi(forced);
-    const bool scarce = m.n * m.k <= 2 * m.count;
-    for (int depth : {3, 2})
-        for (m.most = m.n == 1 ? 1 : scarce ? kFewPairs / 2 : kFewPairs; m.most > 0; m.most /= 2)
-            if (few_depth<Policy, Product::kHidden>(m) >= depth &&
-                few_depth<Policy, Product::kDown>(m) >= depth)
-                return m.most;
-    return kFewPairs;
+    for (m.most = m.n == 1 ? 1 : kFewPairs; m.most > 0; m.most /= 2)
+        if (few_fits<Policy>(m)) break;
+    return m.most;
 }
 
 // The most pairs of a piece; up to kFewPairs they stand for few_pairs.
@@ -139,6 +135,7 @@ template <class Policy> int piece_size(const Moe& m) {
 
 template <class Policy> int experts(Moe m, void* stream) {
     m.most = piece_size<Policy>(m);
+    if (m.most == 0) return kUnsupported;
     if (m.k == 1) m.partial = m.y;
     if (m.ids == nullptr || m.n == 1) m.order = nullptr;
     const bool many = kHasMany<Policy> && m.most > kFewPairs;
