@@ -51,38 +51,44 @@ class Batch:
 
     def __init__(self, calls: Iterable[Call]) -> None:
         self.calls = [call for call in calls if call.pending]
-        self._questions: list[Question] = []
         self.tensors: list[Tensor] = []  # to bring to the host
-        views: dict[Question, cuda_stats.View] = {}
+        self._alone: list[Question] = []  # one tensor each, in their order
+        self._fused: list[Question] = []  # a row of the next tensor each
+        self._exponents = False  # whether there are rows of exponents behind
+        views: list[cuda_stats.View] = []
         for question in unanswered(self.calls):
             view = view_of(question)
-            if view is not None:
-                views[question] = view
-            else:
-                self._questions.append(question)
+            if view is None:
+                self._alone.append(question)
                 self.tensors.append(_by_torch(question))
+            else:
+                self._fused.append(question)
+                views.append(view)
         if views:
             self._launch(views)
 
-    def _launch(self, views: dict[Question, cuda_stats.View]) -> None:
+    def _launch(self, views: list[cuda_stats.View]) -> None:
         """All of `views` with the kernel."""
-        device = next(iter(views.values())).tensor.device
-        shape = (1, len(views), cuda_stats.FIELDS)
-        values = torch.empty(shape, dtype=torch.float64, device=device)
+        count, device = len(views), views[0].tensor.device
+        values = torch.empty(1, count, cuda_stats.FIELDS, dtype=torch.float64, device=device)
+        self.tensors.append(values[0])
         bins = None
-        if any(question.request.kind == "exponents" for question in views):
-            shape = (1, len(views), cuda_stats.BINS)
-            bins = torch.empty(shape, dtype=torch.int32, device=device)
-        cuda_stats.launch(list(views.values()), values, exponents=bins)
-        for number, question in enumerate(views):
-            rows = values if question.request.kind != "exponents" or bins is None else bins
-            self._questions.append(question)
-            self.tensors.append(rows[0, number])
+        self._exponents = any(q.request.kind == "exponents" for q in self._fused)
+        if self._exponents:
+            bins = torch.empty(1, count, cuda_stats.BINS, dtype=torch.int32, device=device)
+            self.tensors.append(bins[0])
+        cuda_stats.launch(views, values, exponents=bins)
 
     def settle(self, values: list[Any]) -> None:
         """Give every call its answers: the values of `tensors` on the host."""
-        for question, value in zip(self._questions, values, strict=True):
+        alone = len(self._alone)
+        for question, value in zip(self._alone, values[:alone], strict=True):
             question.settle(value)
+        if self._fused:
+            rows = values[alone]
+            bins = values[alone + 1] if self._exponents else rows
+            for question, row, counts in zip(self._fused, rows, bins, strict=True):
+                question.settle(counts if question.request.kind == "exponents" else row)
         for call in self.calls:
             call.pending = False
 
@@ -91,8 +97,8 @@ class Memory:
     """The memory of outputs that were asked about and are not reduced yet: who else writes there?"""
 
     def __init__(self) -> None:
-        # storage -> first byte, one past the last, whose it is
-        self._held: dict[int, list[tuple[int, int, Call, str]]] = {}
+        # by storage: whose outputs lie there
+        self._held: dict[int, list[tuple[Tensor, Call, str]]] = {}
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` lies in memory of an output that is not reduced yet."""
@@ -108,15 +114,17 @@ class Memory:
                 if earlier is not call:
                     earlier.overwritten[output] = call.site.path
             if name in asked:
-                start, stop = _extent(tensor)
                 key = tensor.untyped_storage().data_ptr()
-                self._held.setdefault(key, []).append((start, stop, call, name))
+                self._held.setdefault(key, []).append((tensor, call, name))
 
     def _overlapping(self, tensor: Tensor) -> Iterator[tuple[Call, str]]:
-        start, stop = _extent(tensor)
-        for first, last, call, name in self._held.get(tensor.untyped_storage().data_ptr(), ()):
-            if start < last and first < stop:
-                yield call, name
+        held = self._held.get(tensor.untyped_storage().data_ptr())
+        if held:
+            start, stop = _extent(tensor)
+            for other, call, name in held:
+                first, last = _extent(other)
+                if start < last and first < stop:
+                    yield call, name
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
