@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_cuda import describe_device
-from bench_cuda_layer import KINDS, time_graph
+from bench_cuda_layer import KINDS, REPLAYS, milliseconds, time_graph
 from gpu_weights import filled_cache, layers_of, random_model
 from torch import Tensor
 
@@ -48,12 +48,14 @@ GRAPH_PROBES = [probe.name for probe in split(make_probes(DEFAULT_PROBES))[0]]
 # ------------------------------------------------------------------------------ in the graph
 
 
-def in_turns(graphs: dict[str, DecodeGraph], rounds: int = 3) -> dict[str, float]:
-    """Microseconds of a replay of each, median of `rounds` taken in turns."""
+def in_turns(graphs: dict[str, DecodeGraph], rounds: int = 7) -> dict[str, float]:
+    """Microseconds of a replay of each, median of `rounds` regions taken in turns."""
     found: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        milliseconds(graph, 8)
     for _ in range(rounds):
         for name, graph in graphs.items():
-            found[name].append(time_graph(graph)[0])
+            found[name].append(1000 * milliseconds(graph, REPLAYS) / REPLAYS)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -161,7 +163,7 @@ def by_torch(x: Tensor) -> list[float]:
     ]
 
 
-def wall_us(run: Callable[[], Any], times: int = 50) -> float:
+def wall_us(run: Callable[[], Any], times: int = 20) -> float:
     for _ in range(5):
         run()
     found = []
