@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) score_kernel(Problem p, int64_
 // them as the left operand of wgmma from registers, and the query, permuted alike, is the right one.
 
 constexpr int kTile = 64, kHeads = 64, kTileThreads = 128;
-constexpr int kRing = 3, kTileBlocks = 3;  // tiles on their way in a block, blocks a processor
+constexpr int kRing = 4, kTileBlocks = 2;  // tiles on their way in a block, blocks a processor
 
 struct TokenShared {
     alignas(1024) char q[2][kHeads * 128];  // halves of the columns, 128-byte swizzle
