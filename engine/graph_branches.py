@@ -4,10 +4,14 @@ A tap's observer for the time of a capture. Which site needs which is read off t
 comes after those that wrote storages it reads or writes, and after those that read what it writes.
 Torch operations between two sites are captured behind the first of them, and what they make counts
 as that site's.
+
+Branches compete for processors. Sites on the longest way to a layer's attention are captured on
+streams of a higher priority, which their nodes keep.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda_fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
@@ -42,6 +48,9 @@ class Clock(Protocol):
 
     def start(self, site: Site) -> None: ...
     def stop(self, site: Site) -> None: ...
+
+
+_URGENT = re.compile(r"/attn/(wq_a|q_norm|index/.*)$")  # paths of sites
 
 
 @dataclass
@@ -89,7 +98,8 @@ class Branches:
         self.nodes = CapturedNodes(self.origin.cuda_stream)
         self.sites: list[tuple[str, int, int]] = []
         self.failed: Site | None = None
-        self._streams = [self.origin]
+        self._in_site = False
+        self._streams: dict[bool, list[torch.cuda.Stream]] = {False: [self.origin], True: []}
         self._beside = torch.cuda.Stream() if observer else None
         self._kept: list[Any] = []  # so that no memory is used twice between two joins
         self._begin(self.origin, set())
@@ -101,14 +111,14 @@ class Branches:
         self._tails = {stream: self._last}
         self._writers = dict.fromkeys(given, self._last)
         self._readers: dict[int, list[_Work]] = {}
-        self._followed: list[_Work] = []  # sites with torch operations behind them
         self._count = self.nodes.count()
 
     @contextmanager
     def part(self, given: Iterable[Any], layer: int | None = None) -> Iterator[None]:
         """A layer, or what else shall be joined at its end; `given` are the tensors it starts from."""
         self._begin(self._last.stream, storages(given))
-        yield
+        with _Between(self):
+            yield
         self._join()
         if self.observer is not None and layer is not None:
             self._observe(lambda observer: observer.layer_done(layer))
@@ -135,11 +145,14 @@ class Branches:
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         """Run the op on a stream of its own or on that of the site it waits for."""
+        self._in_site = True
         try:
             return self._run(site, args)
         except Exception:
             self.failed = self.failed or site
             raise
+        finally:
+            self._in_site = False
 
     def _run(self, site: Site, args: tuple[Any, ...]) -> Any:
         self._look_behind()
@@ -151,7 +164,7 @@ class Branches:
         bound = site.spec.bind(args, {})
         reads, writes = storages(call.args), storages(bound[name] for name in site.spec.mutates)
         needs = self._needs(reads, writes)
-        stream = self._stream(needs)
+        stream = self._stream(needs, bool(_URGENT.search(site.path)))
         torch.cuda.set_stream(stream)
         if self.clock is not None:
             self.clock.start(site)
@@ -170,7 +183,12 @@ class Branches:
         """Whether torch launched something behind the last site."""
         if self.nodes.count() > self._count:
             self._last.event.record(self._last.stream)
-            self._followed.append(self._last)
+
+    def made_between(self, addresses: set[int]) -> None:
+        """Torch has made tensors at new `addresses`: behind the last site, unless inside of one."""
+        if not self._in_site:
+            for address in addresses:
+                self._writers[address], self._readers[address] = self._last, []
 
     def _ran(self, work: _Work, reads: set[int], writes: set[int]) -> None:
         self._works += 1
@@ -187,8 +205,8 @@ class Branches:
             return [self._last]
         found = [self._first]
         for address in reads:
-            known = self._writers.get(address)
-            found += self._followed if known is None else [known]
+            if address in self._writers:
+                found.append(self._writers[address])
         for address in writes:
             found += self._readers.get(address, [])
         needs = list({work.number: work for work in found}.values())
@@ -198,24 +216,32 @@ class Branches:
             if not any(o is not work and o.covers >> work.number & 1 for o in needs)
         ]
 
-    def _stream(self, needs: list[_Work]) -> torch.cuda.Stream:
+    def _stream(self, needs: list[_Work], urgent: bool) -> torch.cuda.Stream:
         """A stream that holds nothing but what `needs` cover, made to wait for all of them."""
         covered = 0
         for work in needs:
             covered |= work.covers
-        fit = [tail for tail in self._tails.values() if covered >> tail.number & 1]
-        stream = max(fit, key=lambda tail: tail.number).stream if fit else self._unused()
+        streams = self._streams[urgent] if self.side_by_side else [self._last.stream]
+        fit = [
+            tail
+            for stream, tail in self._tails.items()
+            if stream in streams and covered >> tail.number & 1
+        ]
+        stream = max(fit, key=lambda tail: tail.number).stream if fit else self._unused(urgent)
+        if all(work.stream is not stream for work in needs):
+            self.nodes.forget(stream.cuda_stream)
         for work in needs:
             if work.stream is not stream:
                 stream.wait_event(work.event)
         return stream
 
-    def _unused(self) -> torch.cuda.Stream:
-        for stream in self._streams:
+    def _unused(self, urgent: bool) -> torch.cuda.Stream:
+        streams = self._streams[urgent]
+        for stream in streams:
             if stream not in self._tails:
                 return stream
-        self._streams.append(torch.cuda.Stream())
-        return self._streams[-1]
+        streams.append(torch.cuda.Stream(priority=-1 if urgent else 0))
+        return streams[-1]
 
     def _observe(self, call: Callable[[Observer], None]) -> None:
         assert self.observer is not None and self._beside is not None
@@ -227,3 +253,17 @@ class Branches:
 
 def _made(result: Any) -> set[int]:
     return storages(result if isinstance(result, tuple) else (result,))
+
+
+class _Between(TorchDispatchMode):
+    """Tells of the tensors that torch makes, so that those made outside of sites are known."""
+
+    def __init__(self, branches: Branches) -> None:
+        super().__init__()
+        self.branches = branches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        old = storages(tree_leaves((args, kwargs)))
+        self.branches.made_between(storages(tree_leaves(result)) - old)
+        return result

@@ -51,6 +51,14 @@ class CapturedNodes:
             raise RuntimeError("the stream is not being captured")
         self._graph = graph
 
+    def forget(self, stream: int) -> None:
+        """What is captured on `stream` next comes only after what it is made to wait for from now on.
+
+        Saves edges that others imply. A driver that refuses keeps them, which is right as well.
+        """
+        none, only_these = ctypes.c_size_t(0), ctypes.c_uint(1)
+        _driver().cuStreamUpdateCaptureDependencies(ctypes.c_void_p(stream), None, none, only_these)
+
     def count(self) -> int:
         number = ctypes.c_size_t()
         _check(

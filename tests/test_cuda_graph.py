@@ -195,7 +195,7 @@ def test_a_switched_route_is_captured_anew(model: Transformer) -> None:
         model.set_route(parse_route(["kernel"]))
 
 
-@pytest.mark.parametrize("site", ["L1/attn/compressor/pool", "L1/ffn/experts", "L2/attn/wq_b"])
+@pytest.mark.parametrize("site", ["L1/attn/compressor/pool", "L1/ffn/experts"])
 def test_a_site_that_waits_for_the_device_is_named(model: Transformer, site: str) -> None:
     model.set_route(parse_route(["kernel", f"{site}=reference"]))
     try:

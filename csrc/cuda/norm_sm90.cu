@@ -13,13 +13,18 @@ namespace {
 template <class T, class W, int Threads, bool kVector>
 __global__ void __launch_bounds__(Threads)
     rms_norm_kernel(const T* x, int d, const W* weight, float eps, T* y) {
-    constexpr int V = kVector ? Vector<T>::kSize : 1, kHeld = 4, kStride = Threads * V;
+    constexpr int V = kVector ? Vector<T>::kSize : 1, kHeld = 4, kEarly = 2, kStride = Threads * V;
     __shared__ float partial[Threads / 32];
+    const int first = threadIdx.x * V;
+    Vector<W, V> gain[kEarly];  // weights do not wait for what the previous kernel writes
+#pragma unroll
+    for (int h = 0; h < kEarly; h++)
+        if (weight && first + h * kStride < d)
+            gain[h] = load_vector<W, V>(weight + first + h * kStride);
     let_next_start();
     wait_for_previous();
     x += blockIdx.x * (int64_t)d;
     y += blockIdx.x * (int64_t)d;
-    int first = threadIdx.x * V;
     Vector<T, V> held[kHeld];
     float sum = 0;
     auto add = [&](const Vector<T, V>& v) {
@@ -34,18 +39,22 @@ __global__ void __launch_bounds__(Threads)
         if (first + h * kStride < d) add(held[h]);
     for (int i = first + kHeld * kStride; i < d; i += kStride) add(load_vector<T, V>(x + i));
     float factor = 1 / sqrtf(block_sum<Threads>(sum, partial) / (float)d + eps);
-    auto scale = [&](Vector<T, V> v, int i) {
+    auto scale = [&](Vector<T, V> v, Vector<W, V> by, int i) {
 #pragma unroll
         for (int j = 0; j < V; j++) {
             float value = to_float(v.at[j]) * factor;
-            v.at[j] = from_float<T>(weight ? value * to_float(weight[i + j]) : value);
+            v.at[j] = from_float<T>(weight ? value * to_float(by.at[j]) : value);
         }
         store_vector(y + i, v);
     };
+    auto late = [&](int i) { return weight ? load_vector<W, V>(weight + i) : Vector<W, V>{}; };
 #pragma unroll
-    for (int h = 0; h < kHeld; h++)
-        if (first + h * kStride < d) scale(held[h], first + h * kStride);
-    for (int i = first + kHeld * kStride; i < d; i += kStride) scale(load_vector<T, V>(x + i), i);
+    for (int h = 0; h < kHeld; h++) {
+        int i = first + h * kStride;
+        if (i < d) scale(held[h], h < kEarly ? gain[h % kEarly] : late(i), i);
+    }
+    for (int i = first + kHeld * kStride; i < d; i += kStride)
+        scale(load_vector<T, V>(x + i), late(i), i);
 }
 
 template <class T, class W, int Threads>
@@ -68,18 +77,22 @@ __global__ void __launch_bounds__(kRopeThreads)
                 const float* freqs, int64_t half, bool inverse, T* y) {
     constexpr int V = Vectors ? Vector<T>::kSize : 1;
     __shared__ float2 cos_sin[kMostPairs];
-    let_next_start();
-    wait_for_previous();
-    for (int i = threadIdx.x; i < half; i += kRopeThreads)
-        cos_sin[i] = turn(positions[blockIdx.x], freqs[i], inverse);
-    __syncthreads();
     int64_t first = blockIdx.y * per_block, plain = d - 2 * half;
     int64_t count = (first + per_block < heads ? per_block : heads - first) * d;
     int64_t base = (blockIdx.x * heads + first) * d;
+    float freq = threadIdx.x < half ? freqs[threadIdx.x] : 0;
+    let_next_start();
+    wait_for_previous();
+    int64_t position = positions[blockIdx.x];
+    Vector<T> early;  // on its way while the angles are computed
+    if (Vectors && threadIdx.x * V < count) early = load_vector(x + base + threadIdx.x * V);
+    for (int i = threadIdx.x; i < half; i += kRopeThreads)
+        cos_sin[i] = turn(position, i == threadIdx.x ? freq : freqs[i], inverse);
+    __syncthreads();
     for (int64_t i = threadIdx.x * V; i < count; i += kRopeThreads * V) {
         int64_t at = i % d - plain;  // in the rotated part if >= 0
         if (Vectors) {
-            Vector<T> v = load_vector(x + base + i);
+            Vector<T> v = i == threadIdx.x * V ? early : load_vector(x + base + i);
             if (at >= 0) {
 #pragma unroll
                 for (int j = 0; j < V; j += 2) {
