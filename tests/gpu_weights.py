@@ -15,7 +15,7 @@ from dsv4_bench.engine.formats import FP8_BLOCK, NVFP4_BLOCK, Weight
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.names import expected_tensors
 from dsv4_bench.engine.ops.experts import Expert
-from dsv4_bench.engine.synthetic import _matrix_format, _plain, make_tensor
+from dsv4_bench.engine.synthetic import _matrix_format, _plain
 
 _E2M1_RMS = 2.9  # of random codes: the root of the mean square of their values
 
@@ -54,8 +54,10 @@ class RandomCheckpoint:
         torch.manual_seed(1)
 
     def tensor(self, name: str) -> Tensor:
-        if self._items[name].kind == "ids":
-            return make_tensor(self.config, self._items[name], seed=1)
+        if self._items[name].kind == "ids":  # experts of every token: different ones
+            tokens, k = self._items[name].shape
+            first = torch.randint(self.config.n_routed_experts, (tokens, 1), generator=self._rng)
+            return (first + 37 * torch.arange(k)) % self.config.n_routed_experts
         value = _plain(self._items[name], self.config.hc_mult, self._rng)
         return value.bfloat16() if name.endswith("norm.weight") else value
 
