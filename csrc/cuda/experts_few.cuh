@@ -19,8 +19,8 @@ namespace dsv4 {
 
 constexpr int kMultipliers = 16, kFinishers = 2;  // warps
 constexpr int kFewThreads = (kMultipliers + kFinishers) * 32;
-constexpr int kFewPairs = 8, kDepth = 3;  // stages of a ring
-constexpr int kPeaks = kFinishers + 2;      // pieces whose peaks are kept: finishers may be behind
+constexpr int kFewPairs = 8, kDepth = 3;             // of a piece; stages of a ring
+constexpr int kPeaks = kFinishers + 2;               // pieces of which finishers may be behind
 constexpr int kGroups = 2, kFewRows = 16 * kGroups;  // of a tile: 16-row products
 constexpr int kSumStride = kFewRows + 4;             // floats from pair to pair
 
@@ -34,8 +34,8 @@ template <class Policy> constexpr bool kRowScales = std::is_base_of_v<Fp4Chunk, 
 
 // A warp's part of a stage.
 template <class Policy> struct Stage {
-    uint4 codes[2 * kGroups][32];                // [8 rows][lane]
-    typename Policy::Scale scales[kFewRows][4];  // 4-bit formats: of every chunk
+    uint4 codes[2 * kGroups][32];  // [8 rows][lane]
+    typename Policy::Scale scales[kRowScales<Policy> ? kFewRows : 1][4];  // of every chunk
 };
 
 struct FewShared {
@@ -49,7 +49,7 @@ template <class Policy, Product kProduct> struct Few {
     static constexpr bool kTogether = kProduct == Product::kDownToken;
     static constexpr int kOutputs = kGated ? kFewRows / 2 : kFewRows;  // rows of the result
     static constexpr float kFactor = kInHalves<Policy> ? HalfFp4::kFactor : Policy::kFactor;
-    static constexpr int kVectors = Policy::kChunk / 8;                // 16 bytes of activations, a chunk
+    static constexpr int kVectors = Policy::kChunk / 8;  // 16 bytes of activations, a chunk
 
     const Moe& m;
     FewShared& s;
