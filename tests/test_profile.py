@@ -398,6 +398,17 @@ def test_a_base_that_is_none(call, make_checkpoint, tmp_path):
         assert code == 4 and message in err
 
 
+def test_verdicts_do_not_depend_on_which_site_comes_first(call, monkeypatch):
+    """The limits of an op come from all of its calls: one with a lucky reference is no alarm."""
+    monkeypatch.delenv("DSV4_CKPT", raising=False)
+    words = ["profile", "--sites", "L3/*/hc_pre", "--json", "--seconds", "0"]
+    code, out, err = call(*words)
+    assert code == 0, err
+    rows = json.loads(out)["sites"]
+    assert len(rows) == 2
+    assert {row["verdict"] for row in rows} == {"ok"}
+
+
 def test_layer_12_of_the_demo_checkpoint(call, monkeypatch):
     """The very command of the README, on a machine without a checkpoint."""
     monkeypatch.delenv("DSV4_CKPT", raising=False)

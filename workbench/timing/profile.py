@@ -24,7 +24,14 @@ from dsv4_bench.workbench.timing.cuda_clock import CudaClock
 from dsv4_bench.workbench.timing.graphs import decode_step, record_graph, time_graph
 from dsv4_bench.workbench.timing.layers import time_layer
 from dsv4_bench.workbench.timing.nsys import MEASURE
-from dsv4_bench.workbench.timing.sites import Effort, SiteTime, run_counted, run_recorded, time_site
+from dsv4_bench.workbench.timing.sites import (
+    Effort,
+    SiteTime,
+    learn,
+    run_counted,
+    run_recorded,
+    time_site,
+)
 
 Say = Callable[[str], None]
 _RECORDED = 5  # runs of every op that nsys records
@@ -75,6 +82,9 @@ def profile(
     kept = _capture(model, tokens, request, say)
     clock, judge = make_clock(model.device), Judge(model.dtype)
     rows = []
+    say("limits of the errors")
+    for call in kept.calls:
+        learn(model, call, judge)
     for number, call in enumerate(kept.calls):
         say(f"{call.site.path} ({number + 1} of {len(kept.calls)})")
         alone = not request.recorded  # one profiler at a time
