@@ -131,6 +131,13 @@ def test_linear_at_model_shapes(kind, n, k):
         close(got, truth("linear", x, weight=weight, out_dtype=torch.float64), f"{m} rows")
 
 
+def test_fp8_rows_that_a_warp_walks_for_long():
+    """Far more blocks of 128 columns than a warp holds scales of at once."""
+    weight, x = random_weight("fp8", 16384, 16384), torch.randn(1, 16384, device=CUDA).to(BF16)
+    got = kernel("linear", x, weight=weight, out_dtype=None)
+    close(got, truth("linear", x, weight=weight, out_dtype=torch.float64))
+
+
 @pytest.mark.parametrize("m", [1, 12])
 def test_nvfp4_extremes(m, dtype):
     """All codes; the largest, smallest and subnormal scales, -0; zero blocks."""
