@@ -131,12 +131,7 @@ class GraphWatch:
 
     def _copy(self, owner: Question | int, value: Tensor) -> None:
         """Have the bits of `value` copied: an answer, or the value of what was said."""
-        bits = value.int() if value.dtype == torch.bool else value
-        if bits.is_floating_point():
-            wide = bits.dtype == torch.float64
-            bits = (bits if wide else bits.float()).contiguous()
-            bits = bits.view(torch.int64 if wide else torch.int32)
-        view = cuda_stats.values_view(bits, self._copied)
+        view = cuda_stats.values_view(bits_of(value), self._copied)
         if view is None:
             raise CannotAnswer(f"a probe's value is {value.dtype}", "run without a graph")
         self._place(_Place(owner, self._copied, value.dtype, value.shape), view)
@@ -194,6 +189,15 @@ class GraphWatch:
         return fetch(said).readings
 
 
+def bits_of(value: Tensor) -> Tensor:
+    """int32 or int64 of the same shape, from which `_Place.value` makes the values again."""
+    if value.dtype == torch.float64:
+        return value.contiguous().view(torch.int64)
+    if value.is_floating_point():
+        return value.float().contiguous().view(torch.int32)
+    return value if value.dtype in (torch.int32, torch.int64) else value.int()
+
+
 class _Place(NamedTuple):
     """Where the values of an answer, or of something said, begin in a row of copies."""
 
@@ -209,6 +213,8 @@ class _Place(NamedTuple):
             bits = bits.view(torch.float64)
         elif self.dtype.is_floating_point:
             bits = bits.int().view(torch.float32)
+        elif self.dtype == torch.bool:
+            bits = bits.bool()
         return bits.view(self.shape).tolist()
 
 

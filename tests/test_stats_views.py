@@ -15,6 +15,7 @@ from torch import Tensor
 from dsv4_bench.engine import cuda_stats
 from dsv4_bench.engine.registry import Site, spec_of
 from dsv4_bench.probes.base import Probe, make_probes
+from dsv4_bench.probes.graph_watch import _Place, bits_of
 from dsv4_bench.probes.observation import Observation
 from dsv4_bench.probes.readings import Call
 from dsv4_bench.probes.stats import Stats, Sums, exponent_counts, reduced, tensor_stats
@@ -196,6 +197,29 @@ def test_sums_of_a_row() -> None:
     assert sums == (4, 1, 0.5, 3.0, 1.5) and math.isnan(sums.furthest(1))
     assert sums._replace(nan=0).furthest(1.0) == 3.0 and sums._replace(nan=0).furthest(2.5) == 0.5
     assert Sums.of_row([2.0, 2.0, 0, 0, 0, 0, math.inf, -math.inf, 0]) == (2, 2, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(1.5),
+        torch.tensor([[1e-40, -0.0], [math.inf, -3e38]]),
+        torch.tensor([0.1, 1e300], dtype=torch.float64),
+        torch.tensor([0.5, -2.0], dtype=torch.bfloat16),
+        torch.tensor([7, -9], dtype=torch.int32),
+        torch.tensor([[2**40], [-1]]),
+        torch.tensor([True, False]),
+        torch.zeros(0),
+    ],
+)
+def test_values_come_back_from_the_integers_that_the_ring_holds(value: Tensor) -> None:
+    bits = bits_of(value)
+    view = cuda_stats.values_view(bits, 3)
+    assert view is not None and view.rows == value.numel()
+    row = torch.zeros(3 + value.numel() + 2, dtype=torch.int64)
+    row[3 : 3 + value.numel()] = bits.flatten()
+    found = _Place(0, 3, value.dtype, value.shape).value(row)
+    assert repr(found) == repr(value.tolist())
 
 
 # ------------------------------------------------------------------------------ whose memory
