@@ -29,7 +29,13 @@ from typing import Any
 
 import torch
 
-TABLES = ["bench_cuda_linear", "bench_cuda_experts", "bench_cuda_attention", "bench_cuda_kv"]
+TABLES = [
+    "bench_cuda_linear",
+    "bench_cuda_experts",
+    "bench_cuda_attention",
+    "bench_cuda_kv",
+    "bench_cuda_dsl",
+]
 NODE_US, BYTES_PER_US, FLOPS_PER_US = 1.75, 4.62e6, 690e6
 COLD_BYTES = 256 << 20
 COMPILED = "compiled"  # in the name of a peer that torch.compile takes seconds to make: --compile

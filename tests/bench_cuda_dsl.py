@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from bench_cuda import Call, Case
-from test_dsl import random_weight
+from test_cuda_dsl import random_weight
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
@@ -14,7 +14,6 @@ from dsv4_bench.engine.registry import IMPLEMENTATIONS
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 BYTES = {"nvfp4": 9 / 16, "mxfp4": 17 / 32, "fp8_e8m0": 1.0, "bf16": 2.0}
 SHAPES = [(4096, 8192), (32768, 1024), (8192, 8192)]
-ROWS = [256, 1024, 4096]
 
 
 def case(kind: str, n: int, k: int, m: int, groups: int = 1) -> Case:
@@ -47,8 +46,9 @@ def case(kind: str, n: int, k: int, m: int, groups: int = 1) -> Case:
 
 def cases() -> Iterator[Case]:
     for n, k in SHAPES:
-        for m in ROWS:
-            for kind in BYTES:
-                yield case(kind, n, k, m)
-    for m in ROWS:
-        yield case("fp8_e8m0", 8192, 4096, m, groups=8)
+        for m in (64, 128, 1024, 4096):
+            yield case("nvfp4", n, k, m)
+    for kind in ("mxfp4", "fp8_e8m0", "bf16"):
+        for m in (128, 1024):
+            yield case(kind, 4096, 8192, m)
+    yield case("fp8_e8m0", 8192, 4096, 1024, groups=8)

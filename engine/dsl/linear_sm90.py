@@ -502,4 +502,6 @@ def exports() -> Iterator[tuple[str, Any, list[Any]]]:
 
 def name_kernel(kernels: type, name: str) -> None:
     """What profilers show of the next kernel that is compiled."""
-    kernels.kernel.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
+    kernels.kernel.set_name_prefix(
+        f"dsv4_{name}", remove_cutlass_symbol=True, keep_mangled_name=False
+    )

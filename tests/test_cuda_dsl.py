@@ -13,6 +13,7 @@ from verified import measured
 
 import dsv4_bench.engine.dsl.linear as dsl_linear
 from dsv4_bench.engine.cuda_weights import pack
+from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.dsl.linear import MANY_ROWS, Plan, no_empty_share
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import DENSE_CACHE, Weight
@@ -20,7 +21,11 @@ from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.probes.metrics import relative_error
 
-pytestmark = pytest.mark.gpu
+_MISSING = dsl_library.compiler()[0] is None and dsl_library.dsl_build("linear").find() is None
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_MISSING, reason=f"{dsl_library.compiler()[1]}, and not built elsewhere"),
+]
 
 CUDA, BF16, F32 = torch.device("cuda"), torch.bfloat16, torch.float32
 FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "bf16"]
