@@ -55,6 +55,7 @@ def test_bfloat16_is_as_close_as_the_cpu(checkpoint: Checkpoint) -> None:
     on_cpu = teacher_forced_logits(Transformer(checkpoint, torch.bfloat16), ids)
     cuda = Transformer(checkpoint, torch.bfloat16, "cuda")
     error = relative_l2(teacher_forced_logits(cuda, ids), truth)
+    # Tokens that rounding routes otherwise make most of both errors: 0.6 to 1.3 times over six seeds.
     assert error <= 2 * relative_l2(on_cpu, truth)
 
 

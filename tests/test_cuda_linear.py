@@ -406,9 +406,20 @@ def test_the_model_on_kernels_is_as_close_as_the_reference(
     used = {site.op for site in model.sites.values() if site.stamp.implementation in ours_too}
     assert {"linear", "experts", "gate", "rms_norm", "rope"} <= used
 
-    def error(value: Tensor) -> float:
-        return float((value - exact).norm() / exact.norm())
+    # The typical token tells the arithmetic: over nine seeds its error was 0.96 to 1.12 times the
+    # reference's in bfloat16. One token in 15 is routed otherwise after rounding, by any bfloat16 run;
+    # these make nearly all of the whole's error, in which the bfloat16 reference on a CPU and on a GPU
+    # differ by up to 1.6 times: 2 is the limit of what two honest runs may differ by.
+    (whole, typical), (fair, fair_typical) = errors(ours, exact), errors(plain, exact)
+    print(
+        f"{layout}: kernels {whole:.2e} ({typical:.2e}), reference {fair:.2e} ({fair_typical:.2e})"
+    )
+    assert typical <= 1.25 * fair_typical
+    assert whole <= 2 * fair
 
-    # Rounding flips a few routing decisions of these random models; test_cuda.py allows as much.
-    print(f"{layout}: kernels {error(ours):.2e}, reference in bf16 {error(plain):.2e}")
-    assert error(ours) <= 2 * error(plain)
+
+def errors(logits: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Relative L2 of all logits, and that of the median token."""
+    wrong, size = (logits - exact).double(), exact.double()
+    tokens = wrong.norm(dim=-1) / size.norm(dim=-1)
+    return float(wrong.norm() / size.norm()), float(tokens.median())
