@@ -17,7 +17,7 @@ from dsv4_bench.probes.observation import Observation
 from dsv4_bench.probes.readings import Call, Reading, fetch
 
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
-_VALUES_A_SITE = 512  # integers of one call that are copied as they are
+_VALUES_A_SITE = 64, 8  # integers that a call has in the ring, and more for each sequence
 _STEPS = 4
 
 
@@ -27,7 +27,7 @@ def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
 
 
 class GraphWatch:
-    """The observer of a decode graph: `probes` look at `sites` at every replay.
+    """The observer of a decode graph of `batch` sequences: `probes` look at `sites` at every replay.
 
     One launch a layer, on a branch beside the sites, leaves every answer in a ring on the device;
     `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
@@ -39,6 +39,7 @@ class GraphWatch:
         probes: Sequence[Probe],
         sites: int,
         device: torch.device,
+        batch: int = 1,
         steps: int = _STEPS,
         first: int = 0,
     ) -> None:
@@ -55,7 +56,7 @@ class GraphWatch:
             )
         self.observation = Observation(probes)
         exponents = any(probe.name == "exponents" for probe in probes)
-        width = _VALUES_A_SITE * sites
+        width = (_VALUES_A_SITE[0] + _VALUES_A_SITE[1] * batch) * sites
         self.ring = cuda_stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
         x = torch.ones(2, 8, 8, device=device)
         x @ x  # a capture cannot make a cuBLAS handle, and some probe may want one

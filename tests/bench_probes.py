@@ -65,10 +65,10 @@ def layer_row(
     layers = range(len(model.layers))
     reduced = [name for name in GRAPH_PROBES if name not in ("softmax", "cache")]
     makers: dict[str, Callable[[], dict[str, Any]]] = {
-        "stats": lambda: {"observer": watch(model, ["stats", "nonfinite"])},
-        "reduced": lambda: {"observer": watch(model, reduced)},
-        "default": lambda: {"observer": watch(model, GRAPH_PROBES)},
-        "exponents": lambda: {"observer": watch(model, [*GRAPH_PROBES, "exponents"])},
+        "stats": lambda: {"observer": watch(model, ["stats", "nonfinite"], batch)},
+        "reduced": lambda: {"observer": watch(model, reduced, batch)},
+        "default": lambda: {"observer": watch(model, GRAPH_PROBES, batch)},
+        "exponents": lambda: {"observer": watch(model, [*GRAPH_PROBES, "exponents"], batch)},
         "clock": lambda: {"clock": SiteClock(len(model.sites), model.device)},
     }
     observers = {"without": {}, **{name: makers[name]() for name in wanted}}
@@ -95,8 +95,8 @@ def layer_row(
     }
 
 
-def watch(model: Transformer, names: Sequence[str]) -> GraphWatch:
-    return GraphWatch(make_probes(names), len(model.sites), model.device)
+def watch(model: Transformer, names: Sequence[str], batch: int) -> GraphWatch:
+    return GraphWatch(make_probes(names), len(model.sites), model.device, batch)
 
 
 # ------------------------------------------------------------------------------ op by op

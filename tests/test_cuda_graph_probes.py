@@ -63,7 +63,9 @@ def token_of(ids: list[list[int]], number: int) -> list[int]:
 
 
 def watch_of(model: Transformer, names: Any = DEFAULT_PROBES, steps: int = 4) -> GraphWatch:
-    return GraphWatch(split(make_probes(names))[0], len(model.sites), model.device, steps)
+    return GraphWatch(
+        split(make_probes(names))[0], len(model.sites), model.device, len(LENGTHS), steps
+    )
 
 
 def by_key(readings: list[Reading]) -> dict[Any, Reading]:
