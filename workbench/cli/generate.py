@@ -151,13 +151,13 @@ def _decode(
 
 def _watch(loaded: Any, args: argparse.Namespace, tell: Callable[[str], None]) -> Any:
     """The GenerationWatch that `--probes` asks for, or None."""
-    if args.probes is None:
+    names = (args.probes or "none").replace(",", " ").split()
+    if names in ([], ["none"]):
         return None
     from dsv4_bench.probes.base import make_probes
     from dsv4_bench.workbench.generation_watch import GenerationWatch
 
-    probes = make_probes(args.probes.replace(",", " ").split())
-    return GenerationWatch(loaded.model, probes, not args.no_graph, tell)
+    return GenerationWatch(loaded.model, make_probes(names), not args.no_graph, tell)
 
 
 def _watched(watch: Any, tokens: Iterator[int]) -> Iterator[int]:
