@@ -13,6 +13,7 @@ import torch
 from cuda_judge import kernel
 from torch import Tensor
 
+from dsv4_bench.engine.cuda_hyper import hc_post_pre
 from dsv4_bench.engine.kv_entry import pack
 from dsv4_bench.engine.step import Step
 
@@ -31,6 +32,8 @@ def hyper() -> None:
         head = {"fn": randn(4, 4 * d, dtype=f32), "scale": randn(1, dtype=f32)}
         kernel("hc_head", x, base=randn(4, dtype=f32), **head, **constants)
         kernel("hc_post", y, x, got["post"], got["comb"])
+        pre["base"] = randn(24, dtype=f32)
+        hc_post_pre(y, x, got["post"], got["comb"], iters=20, **pre, **constants)
 
 
 def attention() -> None:
@@ -75,8 +78,14 @@ def indexer() -> None:
         args = q, keys, randn(46, heads, dtype=dtype), step
         score = kernel("index_score", *args, scale=0.1, ratio=4)["score"]
         kernel("index_topk", score, visible, k=100)
-    score = randn(1, 40001, dtype=torch.float32)
-    kernel("index_topk", score, torch.tensor([40001]).cuda(), k=512)
+    decode = Step(torch.zeros(2, dtype=torch.int64, device="cuda"), (40000, 701), (1, 1), 128)
+    keys = randn(2, decode.entries(4) + 3, 128)
+    args = randn(2, 64, 128), keys, randn(2, 64), decode
+    kernel("index_score", *args, scale=0.1, ratio=4)
+    for total in (40001, 3000):  # a cluster and one block; random, and what the bound does not help
+        whole = torch.tensor([total]).cuda()
+        for score in (randn(total, dtype=torch.float32), torch.arange(total).cuda() ** 3 // 9):
+            kernel("index_topk", score.float()[None], whole, k=512)
     for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
         kv, gate = (randn(46, width, dtype=torch.float32) for _ in range(2))
         states = [randn(3, slots, width, dtype=torch.float32) for _ in range(2)]
