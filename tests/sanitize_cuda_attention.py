@@ -84,8 +84,8 @@ def indexer() -> None:
     kernel("index_score", *args, scale=0.1, ratio=4)
     for total in (40001, 3000):  # a cluster and one block; random, and what the bound does not help
         whole = torch.tensor([total]).cuda()
-        for score in (randn(total, dtype=torch.float32), torch.arange(total).cuda() ** 3 // 9):
-            kernel("index_topk", score.float()[None], whole, k=512)
+        for score in (torch.randn(total), (torch.arange(total) ** 3 // 9).float()):
+            kernel("index_topk", score[None].cuda(), whole, k=512)
     for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
         kv, gate = (randn(46, width, dtype=torch.float32) for _ in range(2))
         states = [randn(3, slots, width, dtype=torch.float32) for _ in range(2)]
