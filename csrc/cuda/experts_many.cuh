@@ -219,44 +219,70 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
                threadIdx.x % 32 / 4;
     }
 
-    template <int kSums>
-    __device__ void multiply(Turn& turn, const Item& item, int tile) const {
-        float sum[kTiles][kSums] = {};
-        uint32_t a[2][2][2][2];  // of this product and the one before: [row][step][register]
-        for (int step = 0; step < steps; step++, turn.next(kStages)) {
-            const Stage& stage = s.stages[turn.stage];
-            barrier_wait(&s.full[turn.stage], turn.parity);
-            uint32_t codes[kTiles][2][4];
-            Scale scales[kTiles][2];
+    // This thread's weights of a stage: of each product, word by word, two rows.
+    struct Weights {
+        uint32_t codes[kTiles][2][4];
+        Scale scales[kTiles][2];
+
+        __device__ void load(const Stage& stage) {
 #pragma unroll
             for (int i = 0; i < 2 * kTiles; i++) {
-                int row = first_row(i / 2) + i % 2 * 8;
+                const int row = first_row(i / 2) + i % 2 * 8;
                 const uint4 v = stage.codes[row][threadIdx.x % 4];
                 codes[i / 2][i % 2][0] = v.x, codes[i / 2][i % 2][1] = v.y;
                 codes[i / 2][i % 2][2] = v.z, codes[i / 2][i % 2][3] = v.w;
                 scales[i / 2][i % 2] = stage.scales[row][threadIdx.x % 4];
             }
+        }
+        // Operands [row][step][register] of word i / kTiles of product i % kTiles.
+        __device__ void decode(int i, uint32_t (&a)[2][2][2]) const {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                Policy::template scaled_pairs<Policy>(
+                    codes[i % kTiles][h][i / kTiles],
+                    Policy::factor(scales[i % kTiles][h], i / kTiles / 2), a[h]);
+        }
+    };
+
+    // The first stage of the item has landed.
+    template <int kSums>
+    __device__ void multiply(Turn& turn, const Item& item, int tile) const {
+        constexpr int kWords = 4 * kTiles;
+        float sum[kTiles][kSums] = {};
+        uint32_t a[2][2][2][2];  // of this word and the one before
+        Weights weights;
+        weights.load(s.stages[turn.stage]);
+        weights.decode(0, a[0]);
+        for (int step = 0; step < steps; step++) {
+            const Stage& stage = s.stages[turn.stage];
             const uint64_t b = matrix_descriptor(shared_address(stage.x), 16, 1024);
 #pragma unroll
-            for (int i = 0; i < 4 * kTiles; i++) {
-                const int word = i / kTiles, t = i % kTiles;
-                wgmma_wait<1>();
-                auto& now = a[i % 2];
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    Policy::template scaled_pairs<Policy>(
-                        codes[t][h][word], Policy::factor(scales[t][h], word / 2), now[h]);
+            for (int i = 0; i < kWords; i++) {
+                if (i > 0) {
+                    wgmma_wait<1>();
+                    weights.decode(i, a[i % 2]);
+                }
                 wgmma_fence();
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    int k = 2 * word + j;
-                    multiply_async(sum[t], now[0][j][0], now[1][j][0], now[0][j][1], now[1][j][1],
+                    const int k = i / kTiles * 2 + j;
+                    auto& now = a[i % 2];
+                    multiply_async(sum[i % kTiles], now[0][j][0], now[1][j][0], now[0][j][1],
+                                   now[1][j][1],
                                    b + ((k / 4 * sizeof(stage.x[0]) + k % 4 * 32) >> 4));
                 }
                 wgmma_commit();
             }
+            uint64_t* const used = &s.empty[turn.stage];
+            turn.next(kStages);
+            if (step + 1 < steps) {
+                barrier_wait(&s.full[turn.stage], turn.parity);
+                weights.load(s.stages[turn.stage]);
+                wgmma_wait<1>();
+                weights.decode(0, a[0]);
+            }
             wgmma_wait<0>();  // ptxas keeps no operands in flight from one round of a loop to the next
-            if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[turn.stage]);
+            if (threadIdx.x % 32 == 0) barrier_arrive(used);
         }
 #pragma unroll
         for (int t = 0; t < kTiles; t++) {
