@@ -1,4 +1,4 @@
-"""A checkpoint of three layers of V4-Flash's sizes, one of each kind of attention: `flash_layers.py OUT`
+"""A checkpoint of few layers of V4-Flash's sizes: `flash_layers.py OUT [SWA|CSA|HCA ...]`, else one of each
 
 Everything that a decode step reads has its real size; what it does not read is cut: 16 experts of
 256 (6 are chosen for a token) and a vocabulary of 4096. Tensors whose names differ in numbers only hold
@@ -20,14 +20,8 @@ from dsv4_bench.engine import synthetic
 from dsv4_bench.engine.config import CSA_RATIO, FLASH, HCA_RATIO, Config
 from dsv4_bench.engine.names import Expected
 
-CONFIG = replace(
-    FLASH,
-    num_hidden_layers=3,
-    compress_ratios=(0, CSA_RATIO, HCA_RATIO),
-    num_hash_layers=1,
-    n_routed_experts=16,
-    vocab_size=4096,
-)
+RATIOS = {"SWA": 0, "CSA": CSA_RATIO, "HCA": HCA_RATIO}
+CONFIG = replace(FLASH, num_hash_layers=0, n_routed_experts=16, vocab_size=4096)
 _MADE: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = {}
 
 
@@ -45,5 +39,7 @@ def stored(item: Expected, config: Config, layout: str, seed: int) -> Iterator[t
 if __name__ == "__main__":
     started = time.perf_counter()
     synthetic._stored = stored
-    synthetic.write_checkpoint(Path(sys.argv[1]), CONFIG, "nvfp4")
+    ratios = tuple(RATIOS[kind] for kind in sys.argv[2:] or RATIOS)
+    config = replace(CONFIG, num_hidden_layers=len(ratios), compress_ratios=ratios)
+    synthetic.write_checkpoint(Path(sys.argv[1]), config, "nvfp4")
     print(f"{sys.argv[1]}: {time.perf_counter() - started:.0f} s")
