@@ -17,15 +17,19 @@ step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
     tail -n 4 "$out/$name.err"
 }
 
-# One layer first: with it, `short` is done in half a minute.
-timeout 60 python3 tests/flash_layers.py "$work/csa" CSA
+# Single layers first: `short` is done in about half a minute.
+timeout 60 python3 tests/flash_layers.py "$work/csa" CSA &
+timeout 60 python3 tests/flash_layers.py "$work/hca" HCA
+step 40 hca "${bench[@]}" profile "$work/hca" --layer 0 --graph "${brief[@]}"
+wait
 step 40 csa "${bench[@]}" profile "$work/csa" --layer 0 --graph "${brief[@]}"
+(cd "$work" && step 60 ncu_hca "${bench[@]}" profile "$work/hca" --sites 'L0/ffn/*' --context 511 --ncu --json)
 step 30 demo "${bench[@]}" profile --layer 3 --graph --json --seconds 0.05 \
     --trace "$out/demo_trace.json" --plot "$out/demo.png"
-(cd "$work" && step 60 ncu_csa "${bench[@]}" profile "$work/csa" --layer 0 --context 511 --ncu --json)
 if [[ ${2:-} != short ]]; then
     timeout 100 python3 tests/flash_layers.py "$work/flash"
     step 60 flash "${bench[@]}" profile "$work/flash" --layers 0-2 "${brief[@]}"
+    (cd "$work" && step 60 ncu_csa "${bench[@]}" profile "$work/csa" --layer 0 --context 511 --ncu --json)
     step 40 batch "${bench[@]}" profile "$work/csa" --layer 0 --batch 32 "${brief[@]}"
     (cd "$work" && step 60 ncu_batch "${bench[@]}" profile "$work/csa" --layer 0 --context 511 --batch 32 \
         --ncu --json)
