@@ -38,7 +38,9 @@ def case(kind: str, n: int, k: int, m: int, groups: int = 1) -> Case:
 
     size = int(n * k * BYTES[kind]) + 2 * m * (n + groups * k)
     shape = f"{kind} {n}x{k}{f' {groups} groups' if groups > 1 else ''} m{m}"
-    peers = {"cuBLAS bf16": cublas, "sm90": lambda _: call("sm90")}
+    peers = {"cuBLAS bf16": cublas}
+    if m <= 1024:  # far slower beyond
+        peers["sm90"] = lambda _: call("sm90")
     return Case(
         f"{op}/cutedsl", shape, size, 2 * m * n * k, lambda _: call("cutedsl"), peers, copies=3
     )

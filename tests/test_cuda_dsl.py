@@ -14,7 +14,7 @@ from verified import measured
 import dsv4_bench.engine.dsl.linear as dsl_linear
 from dsv4_bench.engine.cuda_weights import pack
 from dsv4_bench.engine.dsl import library as dsl_library
-from dsv4_bench.engine.dsl.linear import MANY_ROWS, Plan, no_empty_share
+from dsv4_bench.engine.dsl.linear import FEW_ROWS, Plan, no_empty_share
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import DENSE_CACHE, Weight
 from dsv4_bench.engine.numerics import double_precision
@@ -32,8 +32,8 @@ FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "bf16"]
 # Relative L2 to float64 rounded once: float32 sums (the matrix unit keeps a bit less), bf16 flips.
 LIMIT = {F32: 3e-6, BF16: 1e-3}
 # Around one tile of 128 weight rows and of 256 activation rows, and around a stage of 64 columns.
-SHAPES = [(8, 64), (120, 64), (128, 128), (136, 192), (264, 1088)]
-ROWS = [1, 2, 63, 65, 127, 128, 129, 255, 256, 257, 600]
+SHAPES = [(8, 64), (128, 128), (136, 192), (264, 1088)]
+ROWS = [1, 127, 129, 257, 600]
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +102,10 @@ def test_ragged_tiles(kind: str, forced: Plan) -> None:
         moved = weight.to(CUDA)
         for m in ROWS:
             x = torch.randn(m, k, device=CUDA).to(BF16)
+            want = x.double() @ exact.T
             for dtype in (F32, BF16):
                 got = kernel(x, moved, dtype)
-                close(got, x.double() @ exact.T, f"{kind} [{n}, {k}], {m} rows, {dtype}")
+                close(got, want, f"{kind} [{n}, {k}], {m} rows, {dtype}")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -201,7 +202,7 @@ def test_grouped_linear(kind: str) -> None:
 def test_few_and_many_rows_of_one_implementation() -> None:
     both: Any = IMPLEMENTATIONS["linear"]["sm90+cutedsl"].function
     weight = random_weight("nvfp4", 1536, 4096)
-    for m in (1, 64, MANY_ROWS - 1, MANY_ROWS, 300):
+    for m in (1, FEW_ROWS, FEW_ROWS + 1, 64, 300):
         x = torch.randn(m, 4096, device=CUDA).to(BF16)
         y = both(x, weight=weight, out_dtype=None)
         close(y, truth(x, weight), f"{m} rows", name="sm90+cutedsl")

@@ -48,7 +48,7 @@ _CLUSTER_ROWS, _STEP = 256, 64  # weight rows of a cluster's tile (of two blocks
 
 # Measured on an H200, nanoseconds: a step of a tile by its activation rows, for bfloat16 and coded
 # weights; what a tile takes beside its steps; a second kernel; a byte of the parts, written and read.
-_STEP_NS = {256: (690, 760), 128: (390, 620)}
+_STEP_NS = {256: (720, 840), 128: (395, 580)}
 _TILE_NS, _SUM_NS, _BYTE_NS = 1500, 2500, 1 / 1500
 
 
@@ -161,7 +161,8 @@ def _launch(
 
 _FEW = {op: IMPLEMENTATIONS[op]["sm90"] for op in ("linear", "grouped_linear")}
 _MANY = {op: IMPLEMENTATIONS[op]["cutedsl"] for op in _FEW}
-MANY_ROWS = 64  # from here on cutedsl is the faster one at the models' shapes
+# Measured on an H200 at the models' shapes: sm90 is faster up to so many rows, of a small matrix longer.
+FEW_ROWS, FEW_OF_SMALL, SMALL = 16, 64, 1024
 
 
 def _for_any_rows(op: str) -> Callable[[Function], Function]:
@@ -180,7 +181,8 @@ def _for_any_rows(op: str) -> Callable[[Function], Function]:
 
 def _takes(x: Tensor, weight: Weight, groups: int = 1) -> bool:
     """Whether x has many rows, and cutedsl takes them."""
-    return x.numel() >= MANY_ROWS * x.shape[-1] > 0 and why_not(x, weight, groups) is None
+    few = FEW_ROWS if weight.shape[0] >= SMALL else FEW_OF_SMALL
+    return x.numel() > few * x.shape[-1] and why_not(x, weight, groups) is None
 
 
 @_for_any_rows("linear")
