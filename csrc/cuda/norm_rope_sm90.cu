@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads) norm_rope_kernel(Rows p, const W* we
     __shared__ float partial[kThreads / 32];
     const int first = threadIdx.x * kV, rotated = first - (p.d - 2 * p.half);
     const bool mine = first < p.d;
-    Vector<W, kV> gain;
-    if (mine && weight) gain = load_vector<W, kV>(weight + first);
     let_next_start();
     wait_for_previous();
+    Vector<W, kV> gain;
+    if (mine && weight) gain = load_vector<W, kV>(weight + first);
     const int64_t row = blockIdx.x;
     Vector<bf16> v;
     float2 turns[kV / 2];

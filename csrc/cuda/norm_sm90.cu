@@ -16,13 +16,13 @@ __global__ void __launch_bounds__(Threads)
     constexpr int V = kVector ? Vector<T>::kSize : 1, kHeld = 4, kEarly = 2, kStride = Threads * V;
     __shared__ float partial[Threads / 32];
     const int first = threadIdx.x * V;
-    Vector<W, V> gain[kEarly];  // weights do not wait for what the previous kernel writes
+    let_next_start();
+    wait_for_previous();
+    Vector<W, V> gain[kEarly];  // on its way while the sum is computed
 #pragma unroll
     for (int h = 0; h < kEarly; h++)
         if (weight && first + h * kStride < d)
             gain[h] = load_vector<W, V>(weight + first + h * kStride);
-    let_next_start();
-    wait_for_previous();
     x += blockIdx.x * (int64_t)d;
     y += blockIdx.x * (int64_t)d;
     Vector<T, V> held[kHeld];
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kRopeThreads)
     int64_t first = blockIdx.y * per_block, plain = d - 2 * half;
     int64_t count = (first + per_block < heads ? per_block : heads - first) * d;
     int64_t base = (blockIdx.x * heads + first) * d;
-    float freq = threadIdx.x < half ? freqs[threadIdx.x] : 0;
     let_next_start();
     wait_for_previous();
+    float freq = threadIdx.x < half ? freqs[threadIdx.x] : 0;
     int64_t position = positions[blockIdx.x];
     Vector<T> early;  // on its way while the angles are computed
     if (Vectors && threadIdx.x * V < count) early = load_vector(x + base + threadIdx.x * V);
