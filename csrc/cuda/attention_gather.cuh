@@ -18,6 +18,8 @@ constexpr int kHeads = 64, kBlock = 64;             // heads and keys of a tile
 constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
 constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 128-byte swizzle
 constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
+constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
+constexpr int kAhead = 8;  // packed rows that a producer warp has under way
 constexpr int kHalf = kDim / 2, kOutPitch = 2 * kHalf + 16;  // bytes; 16 spread the banks
 
 struct Shared {
@@ -27,6 +29,7 @@ struct Shared {
     float rows[2][kHeads];                            // of each warpgroup: largest logit, sum
     uint64_t exists[kStages];                         // a bit a key
     uint64_t full[kStages], empty[kStages];
+    alignas(16) char entries[kProducers / 32][kAhead][kEntryBytes];
 };
 
 struct Problem {
@@ -87,6 +90,7 @@ __device__ inline int index_of(const Problem& p, const Work& work, int block, in
 // A block's 64 rows in their pool, of which lane l of each warp knows those of keys l and l + 32.
 struct Indices {
     int low, high;
+    __device__ Indices(int low, int high) : low(low), high(high) {}
     __device__ Indices(const Problem& p, const Work& work, int block, int lane)
         : low(index_of(p, work, block, lane)), high(index_of(p, work, block, lane + 32)) {}
     // Which keys exist, a bit each.
@@ -149,37 +153,39 @@ __device__ void gather(const Problem& p, const Work& work, Shared& s) {
 
 // ---------------------------------------------------------------- packed pools
 //
-// A warp takes a packed row through its registers: 8 codes become the 16 bytes of one unit. Loads of
-// kAhead rows are always under way, also across blocks, as registers hold no more.
+// An entry is copied into a ring of the warp's own; the warp then decodes it, 8 codes to the 16 bytes of
+// one unit, into the tile. Rows that do not exist are copied as zero bytes, which decode to zeros.
 
-constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
-constexpr int kAhead = 8;
+struct Ring {
+    const int lane;
+    char (&slots)[kAhead][kEntryBytes];
 
-// Lane l: codes of unit l; below lane 24 those of unit l + 32 and all scales, else the 16 bytes of
-// rope that are unit l + 32.
-struct PackedRow {
-    uint2 first, second, third;
-
-    __device__ void load(const char* pool, int index, int lane) {
-        if (index < 0) return;
-        const char* entry = pool + (int64_t)index * kEntryBytes;
-        const bool coded = lane < 24;
-        const char* rope = entry + kPlain + 16 * (lane - 24);
-        first = __ldcg((const uint2*)(entry + 8 * lane));
-        second = __ldcg((const uint2*)(coded ? entry + 256 + 8 * lane : rope));
-        third = __ldcg((const uint2*)(coded ? entry + kScalesAt : rope + 8));
+    // Starts copying a row.
+    __device__ void fetch(int slot, const char* pool, int index) const {
+        const char* entry = pool + (int64_t)max(index, 0) * kEntryBytes + 8 * lane;
+        const uint32_t to = shared_address(slots[slot]) + 8 * lane;
+        copy8(to, entry, index >= 0);
+        copy8(to + 256, entry + 256, index >= 0);
+        if (8 * lane < kEntryBytes - 512) copy8(to + 512, entry + 512, index >= 0);
     }
 
-    // As bfloat16 into row `row` of a tile, zeros if it does not exist.
-    __device__ void store(char* tile, int row, bool exists, int lane) const {
-        const uint32_t scales = __shfl_sync(~0u, third.x, 0);  // of tiles 0 to 3
-        uint4 low = {}, high = {};
-        if (exists) {
-            low = decode_codes(first, scale_of(scales >> lane / 8 * 8));
-            high = lane < 24 ? decode_codes(second, scale_of(third.y >> lane / 8 * 8))
-                             : uint4{second.x, second.y, third.x, third.y};
-        }
-        *(uint4*)(tile + unit_offset(row, lane)) = low;
+    struct Codes {
+        uint2 low, high, rope;
+        uint8_t low_scale, high_scale;
+    };
+    // Lane l: what makes units l and l + 32. From lane 24 on, unit l + 32 is rope.
+    __device__ Codes read(int slot) const {
+        const char *entry = slots[slot], *rope = entry + kPlain + 16 * (lane - 24);
+        const bool coded = lane < 24;
+        return {*(const uint2*)(entry + 8 * lane),
+                *(const uint2*)(coded ? entry + 256 + 8 * lane : rope),
+                *(const uint2*)(coded ? entry : rope + 8), (uint8_t)entry[kScalesAt + lane / 8],
+                (uint8_t)entry[kScalesAt + 4 + lane / 8]};
+    }
+    __device__ void store(char* tile, int row, const Codes& codes) const {
+        *(uint4*)(tile + unit_offset(row, lane)) = decode_codes(codes.low, scale_of(codes.low_scale));
+        uint4 high = {codes.high.x, codes.high.y, codes.rope.x, codes.rope.y};
+        if (lane < 24) high = decode_codes(codes.high, scale_of(codes.high_scale));
         *(uint4*)(tile + unit_offset(row, lane + 32)) = high;
     }
 };
@@ -187,31 +193,40 @@ struct PackedRow {
 // The producers of packed pools: as `gather`.
 __device__ void gather_packed(const Problem& p, const Work& work, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
+    const Ring ring = {lane, s.entries[warp]};
     Indices rows(p, work, work.first, lane), next(p, work, work.first + 1, lane);
-    PackedRow ahead[kAhead];
-#pragma unroll
-    for (int r = 0; r < kAhead; r++) ahead[r].load(pool_of(p, work.first), rows.at(warp, r), lane);
     gather_q(p, work, s, thread);
-    copy_commit();
+    for (int r = 0; r < kAhead; r += 2) {
+        ring.fetch(r, pool_of(p, work.first), rows.at(warp, r));
+        ring.fetch(r + 1, pool_of(p, work.first), rows.at(warp, r + 1));
+        copy_commit();  // the first group holds q too
+    }
     for (int block = work.first; block < work.last; block++) {
         const int i = block - work.first, stage = i % kStages;
         const Indices last(p, work, block + 2, lane);
-        const char *pool = pool_of(p, block), *next_pool = pool_of(p, block + 1);
         open_stage(s, i, thread, rows.exist());
-#pragma unroll
-        for (int r = 0; r < 16; r++) {
-            PackedRow& row = ahead[r % kAhead];
-            row.store(s.keys[stage], 16 * warp + r, rows.at(warp, r) >= 0, lane);
-            const int later = r + kAhead;
-            if (later < 16) row.load(pool, rows.at(warp, later), lane);
-            else row.load(next_pool, next.at(warp, later - 16), lane);
+#pragma unroll 1
+        for (int r = 0; r < 16; r += 2) {
+            const int slot = r % kAhead, later = (r + kAhead) % 16;
+            const bool wraps = r + kAhead >= 16;
+            copy_wait<kAhead / 2 - 1>();
+            __syncwarp();
+            const Ring::Codes a = ring.read(slot), b = ring.read(slot + 1);
+            __syncwarp();
+            const char* pool = pool_of(p, block + wraps);
+            const Indices from = {wraps ? next.low : rows.low, wraps ? next.high : rows.high};
+            ring.fetch(slot, pool, from.at(warp, later));
+            ring.fetch(slot + 1, pool, from.at(warp, later + 1));
+            copy_commit();
+            ring.store(s.keys[stage], 16 * warp + r, a);
+            ring.store(s.keys[stage], 16 * warp + r + 1, b);
         }
-        copy_wait<0>();  // q
         fence_async_proxy();
         barrier_arrive(&s.full[stage]);
         rows = next;
         next = last;
     }
+    copy_wait<0>();
 }
 
 }  // namespace dsv4

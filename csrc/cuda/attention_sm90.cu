@@ -193,11 +193,11 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<kPacked ? 136 : 56>();
+        fewer_registers<kPacked ? 72 : 56>();
         if constexpr (kPacked) gather_packed(p, work, s);
         else gather(p, work, s);
     } else {
-        more_registers<kPacked ? 184 : 224>();
+        more_registers<kPacked ? 216 : 224>();
         compute(p, work, s);
     }
 }
