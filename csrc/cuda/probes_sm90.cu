@@ -75,21 +75,13 @@ __device__ inline void add_value(Part& p, float x) {
     p.squares = fma((double)x, (double)x, p.squares);
 }
 
-// x in float64, for finite x: its bits one exponent field further make x * 2^-896, subnormal or not.
-// Exact, and faster than the conversion, of which a multiprocessor does few.
-__device__ inline double widened(float x) {
-    uint32_t bits = __float_as_uint(x);
-    uint32_t high = (bits & 0x80000000) | (bits >> 3 & 0x0fffffff);
-    return __hiloint2double((int)high, (int)(bits << 29)) * 0x1p896;
-}
-
 // Eight finite values. What most groups have none of, zeros and a new or equal peak, is looked for first.
 __device__ inline void add_finite(Part& p, const float (&x)[kGroup], uint32_t largest) {
     uint32_t smallest = kInfinity;
     double sum[2] = {0, 0}, squares[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kGroup; i++) {
-        double value = widened(x[i]);
+        double value = x[i];
         smallest = min(smallest, __float_as_uint(x[i]) & 0x7fffffff);
         sum[i % 2] += value;
         squares[i % 2] = fma(value, value, squares[i % 2]);
