@@ -365,8 +365,7 @@ template <class Policy, Product kProduct> struct Few {
 #pragma unroll
                 for (int i = 0; i < 2 * kGroups; i++)
                     to[p * kSumStride + 8 * i] = sum[i / 2][i % 2 * 2 + p];
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s.summed[buffer]);
+        barrier_arrive(&s.summed[buffer]);
     }
 
     // ---- the finishing warps
@@ -384,8 +383,7 @@ template <class Policy, Product kProduct> struct Few {
                 int64_t row = tile * kOutputs + i % kOutputs;
                 if (row < rows) finish_value(work, me, row, i % kOutputs, i / kOutputs, peaks);
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(&s.taken[me]);
+            barrier_arrive(&s.taken[me]);
         });
     }
 
@@ -429,8 +427,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const Moe m) {
     __shared__ FewShared s;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kFinishers; i++) {
-            barrier_init(&s.summed[i], kMultipliers);
-            barrier_init(&s.taken[i], 1);
+            barrier_init(&s.summed[i], kMultipliers * 32);
+            barrier_init(&s.taken[i], 32);
         }
         fence_barrier_init();
     }

@@ -3,7 +3,6 @@
 // (experts_few.cuh). Many: in tiles, 4-bit formats by experts_many.cuh, others by experts_tile.cuh.
 
 #include <assert.h>
-#include <stdlib.h>
 
 #include "experts_few.cuh"
 #include "experts_many.cuh"
@@ -121,15 +120,13 @@ template <class Policy> int few_size(Moe m) {
     return m.most;
 }
 
-// The most pairs of a piece; up to kFewPairs they stand for few_pairs.
+// The most pairs of a piece; up to kFewPairs they stand for few_pairs. By the pairs of an expert, on
+// average: where one way has become faster than the other.
 template <class Policy> int piece_size(const Moe& m) {
-    int64_t pairs = m.n * m.k;
-    const char* few = getenv("DSV4_EXPERTS_FEW");
-    if (pairs <= (few ? atoi(few) : 8) * m.count) return few_size<Policy>(m);
+    const int64_t pairs = m.n * m.k;
+    if (pairs <= 8 * m.count) return few_size<Policy>(m);
     if constexpr (!kHasMany<Policy>) return kTileTokens;
     if (!many_fits(m)) return few_size<Policy>(m);
-    if (std::is_same_v<Policy, Mxfp4>) return 64;
-    if (const char* forced = getenv("DSV4_EXPERTS_PIECE")) return atoi(forced);
     return pairs <= 48 * m.count ? 64 : 128;
 }
 
@@ -146,12 +143,9 @@ template <class Policy> int experts(Moe m, void* stream) {
                         0, stream, m, placed);
     if (status != cudaSuccess) return status;
     if (m.most <= kFewPairs) return few_pairs<Policy>(m, stream);
-    if constexpr (std::is_same_v<Policy, Mxfp4>) {
-        status = many_pairs<Policy, 64, 1>(m, placed, block_count(), stream);
-    } else if constexpr (kHasMany<Policy>) {
-        status = m.most == 64   ? many_pairs<Policy, 64, 1>(m, placed, block_count(), stream)
-                 : m.most == 96 ? many_pairs<Policy, 96, 1>(m, placed, block_count(), stream)
-                                : many_pairs<Policy, 128, 2>(m, placed, block_count(), stream);
+    if constexpr (kHasMany<Policy>) {
+        status = m.most == 64 ? many_pairs<Policy, 64, 1>(m, placed, block_count(), stream)
+                              : many_pairs<Policy, 128, 2>(m, placed, block_count(), stream);
     } else {
         int64_t pairs = m.n * m.k;
         int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
