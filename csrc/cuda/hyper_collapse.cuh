@@ -14,8 +14,8 @@ namespace dsv4 {
 // add up to float32, and the streams are read from memory once, into a ring of shared-memory stages.
 // For each tile it sends its share of token t's sums to CTA t, which gates them and sends the four
 // pre weights back to all; then every CTA collapses its columns. Warps have roles, so that all of this
-// goes on at once: workers multiply, movers send sums and collapse, one warp gates, one thread starts
-// the copies of what is read. Columns are permuted alike in both operands, to make loads 16 bytes.
+// goes on at once: workers multiply, one tile after another; movers read tiles, send sums, collapse;
+// one warp gates. Columns are permuted alike in both operands, to make loads 16 bytes.
 
 constexpr int kCluster = 16;
 constexpr int kSlots = 4;       // exchange buffers; three tiles are under way at once
@@ -37,13 +37,15 @@ struct Streams {
 };
 
 // Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Warps: workers. Terms: of bfloat16 a weight.
-// Blocks: of 8 mixes, 3 or 1. Expands: workers first turn a tile into the streams after a sublayer, in
+// Blocks: of 8 mixes, 3 or 1. Expands: movers first turn a tile into the streams after a sublayer, in
 // place, as hc_post makes them.
 template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages, bool Expands = false>
 struct Collapse {
-    static constexpr int kTile = Tile, kWorkers = Warps, kMovers = Warps == 16 ? 6 : 2;
-    static constexpr int kMoving = 32 * kMovers;
-    static constexpr int kThreads = 32 * (Warps + kMovers + 2);
+    static constexpr bool kExpands = Expands;
+    static constexpr int kFirstReads = Expands ? 2 : Stages - 1;
+    static_assert(!Expands || Stages == 4);  // there are two stages of Sublayer
+    static constexpr int kTile = Tile, kStages = Stages, kWorkers = Warps;
+    static constexpr int kMovers = Warps == 16 ? 7 : 3, kMoving = 32 * kMovers, kThreads = 32 * (Warps + kMovers + 1);
     // Of a thread that works and of another: together no more than equal shares of 64 Ki.
     static constexpr int kWorkRegisters = Warps == 16 ? 88 : 224, kMoveRegisters = Warps == 16 ? 64 : 56;
     static constexpr int kSlice = Groups * Warps * 8;  // columns of a stream a CTA
@@ -68,12 +70,9 @@ struct Collapse {
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        uint64_t loaded[Stages], freed[Stages], expanded[2], multiplied[2], taken[2];
-        uint64_t summed[kSlots], gated[kSlots];
+        uint64_t loaded[Stages], expanded[Stages], multiplied[2], taken[2], summed[kSlots], gated[kSlots];
     };
     static_assert(sizeof(Shared) <= 227 << 10);
-    static_assert(kWorkers * kWorkRegisters + (kMovers + 2) * kMoveRegisters <=
-                  kThreads / 32 * (65536 / kThreads / 8 * 8));
 
     const Streams& in;
     Shared& s;
@@ -94,14 +93,13 @@ struct Collapse {
         if (threadIdx.x != 0) return;
         for (int i = 0; i < Stages; i++) {
             barrier_init(&s.loaded[i], 1);
-            barrier_init(&s.freed[i], kMovers);
+            barrier_init(&s.expanded[i], kMovers);
         }
         for (int i = 0; i < kSlots; i++) {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
         }
         for (int i = 0; i < 2; i++) {
-            barrier_init(&s.expanded[i], kWorkers);
             barrier_init(&s.multiplied[i], kWorkers);
             barrier_init(&s.taken[i], kMovers);
         }
@@ -152,37 +150,41 @@ struct Collapse {
     // A mover's index among all movers.
     static __device__ int mover() { return thread() - 32 * kWorkers; }
 
-    // One thread: starts to read tile i of this cluster when its place is free.
+    // Movers start to read tile i of this cluster, if there is one: a warp a token, a lane a stream.
     __device__ void start_read(int i) {
         constexpr uint32_t kBytes = 2 * kSlice;
         constexpr uint32_t kToken = kStreams * kBytes + (Expands ? kBytes + 4 * (kStreams + kCombs) : 0);
-        const int stage = i % Stages, token = token_at(i, 0);
-        const int tokens = in.n - token < Tile ? in.n - token : Tile;
+        if (i >= tiles()) return;
+        const int stage = i % Stages, left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
         uint64_t* loaded = &s.loaded[stage];
-        if (i >= Stages) barrier_wait(&s.freed[stage], (i / Stages - 1) % 2);
-        barrier_expect(loaded, tokens * kToken);
-        const bf16* from = in.x + (int64_t)token * kStreams * kWidth + rank * kSlice;
-        for (int row = 0; row < tokens; row++)
-#pragma unroll
-            for (int stream = 0; stream < kStreams; stream++, from += kWidth)
-                bulk_load(s.x[stage] + row * kPitch + stream * kBytes, from, kBytes, loaded);
-        if constexpr (Expands) {
-            Sublayer& to = s.sublayer[i % 2];
-            if (i >= 2) barrier_wait(&s.expanded[i % 2], (i / 2 - 1) % 2);
-            bulk_load(to.post, in.sublayer.post + (int64_t)token * kStreams, tokens * 4 * kStreams, loaded);
-            bulk_load(to.comb, in.sublayer.comb + (int64_t)token * kCombs, tokens * 4 * kCombs, loaded);
-            const bf16* y = in.sublayer.y + (int64_t)token * kWidth + rank * kSlice;
-            for (int row = 0; row < tokens; row++, y += kWidth)
-                bulk_load(to.y + row * kBytes, y, kBytes, loaded);
+        if (mover() == 0) {
+            barrier_expect(loaded, tokens * kToken);
+            if constexpr (Expands) {
+                const int64_t token = token_at(i, 0);
+                Sublayer& to = s.sublayer[i % 2];
+                bulk_load(to.post, in.sublayer.post + token * kStreams, tokens * 4 * kStreams, loaded);
+                bulk_load(to.comb, in.sublayer.comb + token * kCombs, tokens * 4 * kCombs, loaded);
+            }
         }
+        for (int row = warp - kWorkers; row < tokens; row += kMovers) {
+            const int64_t token = token_at(i, row);
+            if (lane < kStreams)
+                bulk_load(s.x[stage] + row * kPitch + lane * kBytes,
+                          in.x + (token * kStreams + lane) * kWidth + rank * kSlice, kBytes, loaded);
+            if constexpr (Expands)
+                if (lane == kStreams)
+                    bulk_load(s.sublayer[i % 2].y + row * kBytes,
+                              in.sublayer.y + token * kWidth + rank * kSlice, kBytes, loaded);
+        }
+        __syncwarp();
     }
 
-    // Workers: the streams of tile i after the sublayer, in place and to memory.
+    // Movers: the streams of tile i after the sublayer, in place and to memory.
     __device__ void expand(int i) {
         const Sublayer& from = s.sublayer[i % 2];
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
 #pragma unroll 1
-        for (int k = thread(); k < Tile * kSlice / 4; k += 32 * kWorkers) {
+        for (int k = mover(); k < Tile * kSlice / 4; k += kMoving) {
             const int row = k / (kSlice / 4), column = k % (kSlice / 4) * 4, token = token_at(i, row);
             if (token >= in.n) continue;
             using Four = Vector<bf16, 4>;
@@ -191,7 +193,7 @@ struct Collapse {
             Four y = *(const Four*)(from.y + 2 * (row * kSlice + column)), old[kStreams];
 #pragma unroll
             for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + 2 * j * kSlice);
-#pragma unroll 1
+#pragma unroll 2
             for (int stream = 0; stream < kStreams; stream++) {
                 float value[4];
                 expand_streams(y, old, from.post[row][stream], from.comb[row] + stream, value);
@@ -201,8 +203,8 @@ struct Collapse {
             }
         }
         fence_async_proxy();  // the copy engine writes there next
-        named_barrier(2, 32 * kWorkers);
-        if (thread() % 32 == 0) barrier_arrive(&s.expanded[i % 2]);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.expanded[i % Stages]);
     }
 
     // A worker's columns of tile i times fn, into s.partial[i % 2].
@@ -211,7 +213,7 @@ struct Collapse {
         const int warp = id / 32, lane = id % 32, r = lane / 4, t = lane % 4;
         float acc[Blocks][4] = {};
         float square[2] = {};
-        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        barrier_wait(&(Expands ? s.expanded : s.loaded)[i % Stages], i / Stages % 2);
         if (i >= 2) barrier_wait(&s.taken[i % 2], (i / 2 - 1) % 2);
 #pragma unroll
         for (int g = 0; g < Groups; g++) {
@@ -342,79 +344,52 @@ struct Collapse {
         if (rank < Tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
     }
 
-    // Eight columns of the streams, weighted with pre.
-    static __device__ void write_mixed(const uint4 (&v)[kStreams], float4 pre, bf16* to) {
-        const float weights[kStreams] = {pre.x, pre.y, pre.z, pre.w};
-        float value[8] = {};
-#pragma unroll
-        for (int stream = 0; stream < kStreams; stream++) {
-            const uint32_t words[4] = {v[stream].x, v[stream].y, v[stream].z, v[stream].w};
-#pragma unroll
-            for (int w = 0; w < 4; w++) {
-                value[2 * w] += weights[stream] * low_bf16(words[w]);
-                value[2 * w + 1] += weights[stream] * high_bf16(words[w]);
-            }
-        }
-        store16(to, pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
-                pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7]));
-    }
-
     // Movers: u of tile i, this CTA's columns.
     __device__ void collapse(int i) {
         const int slot = i % kSlots;
         barrier_wait(&s.gated[slot], i / kSlots % 2);
-        constexpr int kItems = Tile * kSlice / 8;  // eight columns of a token each
-        constexpr int kAtOnce = kMoveRegisters < 64 ? 1 : 2;
-        const char* x = s.x[i % Stages];
 #pragma unroll 1
-        for (int k = mover(); k < kItems; k += kAtOnce * kMoving) {
-            uint4 v[kAtOnce][kStreams];
+        for (int k = mover(); k < Tile * kSlice / 8; k += kMoving) {
+            int row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
+            int token = token_at(i, row);
+            if (token >= in.n) continue;
+            float4 pre4 = s.pre[slot][row];
+            float pre[kStreams] = {pre4.x, pre4.y, pre4.z, pre4.w};
+            float value[8] = {};
 #pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int item = k + j * kMoving, row = item / (kSlice / 8), column = item % (kSlice / 8) * 8;
-                if (item < kItems)
+            for (int stream = 0; stream < kStreams; stream++) {
+                uint4 v = *(const uint4*)(s.x[i % Stages] + row * kPitch +
+                                          2 * (stream * kSlice + column));
+                uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-                    for (int stream = 0; stream < kStreams; stream++)
-                        v[j][stream] = *(const uint4*)(x + row * kPitch + 2 * (stream * kSlice + column));
+                for (int w = 0; w < 4; w++) {
+                    value[2 * w] += pre[stream] * low_bf16(words[w]);
+                    value[2 * w + 1] += pre[stream] * high_bf16(words[w]);
+                }
             }
-#pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int item = k + j * kMoving, row = item / (kSlice / 8), column = item % (kSlice / 8) * 8;
-                const int token = token_at(i, row);
-                if (item < kItems && token < in.n)
-                    write_mixed(v[j], s.pre[slot][row],
-                                in.u + (int64_t)token * kWidth + rank * kSlice + column);
-            }
+            store16(in.u + (int64_t)token * kWidth + rank * kSlice + column,
+                    pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
+                    pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7]));
         }
         if (mover() == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.freed[i % Stages]);
     }
 
-    // What each role does with the tiles of this cluster.
-    __device__ void work() {
-        const int count = tiles();
-#pragma unroll 1
-        for (int i = 0; i < count; i++) {
-            if constexpr (Expands) expand(i);
-            multiply(i);
+    // Movers: all tiles of this cluster.
+    __device__ void move(int count) {
+        if constexpr (Expands) {
+            expand(0);
+            named_barrier(1, kMoving);
+            start_read(kFirstReads);
         }
-    }
-    __device__ void move() {
-        const int count = tiles();
 #pragma unroll 1
         for (int i = 0; i <= count; i++) {
+            if constexpr (Expands)
+                if (i + 1 < count) expand(i + 1);
             if (i < count) send_sums(i);
             if (i > 0) collapse(i - 1);
+            named_barrier(1, kMoving);  // nobody needs tile i - 1 any more
+            start_read(i - 1 + Stages);
         }
-    }
-    __device__ void gate() {
-        const int count = tiles();
-        for (int i = 0; i < count; i++) gate(i, count);
-    }
-    __device__ void read() {
-        const int count = tiles();
-        for (int i = 0; i < count && lane == 0; i++) start_read(i);
     }
 };
 
@@ -425,20 +400,27 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const Streams 
     let_next_start();
     c.init_barriers();
     __syncthreads();
-    cluster_arrive_relaxed();
+    cluster_arrive();
     if (C::thread() < 32 * C::kWorkers) {
         more_registers<C::kWorkRegisters>();
         c.load_weights();  // while the kernel before may still run
         wait_for_previous();
         cluster_wait();
-        c.work();
-    } else {
-        fewer_registers<C::kMoveRegisters>();
-        wait_for_previous();
+        const int count = c.tiles();
+#pragma unroll 1
+        for (int i = 0; i < count; i++) c.multiply(i);
+        return;
+    }
+    fewer_registers<C::kMoveRegisters>();
+    wait_for_previous();
+    if (C::mover() < C::kMoving) {
+        for (int i = 0; i < C::kFirstReads; i++) c.start_read(i);
         cluster_wait();
-        if (C::mover() < C::kMoving) c.move();
-        else if (C::mover() < C::kMoving + 32) c.gate();
-        else c.read();
+        c.move(c.tiles());
+    } else {
+        cluster_wait();
+        const int count = c.tiles();
+        for (int i = 0; i < count; i++) c.gate(i, count);
     }
 }
 

@@ -213,8 +213,16 @@ template <class F> __device__ void score_tile(const TokenShared& s, const char* 
     uint4 low[kDim / 32], high[kDim / 32];
 #pragma unroll
     for (int g = 0; g < kDim / 32; g++) {
-        low[g] = *(const uint4*)(from + 64 * g);
-        high[g] = *(const uint4*)(from + 8 * 2 * kDim + 64 * g);
+        const int at = 64 * (g ^ r % 2);  // odd rows swap groups: else two rows share banks
+        low[g] = *(const uint4*)(from + at);
+        high[g] = *(const uint4*)(from + 8 * 2 * kDim + at);
+    }
+    const bool odd = r % 2;
+#pragma unroll
+    for (int g = 0; g < kDim / 32; g += 2) {
+        const uint4 a = low[g], b = low[g + 1], c = high[g], d = high[g + 1];
+        low[g] = odd ? b : a, low[g + 1] = odd ? a : b;
+        high[g] = odd ? d : c, high[g + 1] = odd ? c : d;
     }
     read();
     wgmma_fence();
