@@ -156,7 +156,7 @@ __device__ void gather(const Problem& p, const Work& work, Shared& s) {
 // An entry is copied into a ring of the warp's own; the warp then decodes it, 8 codes to the 16 bytes of
 // one unit, into the tile. Rows that do not exist are copied as zero bytes, which decode to zeros.
 
-struct Ring {
+struct EntryRing {
     const int lane;
     char (&slots)[kAhead][kEntryBytes];
 
@@ -193,7 +193,7 @@ struct Ring {
 // The producers of packed pools: as `gather`.
 __device__ void gather_packed(const Problem& p, const Work& work, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    const Ring ring = {lane, s.entries[warp]};
+    const EntryRing ring = {lane, s.entries[warp]};
     Indices rows(p, work, work.first, lane), next(p, work, work.first + 1, lane);
     gather_q(p, work, s, thread);
     for (int r = 0; r < kAhead; r += 2) {
@@ -211,7 +211,7 @@ __device__ void gather_packed(const Problem& p, const Work& work, Shared& s) {
             const bool wraps = r + kAhead >= 16;
             copy_wait<kAhead / 2 - 1>();
             __syncwarp();
-            const Ring::Codes a = ring.read(slot), b = ring.read(slot + 1);
+            const EntryRing::Codes a = ring.read(slot), b = ring.read(slot + 1);
             __syncwarp();
             const char* pool = pool_of(p, block + wraps);
             const Indices from = {wraps ? next.low : rows.low, wraps ? next.high : rows.high};
