@@ -67,7 +67,6 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         float weights[kMostPairs], factors[2];  // of the pairs; of the sums of gate and up, or of down
         int pairs[kMostPairs], count;
     };
-    static constexpr int kAhead = kStages - 2;  // stages that copies run ahead of their hand-over
     static constexpr int kItems = kStages + 2;  // producers are ahead by one step or more an item
     struct Shared {
         Stage stages[kStages];
@@ -103,8 +102,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     __device__ void produce() const {
         const int thread = threadIdx.x - kConsumers;
         const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + 32, ...
-        Turn turn, landed;
-        int behind = 0;  // stages that are copied but not yet handed over
+        Turn turn;
         Facts next;
         for (int part = 0; part < 3; part++) look_up(next, blockIdx.x, part, thread);
         for (int item = blockIdx.x, slot = 0; item < total; item += gridDim.x) {
@@ -124,26 +122,14 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
                         stage.scales[r + 32 * (quarter + 4 * i)],
                         now.scales + (i * 4 * kRowsApart * (columns / Policy::kChunk) + step * 4));
                 copy_x(stage, now.work.count, step, thread);
-                copy_commit();
+                copy_arrive(&s.full[turn.stage]);
+                if (thread == 0) barrier_arrive(&s.full[turn.stage]);  // for what was announced
                 for (int part = 0; part < 3; part++)
                     if (step == part * steps / 3) look_up(next, item + gridDim.x, part, thread);
-                if (behind < kAhead) {
-                    behind++;
-                } else {
-                    copy_wait<kAhead>();
-                    hand_over(landed);
-                }
             }
         }
+        copy_commit();
         copy_wait<0>();
-        for (; behind > 0; behind--) hand_over(landed);
-    }
-
-    // The products read shared memory through another proxy than that of these copies.
-    __device__ void hand_over(Turn& landed) const {
-        fence_async_proxy();
-        barrier_arrive(&s.full[landed.stage]);
-        landed.next(kStages);
     }
 
     // What a producing thread has to know of an item: the piece, one of its pairs, its own weight rows.
@@ -202,7 +188,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     __device__ void consume() const {
         Turn turn;
         for (int at = blockIdx.x, slot = 0; at < total; at += gridDim.x) {
-            barrier_wait(&s.full[turn.stage], turn.parity);
+            wait_for_stage(turn);
             const Item& item = s.items[slot];
             const int tile = at % tiles;
             if (item.count <= 32) multiply<16>(turn, item, tile);
@@ -211,6 +197,12 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
             else multiply<kMostPairs < 128 ? 32 : 64>(turn, item, tile);
             slot = slot == kItems - 1 ? 0 : slot + 1;
         }
+    }
+
+    // The products read shared memory through another proxy than the copies wrote it.
+    __device__ void wait_for_stage(const Turn& turn) const {
+        barrier_wait(&s.full[turn.stage], turn.parity);
+        fence_async_proxy();
     }
 
     // The row of a tile that holds this thread's first of 64-row product t; its second is 8 below.
@@ -276,7 +268,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
             uint64_t* const used = &s.empty[turn.stage];
             turn.next(kStages);
             if (step + 1 < steps) {
-                barrier_wait(&s.full[turn.stage], turn.parity);
+                wait_for_stage(turn);
                 weights.load(s.stages[turn.stage]);
                 wgmma_wait<1>();
                 weights.decode(0, a[0]);
@@ -341,7 +333,7 @@ __global__ void
         memory + (1024 - shared_address(memory) % 1024) % 1024);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Kernel::kStages; i++) {
-            barrier_init(&s.full[i], kManyProducers);
+            barrier_init(&s.full[i], kManyProducers + 1);
             barrier_init(&s.empty[i], Kernel::kConsumers / 32);
         }
         fence_barrier_init();
