@@ -14,8 +14,8 @@ from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
 
 EXPERTS, TOP, D, INNER = 256, 6, 4096, 2048
-# Tokens: at least, aim; Humming (tuned up to 64) and Marlin as measured elsewhere, without routing; calls
-# to rotate.
+# Tokens: at least, aim; Humming (tuned up to 64) and Marlin as measured before on an H200, without
+# routing; calls to rotate.
 FIGURES = {
     1: (50, 30, 50.0, 47.6, 40),
     8: (250, 185, 241.0, 246.5, 10),
@@ -47,9 +47,10 @@ def at_random(n: int, seed: int) -> torch.Tensor:
 
 @cache
 def bf16_bank() -> tuple[torch.Tensor, torch.Tensor]:
-    """gate and up [experts, d, 2 i], down [experts, i, d]."""
-    up = torch.randn(EXPERTS, D, 2 * INNER, device=CUDA, dtype=BF16)
-    return up, torch.randn(EXPERTS, INNER, D, device=CUDA, dtype=BF16)
+    """gate and up [experts, d, 2 i], down [experts, i, d], both stored with rows and columns exchanged."""
+    up = torch.randn(EXPERTS, 2 * INNER, D, device=CUDA, dtype=BF16)
+    down = torch.randn(EXPERTS, D, INNER, device=CUDA, dtype=BF16)
+    return up.transpose(1, 2), down.transpose(1, 2)
 
 
 def grouped_mm(chosen: torch.Tensor) -> Call:
