@@ -1,26 +1,18 @@
 // Ops linear and grouped_linear.
 //
-// bf16 activations use the matrix unit: up to 16 rows with one stream over the weight (stream.cuh; for
-// FP8 and up to 4 rows gemv.cuh), more in tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through
-// float32 multiply-adds, one weight row a warp.
+// bf16 activations use the matrix unit: up to four rows with rings of weights (few_rows.cuh), where that
+// is faster than loads to registers (gemv.cuh for one row of FP8, stream.cuh for up to 16 rows), more in
+// tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through float32
+// multiply-adds, one weight row a warp.
 
 #include "elements.cuh"
-#include "gemv.cuh"
+#include "few_rows.cuh"
 #include "tile.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kWarps = 8;
-
-// y [m, n] = x [m, groups * k] W^T, both with a row stride; output rows of group g see columns
-// [g * k, (g + 1) * k) of x.
-struct Product {
-    dsv4_weight w;
-    const void* x;
-    void* y;
-    int64_t m, x_stride, y_stride, per_group;  // per_group: output rows of a group
-};
 
 // ---------------------------------------------------------------- on the matrix unit
 
@@ -121,7 +113,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) gemv_kernel(const Product p, i
 
 // Warps that share a tile, at most kWarps in a block and then up to kMostBlocks blocks: enough that a
 // warp has few steps and that small matrices fill the GPU.
-constexpr int kMostBlocks = 8, kEnoughWarps = 2048;  // of 132 multiprocessors' 2112
+constexpr int kEnoughWarps = 2048;  // of 132 multiprocessors' 2112
 struct Split {
     int warps = 1, blocks = 1;
     Split(int64_t tiles, int steps) {
@@ -155,15 +147,16 @@ template <class Policy, int T, class Y> int gemv(const Product& p, void* stream)
                            kWarps * 32, shared, stream, p, split.warps);
 }
 
-template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
-    // e4m3 is cheaper to convert to fp16. For 4-bit codes the staging costs what the decoding saves.
-    if constexpr (Policy::kBlockScale) {
-        int status = p.m == 1   ? gemv<Policy, 1, Y>(p, stream)
-                     : p.m == 2 ? gemv<Policy, 2, Y>(p, stream)
-                     : p.m <= 4 ? gemv<Policy, 4, Y>(p, stream)
-                                : kUnsupported;
-        if (status != kUnsupported) return status;
-    }
+// Blocks that load to registers begin with a wait for memory each, so they lose where there are more of
+// them than fit at once. For one row of 4-bit codes, decoding takes as long as either way of reading.
+constexpr int64_t kManyWeightRows = 8192;
+
+template <class Policy, class Y> int up_to_16_rows(const Product& p, void* stream) {
+    const bool rings = std::is_same_v<Policy, Bf16> || p.m > 1 || p.w.n >= kManyWeightRows;
+    int status = rings ? few_rows<Policy, Y>(p, stream) : kUnsupported;
+    if constexpr (Policy::kBlockScale)
+        if (status == kUnsupported && p.m == 1) status = gemv<Policy, 1, Y>(p, stream);
+    if (status != kUnsupported) return status;
     return p.m <= 8 ? skinny<Policy, 1, Y>(p, stream) : skinny<Policy, 2, Y>(p, stream);
 }
 
@@ -213,7 +206,7 @@ template <class Policy, class Y> int tiles(const Product& p, void* stream) {
     if (status != cudaSuccess) return status;
     int64_t count = ceil_div(p.w.n, kTileRows) * ceil_div(p.m, kTileTokens);
     int steps = steps_of<Policy>(p.w.k);
-    while (blocks < kMostBlocks && count * blocks <= 132 && steps >= 4 * blocks) blocks *= 2;
+    while (blocks < kMostBlocks && count * blocks <= kProcessors && steps >= 4 * blocks) blocks *= 2;
     dim3 grid(ceil_div(p.w.n, kTileRows), ceil_div(p.m, kTileTokens), blocks);
     return launch_clusters(blocks, kernel, grid, kTileThreads, kShared, stream, p);
 }
@@ -271,6 +264,7 @@ using namespace dsv4;
 // groups = 1 is op linear, more is grouped_linear.
 DSV4_EXPORT int dsv4_linear(const void* x, int x_dtype, int64_t m, const dsv4_weight* w,
                             int64_t groups, void* y, int y_dtype, void* stream) {
+    if (m == 0 || w->n == 0) return cudaSuccess;
     Product p = {*w, x, y, m, groups * w->k, w->n, w->n / groups};
     return with_dtype(y_dtype, [&](auto y_tag) {
         using Y = type_of<decltype(y_tag)>;
@@ -281,7 +275,7 @@ DSV4_EXPORT int dsv4_linear(const void* x, int x_dtype, int64_t m, const dsv4_we
                 using Policy = decltype(policy);
                 bool tiles_span_groups = groups > 1 && p.per_group % kTileRows;
                 bool few = m <= 16 || (m <= 64 && w->n <= 2048);  // too few tiles to fill the GPU
-                if (few || tiles_span_groups) return few_rows<Policy, Y>(p, stream);
+                if (few || tiles_span_groups) return up_to_16_rows<Policy, Y>(p, stream);
                 return tiles<Policy, Y>(p, stream);
             });
         if (status != kUnsupported) return status;
