@@ -47,6 +47,16 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype).to(CUDA)
 
 
+def expert_cases(inner: int, d: int) -> None:
+    for first, second in zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True):
+        expert = Expert(first, second, replace(first))
+        bank = [expert, expert, expert]
+        for m in (1, 5, 40):
+            x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
+            run("experts", x, torch.rand(m, 2).to(CUDA), ids, bank=bank, limit=2.0)
+            run("shared_expert", x, expert=expert, limit=2.0)
+
+
 def main() -> None:
     # Sizes that need float32 multiply-adds; tiles of weight rows; one ring a warp, split over warps and
     # over a cluster.
@@ -57,13 +67,8 @@ def main() -> None:
                     run("linear", randn(m, k, dtype=dtype), weight=weight, out_dtype=None)
     for weight in weights(64, 96):
         run("grouped_linear", randn(3, 192, dtype=BF16), weight=weight, groups=2)
-    for first, second in zip(weights(96, 160)[:5], weights(160, 96)[:5], strict=True):
-        expert = Expert(first, second, replace(first))
-        bank = [expert, expert, expert]
-        for m in (1, 5, 40):
-            x, ids = randn(m, 160, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
-            run("experts", x, torch.rand(m, 2).to(CUDA), ids, bank=bank, limit=2.0)
-            run("shared_expert", x, expert=expert, limit=2.0)
+    expert_cases(96, 160)  # always as for few pairs
+    expert_cases(128, 256)  # 4 bits: the longest as for many
     router = Weight("gate", "dense", randn(33, 64))
     tokens = torch.tensor([3, 1, 0], device=CUDA)
     for bias, table in ((randn(33), None), (None, torch.randint(0, 33, (4, 6)).to(CUDA))):
