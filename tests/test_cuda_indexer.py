@@ -107,7 +107,7 @@ def test_topk(total: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("total", [700, 4096, 16384, 100000, 262144, 300001])
-def test_topk_of_rows_whose_bound_is_loose(total: int) -> None:
+def test_topk_of_odd_distributions(total: int) -> None:
     """Far outliers, a random walk, the best all in one place, one score above many equal ones."""
     whole = torch.tensor([total], device="cuda")
     outliers = torch.randn(1, total, device="cuda").exp().exp()
