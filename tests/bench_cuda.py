@@ -1,6 +1,6 @@
 """Times the CUDA kernels beside torch's own, per op and shape, as a share of the memory or MMA floor.
 
-    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile]
+    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--table NAME ...]
 
 Method: every case is a list of calls on different buffers, more than 256 MB together (the L2 holds
 60), random data, captured as one CUDA graph; time of a replay over its calls, median of nine. A call
@@ -131,10 +131,10 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
-def cases(patterns: Sequence[str]) -> list[Case]:
-    """The cases whose name matches one of the patterns; all without patterns."""
+def cases(patterns: Sequence[str], tables: Sequence[str] = TABLES) -> list[Case]:
+    """The cases of `tables` whose name matches one of the patterns; all without patterns."""
     found: list[Case] = []
-    for table in TABLES:
+    for table in tables:
         if importlib.util.find_spec(table) is not None:
             found += importlib.import_module(table).cases()
     return [c for c in found if not patterns or any(fnmatch(c.name, p) for p in patterns)]
@@ -167,12 +167,13 @@ def main() -> int:
     parser.add_argument("patterns", nargs="*", help="globs of '<op> <shape>'")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compile", action="store_true", help="peers under torch.compile too")
+    parser.add_argument("--table", action="append", choices=TABLES, help="only these cases")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no CUDA device", file=sys.stderr)
         return 3
     report = {**describe_device(), "rows": []}
-    for case in cases(args.patterns):
+    for case in cases(args.patterns, args.table or TABLES):
         if not args.compile:
             case.peers = {k: v for k, v in case.peers.items() if COMPILED not in k}
         try:
