@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import posixpath
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,7 +30,7 @@ from dsv4_bench.engine.errors import CannotAnswer
 
 _LOG = logging.getLogger(__name__)
 _ERROR_LINES = 8  # of the compiler's output shown in an error message
-_HEADERS = {".h", ".cuh"}
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 
 def compiler() -> tuple[str | None, str]:
@@ -80,8 +82,8 @@ def _digest(*parts: bytes) -> str:
 class Build:
     """One shared object to make: `compiler *flags -o library *sources`, run in the source folder.
 
-    `sources` are paths below `root`, and every header in their folders and in `common` counts as
-    included. `arch` is what the code is for (an ISA, an SM); it is part of the key even where the
+    `sources` are paths below `root`; what they include by a quoted name is found from there, and so
+    on, whatever the preprocessor would leave out. `arch` is what the code is for (an ISA, an SM); it is part of the key even where the
     flags do not show it. `compiler` None stands for a machine without one: then only a build made
     earlier can be found. Files are read once, here, and compiled from that copy: what was hashed
     is what is built, even while someone edits them.
@@ -96,12 +98,18 @@ class Build:
     files: dict[str, bytes] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        root = self.root
-        folders = {root / "common", *((root / source).parent for source in self.sources)}
-        headers = [p for d in folders if d.is_dir() for p in d.iterdir() if p.suffix in _HEADERS]
-        paths = {p.relative_to(root).as_posix() for p in headers}.union(self.sources)
-        files = {name: (root / name).read_bytes() for name in sorted(paths)}
-        object.__setattr__(self, "files", files)
+        files: dict[str, bytes] = {}
+        waiting = list(self.sources)
+        while waiting:
+            name = waiting.pop()
+            files[name] = (self.root / name).read_bytes()
+            for quoted in _INCLUDE.findall(files[name]):
+                header = posixpath.normpath(
+                    f"{posixpath.dirname(name)}/{quoted.decode()}".strip("/")
+                )
+                if header not in files and (self.root / header).is_file():
+                    waiting.append(header)
+        object.__setattr__(self, "files", dict(sorted(files.items())))
 
     @cached_property
     def content(self) -> str:

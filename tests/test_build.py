@@ -90,6 +90,12 @@ def test_the_key_covers_all_inputs(tree, monkeypatch):
         (tree / name).write_text(text + "// changed\n")
         assert recipe().key != base, name
         (tree / name).write_text(text)
+    (tree / "cpu" / "unused.h").write_text("#define UNUSED 1\n")
+    assert recipe().key == base, "a header that nothing includes decides nothing"
+    (tree / "cpu" / "local.h").write_text('#include "unused.h"\n#define BONUS 0\n')
+    nested = recipe().key
+    (tree / "cpu" / "unused.h").write_text("#define UNUSED 2\n")
+    assert base != nested != recipe().key, "a header's header does"
     monkeypatch.setattr(build, "compiler_version", lambda command: "another compiler 99")
     assert recipe().key != base
 

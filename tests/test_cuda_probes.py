@@ -404,7 +404,14 @@ def test_launches_and_transfers_of_a_pass(
     assert watch.readings == [] and len(launches) == 1 + len(model.layers)
     watch.flush()
     assert len(launches) == 2 + len(model.layers) and max(launches) < 96
-    assert {r.probe for r in watch.readings} == {"stats", "residual", "hyper", "load"}
+    assert {r.probe for r in watch.readings} == {
+        "stats",
+        "residual",
+        "hyper",
+        "load",
+        "softmax",
+        "cache",
+    }
 
 
 class Scale:
