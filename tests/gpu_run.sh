@@ -17,7 +17,10 @@ print(len(cuda_library.build_all()), "sources built")
 PY
 fi
 if [[ " $* " == *" test "* ]]; then
-    timeout 240 "${pytest[@]}" tests/test_cuda*.py \
+    # The float64 oracles run on the CPU: side by side with one thread each, if pytest-xdist is there.
+    beside=()
+    python3 -c "import xdist" 2>/dev/null && beside=(-n 12)
+    OMP_NUM_THREADS=1 timeout 400 "${pytest[@]}" "${beside[@]}" tests/test_cuda*.py tests/test_generation_watch.py \
         --junitxml="$out/junit.xml" >"$out/test.log" 2>&1
     grep -E "^E  |^FAILED|passed|failed" "$out/test.log" | tail -40
     python3 tests/gpu_record.py "$out/junit.xml" --tests "$out/gpu_tests.json" --verified "$out/verified.json" \
@@ -25,7 +28,7 @@ if [[ " $* " == *" test "* ]]; then
 fi
 if [[ " $* " == *" sanitize "* ]]; then
     for tool in memcheck racecheck initcheck synccheck; do
-        for part in cuda cuda_attention; do
+        for part in cuda cuda_attention cuda_dsl cuda_probes; do
             PYTHONPATH=tests:$PYTHONPATH timeout 100 compute-sanitizer --tool $tool \
                 --kernel-regex kns=dsv4 --error-exitcode 9 \
                 python3 tests/sanitize_$part.py >"$out/$tool.$part.log" 2>&1
