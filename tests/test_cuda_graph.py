@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ragged
 import torch
+from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda_library, demo
-from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.cuda_fusion import _Chain, _launch
@@ -46,33 +48,9 @@ def model(checkpoint: Checkpoint) -> Transformer:
     return model
 
 
-def texts(count: int) -> list[list[int]]:
-    """Random tokens for every sequence of LENGTHS, `count` more than its length."""
-    rng = torch.Generator().manual_seed(count)
-    return [torch.randint(2, 512, (length + count,), generator=rng).tolist() for length in LENGTHS]
-
-
-def prefilled(
-    model: Transformer, ids: list[list[int]], lengths: tuple[int, ...] = LENGTHS
-) -> Cache:
-    cache = model.new_cache(len(ids))
-    pieces = [text[:length] for text, length in zip(ids, lengths, strict=True)]
-    model.forward(cache.step(pieces), cache)
-    return cache
-
-
-def token_of(ids: list[list[int]], number: int) -> list[int]:
-    return [text[length + number] for text, length in zip(ids, LENGTHS, strict=True)]
-
-
-@torch.inference_mode()
-def run_step(model: Transformer, cache: Cache, step: FixedStep) -> Tensor:
-    """What a graph captures, op by op."""
-    step.advance()
-    x = model.embed(step.tokens)
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x = layer(x, layer_cache, step)
-    return model.head(x)
+texts = partial(ragged.texts, lengths=LENGTHS)
+prefilled = partial(ragged.prefilled, lengths=LENGTHS)
+token_of = partial(ragged.token_of, lengths=LENGTHS)
 
 
 def relative_l2(value: Tensor, truth: Tensor) -> float:

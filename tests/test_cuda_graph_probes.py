@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ragged
 import torch
+from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda_library
-from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.errors import CannotAnswer
-from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.graph import DecodeGraph, fixed_step
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site, parse_route
@@ -46,20 +47,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return model
 
 
-def texts(count: int) -> list[list[int]]:
-    rng = torch.Generator().manual_seed(count)
-    return [torch.randint(2, 512, (length + count,), generator=rng).tolist() for length in LENGTHS]
-
-
-def prefilled(model: Transformer, ids: list[list[int]]) -> Cache:
-    cache = model.new_cache(len(ids))
-    pieces = [text[:length] for text, length in zip(ids, LENGTHS, strict=True)]
-    model.forward(cache.step(pieces), cache)
-    return cache
-
-
-def token_of(ids: list[list[int]], number: int) -> list[int]:
-    return [text[length + number] for text, length in zip(ids, LENGTHS, strict=True)]
+texts = partial(ragged.texts, lengths=LENGTHS)
+prefilled = partial(ragged.prefilled, lengths=LENGTHS)
+token_of = partial(ragged.token_of, lengths=LENGTHS)
 
 
 def watch_of(model: Transformer, names: Any = DEFAULT_PROBES, steps: int = 4) -> GraphWatch:
@@ -70,16 +60,6 @@ def watch_of(model: Transformer, names: Any = DEFAULT_PROBES, steps: int = 4) ->
 
 def by_key(readings: list[Reading]) -> dict[Any, Reading]:
     return {(r.forward, r.site, r.probe, r.name, r.output): r for r in readings}
-
-
-@torch.inference_mode()
-def run_step(model: Transformer, cache: Cache, step: FixedStep) -> None:
-    """What a graph captures, op by op."""
-    step.advance()
-    x = model.embed(step.tokens)
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x = layer(x, layer_cache, step)
-    model.head(x)
 
 
 def test_readings_in_a_graph_are_those_of_the_same_steps_op_by_op(model: Transformer) -> None:

@@ -9,8 +9,8 @@ stage 90 seconds after the program started (the log says at which step that was)
 ends the stage sooner, once that share of the values beyond the window has been recalled over the
 last 200 steps. A seventh is the window of every second sequence, 128 if left out: with a short one
 nearly every value has to come through the compressed entries, which a model with the whole window
-learns to use by chance only (LOG.md). The data of stage s, sequence i comes from the seed "s/i", so a run that
-goes on sees the texts it would have seen.
+learns to use by chance only (LOG.md). The data of stage s, sequence i comes from the seed "s/i", so
+a run that goes on sees the texts it would have seen.
 Every two minutes the weights are written to --out as bfloat16 safetensors of at most 15.5 MiB each,
 and everything with the optimiser to --state, from which the next run continues exactly.
 """

@@ -22,28 +22,16 @@ from dsv4_bench.probes.bundle import BundleCall, CallEntry, Writer, judge
 from dsv4_bench.probes.bundle.record import describe_wrong
 from dsv4_bench.probes.bundle.values import ExpertSubset
 from dsv4_bench.probes.capture import Captured
+from dsv4_bench.probes.hypotheses.base import ROWWISE
 from dsv4_bench.workbench.bundles.replaying import Replayer, ReplayReport
 
 Arguments = dict[str, Any]
 
 # Arguments whose first axis is the token, by op; only ops whose tokens do not depend on each other.
 _ROWS: dict[str, tuple[str, ...]] = {
-    "embed": ("tokens",),
-    "hc_pre": ("x",),
-    "hc_post": ("y", "x", "post", "comb"),
-    "hc_head": ("x",),
-    "rms_norm": ("x",),
-    "linear": ("x",),
-    "grouped_linear": ("o",),
-    "rope": ("x", "positions"),
+    **ROWWISE,
     "cache_write": ("rows", "slots"),
     "gather_swa": ("kv",),
-    "index_topk": ("score", "visible"),
-    "attention": ("q", "window_index", "entry_index"),
-    "gate": ("x", "tokens"),
-    "experts": ("x", "routing", "experts"),
-    "shared_expert": ("x",),
-    "moe_sum": ("routed", "shared"),
 }
 # (argument, axis) of the head axis.
 _HEADS: dict[str, tuple[tuple[str, int], ...]] = {
