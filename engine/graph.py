@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cache import Cache
-from dsv4_bench.engine.cuda_fusion import Fusions
-from dsv4_bench.engine.cuda_step import CudaStep
+from dsv4_bench.engine.cuda.fusion import Fusions
+from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.graph_branches import Branches, Clock, Observer
@@ -46,7 +46,7 @@ def fixed_step(model: Transformer, cache: Cache, limit: int, tokens: Tensor) -> 
     capacities = {c.ratio: c.entries.shape[1] for c in cache.layers if c.entries is not None}
     positions = torch.tensor(cache.lengths, device=cache.device) - 1
     context = Context(cache.device.type, torch.float32)
-    kernels = cuda_library.unavailable("step", context, [torch.float32]) is None
+    kernels = cuda.library.unavailable("step", context, [torch.float32]) is None
     kind = CudaStep if kernels else FixedStep
     return kind(tokens, positions, model.config.sliding_window, limit, capacities)
 
@@ -58,7 +58,7 @@ class DecodeGraph:
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
     depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
-    that follow one another are one launch, see cuda_fusion.py.
+    that follow one another are one launch, see cuda/fusion.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """

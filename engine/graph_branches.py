@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsv4_bench.engine.cuda_fusion import Fusions
+from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
 from dsv4_bench.engine.registry import Site
 

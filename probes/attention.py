@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_softmax_stats import FIELDS, PROBE_SOFTMAX, softmax_stats
-from dsv4_bench.engine.cuda_stats import available
+from dsv4_bench.engine.cuda.softmax_stats import FIELDS, PROBE_SOFTMAX, softmax_stats
+from dsv4_bench.engine.cuda.stats import available
 from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe

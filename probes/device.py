@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.probes.readings import Call, Request
 from dsv4_bench.probes.stats import (
     Stats,
@@ -55,7 +55,7 @@ class Batch:
         self._alone: list[Question] = []  # one tensor each, in their order
         self._fused: list[Question] = []  # a row of the next tensor each
         self._exponents = False  # whether there are rows of exponents behind
-        views: list[cuda_stats.View] = []
+        views: list[cuda.stats.View] = []
         for question in unanswered(self.calls):
             view = view_of(question)
             if view is None:
@@ -67,17 +67,17 @@ class Batch:
         if views:
             self._launch(views)
 
-    def _launch(self, views: list[cuda_stats.View]) -> None:
+    def _launch(self, views: list[cuda.stats.View]) -> None:
         """All of `views` with the kernel."""
         count, device = len(views), views[0].tensor.device
-        values = torch.empty(1, count, cuda_stats.FIELDS, dtype=torch.float64, device=device)
+        values = torch.empty(1, count, cuda.stats.FIELDS, dtype=torch.float64, device=device)
         self.tensors.append(values[0])
         bins = None
         self._exponents = any(q.request.kind == "exponents" for q in self._fused)
         if self._exponents:
-            bins = torch.empty(1, count, cuda_stats.BINS, dtype=torch.int32, device=device)
+            bins = torch.empty(1, count, cuda.stats.BINS, dtype=torch.int32, device=device)
             self.tensors.append(bins[0])
-        cuda_stats.launch(views, values, exponents=bins)
+        cuda.stats.launch(views, values, exponents=bins)
 
     def settle(self, values: list[Any]) -> None:
         """Give every call its answers: the values of `tensors` on the host."""
@@ -146,15 +146,15 @@ def unanswered(calls: Iterable[Call]) -> Iterator[Question]:
                 yield Question(call, request)
 
 
-def view_of(question: Question) -> cuda_stats.View | None:
+def view_of(question: Question) -> cuda.stats.View | None:
     """What the fused kernel reads for `question` to fill a row; None if it does not answer it."""
     tensor, index = question.looked_at()
     kind = question.request.kind
-    if not tensor.is_cuda or kind in ("values", "empty") or not cuda_stats.available(tensor.device):
+    if not tensor.is_cuda or kind in ("values", "empty") or not cuda.stats.available(tensor.device):
         return None
     if kind == "sums":
-        return cuda_stats.sums_view(tensor, question.request.at)
-    return cuda_stats.moments_view(tensor, index)
+        return cuda.stats.sums_view(tensor, question.request.at)
+    return cuda.stats.moments_view(tensor, index)
 
 
 def _by_torch(question: Question) -> Tensor:

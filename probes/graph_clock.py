@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.registry import Site
 
@@ -30,7 +30,7 @@ class SiteClock:
     """
 
     def __init__(self, sites: int, device: torch.device, steps: int = 64) -> None:
-        self.stamps = cuda_stats.Stamps(device, 2 * sites, steps)
+        self.stamps = cuda.stats.Stamps(device, 2 * sites, steps)
         self.cost = stamp_cost(device)
         self.paths: list[str] = []
 
@@ -63,7 +63,7 @@ class SiteClock:
 
 def stamp_cost(device: torch.device, count: int = 256) -> float:
     """Microseconds from one time stamp to the next in a graph of nothing else."""
-    stamps = cuda_stats.Stamps(device, count, 8)
+    stamps = cuda.stats.Stamps(device, count, 8)
     graph = torch.cuda.CUDAGraph()
     stamps.stamp(0, begin=True)
     with torch.cuda.device(device), torch.cuda.graph(graph):

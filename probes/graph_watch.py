@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe
@@ -49,7 +49,7 @@ class GraphWatch:
             raise CannotAnswer(
                 f"these probes do not work in a CUDA graph: {names}", "leave them out, or the graph"
             )
-        if not cuda_stats.available(device):
+        if not cuda.stats.available(device):
             raise CannotAnswer(
                 f"probes in a CUDA graph need the sm_90a kernel, which does not run on {device}",
                 "run without a graph",
@@ -57,7 +57,7 @@ class GraphWatch:
         self.observation = Observation(probes)
         exponents = any(probe.name == "exponents" for probe in probes)
         width = (_VALUES_A_SITE[0] + _VALUES_A_SITE[1] * batch) * sites
-        self.ring = cuda_stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
+        self.ring = cuda.stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
         x = torch.ones(2, 8, 8, device=device)
         x @ x  # a capture cannot make a cuBLAS handle, and some probe may want one
         self.first = first
@@ -74,7 +74,7 @@ class GraphWatch:
         self._slots: list[Question] = []  # by slot
         self._places: list[_Place] = []  # in a row of copies
         self._copied = 0
-        self._copying: list[cuda_stats.View] = []
+        self._copying: list[cuda.stats.View] = []
         self._settled = 0  # of what was said
         self.ring.forget()
 
@@ -132,19 +132,19 @@ class GraphWatch:
 
     def _copy(self, owner: Question | int, value: Tensor) -> None:
         """Have the bits of `value` copied: an answer, or the value of what was said."""
-        view = cuda_stats.values_view(bits_of(value), self._copied)
+        view = cuda.stats.values_view(bits_of(value), self._copied)
         if view is None:
             raise CannotAnswer(f"a probe's value is {value.dtype}", "run without a graph")
         self._place(_Place(owner, self._copied, value.dtype, value.shape), view)
 
     def _count_empty(self, question: Question) -> None:
-        view = cuda_stats.empty_view(question.tensor, self._copied)
+        view = cuda.stats.empty_view(question.tensor, self._copied)
         if view is None:
             raise _not_fused(question)
         shape = question.tensor.shape[:-1]
         self._place(_Place(question, self._copied, torch.int64, shape), view)
 
-    def _place(self, place: _Place, view: cuda_stats.View) -> None:
+    def _place(self, place: _Place, view: cuda.stats.View) -> None:
         self._places.append(place)
         self._copying.append(view)
         self._copied += place.shape.numel()
@@ -171,7 +171,7 @@ class GraphWatch:
                 found += self.observation.explain(call)
         return found
 
-    def _settle(self, row: cuda_stats.Row) -> list[Reading]:
+    def _settle(self, row: cuda.stats.Row) -> list[Reading]:
         """Give the calls their answers; what was said in `observe`, with this step's values."""
         values, said = row.values.tolist(), list(self._said)
         for slot, question in enumerate(self._slots):

@@ -31,7 +31,7 @@ from gpu_weights import filled_cache, layers_of, random_model
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
@@ -186,8 +186,8 @@ def tensor_row(shape: tuple[int, ...], exponents: bool = False) -> dict[str, Any
     size = 2 * torch.Size(shape).numel()
     copies = max(8, min(256, (120 << 20) // size))
     tensors = [torch.randn(shape, device="cuda").bfloat16() for _ in range(copies)]
-    views = [view for tensor in tensors if (view := cuda_stats.moments_view(tensor)) is not None]
-    ring = cuda_stats.Ring(torch.device("cuda"), 1, exponents=exponents)
+    views = [view for tensor in tensors if (view := cuda.stats.moments_view(tensor)) is not None]
+    ring = cuda.stats.Ring(torch.device("cuda"), 1, exponents=exponents)
     alone = graph_us(lambda i: ring.launch([views[i]]), copies)
 
     def eager() -> list[float]:

@@ -12,8 +12,8 @@ pytest=(python3 -m pytest -p no:cacheprovider -c /dev/null --rootdir=. -q -W ign
 if [[ " $* " == *" build "* ]]; then
     time timeout 200 python3 - <<'PY'
 import dsv4_bench.engine.cuda
-from dsv4_bench.engine import cuda_library
-print(len(cuda_library.build_all()), "sources built")
+from dsv4_bench.engine import cuda
+print(len(cuda.library.build_all()), "sources built")
 PY
 fi
 if [[ " $* " == *" test "* ]]; then

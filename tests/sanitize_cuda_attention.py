@@ -13,7 +13,7 @@ import torch
 from cuda_judge import kernel
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_hyper import hc_post_pre
+from dsv4_bench.engine.cuda.hyper import hc_post_pre
 from dsv4_bench.engine.kv_entry import pack
 from dsv4_bench.engine.step import Step
 

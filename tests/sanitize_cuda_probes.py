@@ -10,25 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_stats
-from dsv4_bench.engine.cuda_softmax_stats import softmax_stats
+from dsv4_bench.engine import cuda
+from dsv4_bench.engine.cuda.softmax_stats import softmax_stats
 
 
-def views() -> list[cuda_stats.View]:
+def views() -> list[cuda.stats.View]:
     """Inputs are copied from the host: what torch's kernels write, the sanitizer does not see."""
     torch.manual_seed(1)
-    found: list[cuda_stats.View | None] = []
+    found: list[cuda.stats.View | None] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = torch.randn(40, 1003).to(dtype).cuda()
         flat = torch.randn(70_001).to(dtype).cuda()
         index = torch.tensor([3, -1, 39, 3]).cuda()
         for view in (base, base[:, 3:-2], base[::2], flat[1:], flat[:1], flat[:0]):
-            found.append(cuda_stats.moments_view(view))
-        found.append(cuda_stats.moments_view(base, index))
+            found.append(cuda.stats.moments_view(view))
+        found.append(cuda.stats.moments_view(base, index))
         comb: Tensor = torch.rand(33, 4, 4).to(dtype).cuda()
-        found += [cuda_stats.sums_view(comb, axis) for axis in (1, 2)]
-        found += [cuda_stats.sums_view(comb[:, 0], None), cuda_stats.empty_view(comb, 10)]
-    found.append(cuda_stats.values_view(torch.arange(7).cuda(), 2))
+        found += [cuda.stats.sums_view(comb, axis) for axis in (1, 2)]
+        found += [cuda.stats.sums_view(comb[:, 0], None), cuda.stats.empty_view(comb, 10)]
+    found.append(cuda.stats.values_view(torch.arange(7).cuda(), 2))
     return [view for view in found if view is not None]
 
 
@@ -47,7 +47,7 @@ def softmax() -> None:
 def main() -> None:
     device = torch.device("cuda")
     for exponents in (False, True):
-        ring = cuda_stats.Ring(device, slots=40, steps=2, exponents=exponents, width=200)
+        ring = cuda.stats.Ring(device, slots=40, steps=2, exponents=exponents, width=200)
         for tensor in (ring.step, ring.arrived):
             tensor.copy_(torch.zeros(tensor.shape, dtype=tensor.dtype))
         looked = views()
@@ -60,7 +60,7 @@ def main() -> None:
             graph.replay()
         print([row.number for row in ring.fetch()])
     softmax()
-    stamps = cuda_stats.Stamps(device, 2, 2)
+    stamps = cuda.stats.Stamps(device, 2, 2)
     stamps.step.copy_(torch.zeros(1, dtype=torch.int64))
     for _ in range(3):
         stamps.stamp(0, begin=True)

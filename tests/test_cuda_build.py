@@ -11,25 +11,25 @@ import pytest
 import torch
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library, cuda_sm100, ptxas
+from dsv4_bench.engine import cuda, ptxas
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, KERNEL_ORDER, Context
 
-needs_nvcc = pytest.mark.skipif(cuda_library.nvcc()[0] is None, reason=cuda_library.nvcc()[1])
+needs_nvcc = pytest.mark.skipif(cuda.library.nvcc()[0] is None, reason=cuda.library.nvcc()[1])
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Path]:
     """Every source, built into the user's cache: only what changed is compiled."""
-    return cuda_library.build_all(workers=2)
+    return cuda.library.build_all(workers=2)
 
 
 @needs_nvcc
 def test_every_source_is_declared_and_every_function_is_exported(built: dict[str, Path]) -> None:
     declared = {
         name: library
-        for name, library in cuda_library._LIBRARIES.items()
-        if type(library) is cuda_library.Library  # others are built otherwise
+        for name, library in cuda.library._LIBRARIES.items()
+        if type(library) is cuda.library.Library  # others are built otherwise
     }
     assert set(built) == set(declared)
     for name, path in built.items():
@@ -42,7 +42,7 @@ def test_every_source_is_declared_and_every_function_is_exported(built: dict[str
 @needs_nvcc
 def test_no_kernel_spills(built: dict[str, Path]) -> None:
     spilled = []
-    for name, path in [*built.items(), ("linear (sm_100a)", cuda_sm100.LINEAR.path())]:
+    for name, path in [*built.items(), ("linear (sm_100a)", cuda.sm100.LINEAR.path())]:
         found = ptxas.resources_of(path)
         assert found, f"{name}: ptxas reported no kernel"
         for title, used in zip(ptxas.demangled([r.kernel for r in found]), found, strict=True):
@@ -61,9 +61,9 @@ def test_no_wgmma_waits_for_the_one_before(built: dict[str, Path]) -> None:
 @needs_nvcc
 def test_the_blackwell_kernel_uses_its_own_tensor_cores(tmp_path: Path) -> None:
     """It has never run: that its instructions are the intended ones is all that is known."""
-    library = ctypes.CDLL(str(cuda_sm100.LINEAR.path()))
-    assert all(getattr(library, f"dsv4_{name}") for name in cuda_sm100.LINEAR.signatures)
-    target = cuda_sm100.sm100_build()
+    library = ctypes.CDLL(str(cuda.sm100.LINEAR.path()))
+    assert all(getattr(library, f"dsv4_{name}") for name in cuda.sm100.LINEAR.signatures)
+    target = cuda.sm100.sm100_build()
     ptx, source = tmp_path / "linear.ptx", target.root / target.sources[0]
     arch = "-gencode=arch=compute_100a,code=compute_100a"
     command = [target.compiler, arch, "-std=c++17", "--ptx", "-o", ptx, source]
@@ -105,7 +105,7 @@ def bits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[float]
     program = tmp_path_factory.mktemp("bits") / "bits"
     source = Path(__file__).with_name("cuda_bits.cu")
     flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O0"]
-    subprocess.run([cuda_library.nvcc()[0], *flags, "-o", program, source], check=True)
+    subprocess.run([cuda.library.nvcc()[0], *flags, "-o", program, source], check=True)
     text = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     rows: dict[str, list[list[float]]] = {}
     for name, *numbers in map(str.split, text.splitlines()):
@@ -196,21 +196,21 @@ def test_the_gpu_route_prefers_these_kernels() -> None:
 
 def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     impl = IMPLEMENTATIONS["rms_norm"]["sm90"]
-    cuda, cpu = Context("cuda"), Context("cpu")
-    monkeypatch.setattr(cuda_library, "_device_reason", lambda: "no CUDA device")
-    assert impl.unavailable(cuda) == impl.unavailable(cpu) == "no CUDA device"
-    monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
+    gpu, cpu = Context("cuda"), Context("cpu")
+    monkeypatch.setattr(cuda.library, "_device_reason", lambda: "no CUDA device")
+    assert impl.unavailable(gpu) == impl.unavailable(cpu) == "no CUDA device"
+    monkeypatch.setattr(cuda.library, "_device_reason", lambda: None)
     assert impl.unavailable(cpu) == "needs CUDA tensors, this is cpu"
     monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
     monkeypatch.setenv("DSV4_NVCC", str(tmp_path / "nvcc"))
-    cuda_library.cuda_build.cache_clear()
+    cuda.library.cuda_build.cache_clear()
     try:
-        assert impl.unavailable(cuda) == "nvcc not found and not built"
+        assert impl.unavailable(gpu) == "nvcc not found and not built"
         with pytest.raises(CannotAnswer, match="norm_sm90 is not built"):
-            cuda_library.library_path("norm")
+            cuda.library.library_path("norm")
     finally:
         monkeypatch.undo()
-        cuda_library.cuda_build.cache_clear()
+        cuda.library.cuda_build.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_another_gpu_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    cuda_library._device_reason.cache_clear()
+    cuda.library._device_reason.cache_clear()
     try:
-        assert cuda_library._device_reason() == reason
+        assert cuda.library._device_reason() == reason
     finally:
-        cuda_library._device_reason.cache_clear()
+        cuda.library._device_reason.cache_clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 from verified import measured
 
 import dsv4_bench.engine.dsl.linear as dsl_linear
-from dsv4_bench.engine.cuda_weights import pack
+from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.dsl.linear import FEW_ROWS, Plan, no_empty_share
 from dsv4_bench.engine.errors import DSV4Error

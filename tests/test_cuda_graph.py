@@ -14,11 +14,11 @@ from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library, demo
+from dsv4_bench.engine import cuda, demo
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
-from dsv4_bench.engine.cuda_fusion import _Chain, _launch
-from dsv4_bench.engine.cuda_step import CudaStep
+from dsv4_bench.engine.cuda.fusion import _Chain, _launch
+from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.generate import generate, teacher_forced_logits
@@ -28,7 +28,7 @@ from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, Site, parse_route
 from dsv4_bench.engine.synthetic import write_checkpoint
 from dsv4_bench.probes.tap import set_taps
 
-reason = cuda_library._device_reason()
+reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))

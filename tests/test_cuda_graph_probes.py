@@ -14,7 +14,7 @@ from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.errors import CannotAnswer
@@ -31,7 +31,7 @@ from dsv4_bench.probes.stats import tensor_stats
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.session import DEFAULT_PROBES
 
-reason = cuda_library._device_reason()
+reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 CONFIG = replace(TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))

@@ -9,7 +9,7 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_hyper import hc_post_pre
+from dsv4_bench.engine.cuda.hyper import hc_post_pre
 
 pytestmark = [
     pytest.mark.gpu,

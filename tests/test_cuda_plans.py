@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_bench.engine.cuda_attention import shares
-from dsv4_bench.engine.cuda_indexer import _tokens_per_block
+from dsv4_bench.engine.cuda.attention import shares
+from dsv4_bench.engine.cuda.indexer import _tokens_per_block
 from dsv4_bench.engine.step import Step
 
 PROCESSORS = 132

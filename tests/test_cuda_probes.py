@@ -11,7 +11,7 @@ from conftest import SMALL, MakeCheckpoint, with_ratios
 from torch import Tensor
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library, cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import Site, parse_route, spec_of
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 fused = pytest.mark.skipif(
-    cuda_library._device_reason() is not None, reason=str(cuda_library._device_reason())
+    cuda.library._device_reason() is not None, reason=str(cuda.library._device_reason())
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,18 +44,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # ------------------------------------------------------------------------------ the fused reduction
 
 
-def launched(views: list[cuda_stats.View], exponents: bool = False) -> tuple[Tensor, Tensor | None]:
+def launched(views: list[cuda.stats.View], exponents: bool = False) -> tuple[Tensor, Tensor | None]:
     """Rows of `views` on the host, over memory that was NaN, and their exponent counts."""
     values = torch.full((1, len(views), 9), torch.nan, dtype=torch.float64, device="cuda")
     bins = None
     if exponents:
         bins = torch.full((1, len(views), 256), -1, dtype=torch.int32, device="cuda")
-    cuda_stats.launch(views, values, exponents=bins)
+    cuda.stats.launch(views, values, exponents=bins)
     return values[0].cpu(), None if bins is None else bins[0].cpu()
 
 
 def fused_stats(tensor: Tensor, index: Tensor | None = None) -> Stats:
-    view = cuda_stats.moments_view(tensor, index)
+    view = cuda.stats.moments_view(tensor, index)
     assert view is not None
     return Stats.of_row(launched([view])[0][0].tolist())
 
@@ -101,7 +101,7 @@ def test_hostile_values(count: int, dtype: torch.dtype) -> None:
 @fused
 def test_more_elements_than_chunks_of_the_usual_size() -> None:
     tensor = torch.randn((1 << 25) + 5, device="cuda").bfloat16()
-    view = cuda_stats.moments_view(tensor)
+    view = cuda.stats.moments_view(tensor)
     assert view is not None and view.cols > 32768
     check(fused_stats(tensor), tensor, "2^25 + 5")
 
@@ -138,7 +138,7 @@ def test_views(dtype: torch.dtype) -> None:
         "no columns": base[:, :0],
         "a scalar": base[0, 0],
     }
-    taken = [cuda_stats.moments_view(view) for view in views.values()]
+    taken = [cuda.stats.moments_view(view) for view in views.values()]
     rows, _ = launched([view for view in taken if view is not None])
     assert len(rows) == len(views)
     for (name, view), row in zip(views.items(), rows.tolist(), strict=True):
@@ -168,31 +168,31 @@ def test_many_tensors_in_a_launch_do_not_mix() -> None:
     torch.manual_seed(2)
     sizes = [1, 0, 4096, 50_000, 8192, 3, 262_144, 129, 16, 9000] * 25  # three launches
     tensors = [hostile(size, DTYPES[i % 3]) for i, size in enumerate(sizes)]
-    views = [cuda_stats.moments_view(tensor) for tensor in tensors]
+    views = [cuda.stats.moments_view(tensor) for tensor in tensors]
     rows, _ = launched([view for view in views if view is not None])
     for number, (tensor, row) in enumerate(zip(tensors, rows, strict=True)):
-        alone = launched([cuda_stats.moments_view(tensor)])[0][0]  # type: ignore[list-item]
+        alone = launched([cuda.stats.moments_view(tensor)])[0][0]  # type: ignore[list-item]
         assert torch.equal(row, alone), f"tensor {number} of {sizes[number]}"
 
 
 @fused
 def test_a_hundred_repeats_are_identical() -> None:
     tensors = [hostile(size, torch.bfloat16) for size in (1, 4096, 300_000, (1 << 20) + 3)]
-    views = [view for tensor in tensors if (view := cuda_stats.moments_view(tensor)) is not None]
+    views = [view for tensor in tensors if (view := cuda.stats.moments_view(tensor)) is not None]
     first, _ = launched(views)
     for _ in range(100):
         again, _ = launched(views)
         assert torch.equal(again, first)
     shifted = torch.empty(300_001, device="cuda", dtype=torch.bfloat16)[1:]
     shifted.copy_(tensors[2])
-    assert torch.equal(launched([cuda_stats.moments_view(shifted)])[0][0], first[2])  # type: ignore[list-item]
+    assert torch.equal(launched([cuda.stats.moments_view(shifted)])[0][0], first[2])  # type: ignore[list-item]
 
 
 @fused
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exponents(dtype: torch.dtype) -> None:
     tensors = [hostile(size, dtype) for size in (0, 1, 5000, 100_003)]
-    views = [view for tensor in tensors if (view := cuda_stats.moments_view(tensor)) is not None]
+    views = [view for tensor in tensors if (view := cuda.stats.moments_view(tensor)) is not None]
     _, bins = launched(views, exponents=True)
     assert bins is not None
     for tensor, counts in zip(tensors, bins, strict=True):
@@ -213,7 +213,7 @@ def test_sums() -> None:
     spoilt[5, 1], spoilt[6, 2] = torch.nan, torch.inf
     cases = [(comb, 1), (comb, 2), (comb, 0), (post, 1), (post, None), (spoilt, 1), (nothing, 1)]
     cases += [(comb[:1], 1), (comb[:, 1:3, ::2], 2), (post[:0], 1), (comb.bfloat16(), 1)]
-    views = [cuda_stats.sums_view(tensor, axis) for tensor, axis in cases]
+    views = [cuda.stats.sums_view(tensor, axis) for tensor, axis in cases]
     rows, _ = launched([view for view in views if view is not None])
     for (tensor, axis), row in zip(cases, rows.tolist(), strict=True):
         found, expected = (
@@ -239,11 +239,11 @@ def test_empty_values_of_rows() -> None:
         state[:, ::2, 1:],
         state[:0],
     ]
-    ring = cuda_stats.Ring(torch.device("cuda"), 8, width=4000)
+    ring = cuda.stats.Ring(torch.device("cuda"), 8, width=4000)
     views, places = [], []
     for tensor in tensors:
         places.append(places[-1] + views[-1].rows if views else 3)
-        view = cuda_stats.empty_view(tensor, places[-1])
+        view = cuda.stats.empty_view(tensor, places[-1])
         assert view is not None
         views.append(view)
     ring.launch(views, advance=True)
@@ -262,13 +262,13 @@ def test_replays_write_the_ring_row_after_row() -> None:
     device = torch.device("cuda")
     inputs = [torch.zeros(size, device=device) for size in (1, 4096, 300_000)]
     ids = torch.zeros(2, 3, dtype=torch.int32, device=device)
-    ring = cuda_stats.Ring(device, slots=6, steps=4, exponents=True, width=8)
+    ring = cuda.stats.Ring(device, slots=6, steps=4, exponents=True, width=8)
     made: list[Tensor] = []
 
     def body() -> None:
         made[:] = [x * 2 for x in inputs]
-        views = [cuda_stats.moments_view(tensor) for tensor in made]
-        ring.launch([*views[:2], cuda_stats.values_view(ids, 1)])  # type: ignore[list-item]
+        views = [cuda.stats.moments_view(tensor) for tensor in made]
+        ring.launch([*views[:2], cuda.stats.values_view(ids, 1)])  # type: ignore[list-item]
         ring.launch([views[2]], 3, advance=True)  # type: ignore[list-item]
 
     body()
@@ -299,7 +299,7 @@ def test_replays_write_the_ring_row_after_row() -> None:
 
 @fused
 def test_stamps_are_in_order_and_tell_a_long_kernel_from_a_short_one() -> None:
-    stamps = cuda_stats.Stamps(torch.device("cuda"), slots=3, steps=8)
+    stamps = cuda.stats.Stamps(torch.device("cuda"), slots=3, steps=8)
     x = torch.randn(6000, 6000, device="cuda")
     small = torch.ones(1, device="cuda")
     x @ x
@@ -363,7 +363,7 @@ PIECES = [[(31 * i + 7) % 300 for i in range(150)], [3], [4]]
 
 
 def test_the_same_readings_as_on_the_cpu_without_waiting(make_checkpoint: MakeCheckpoint) -> None:
-    cuda_stats.available(torch.device("cuda", 0))  # builds and loads the kernel
+    cuda.stats.available(torch.device("cuda", 0))  # builds and loads the kernel
     folder = make_checkpoint("nvfp4", CONFIG)
     here, there = (readings_on(folder, device, PIECES) for device in ("cpu", "cuda"))
     seldom = ("zero", "peaks")  # rounding decides whether there are any
@@ -391,9 +391,9 @@ def test_launches_and_transfers_of_a_pass(
 ) -> None:
     """One launch a layer (and for what is outside of them), one transfer a pass."""
     launches: list[int] = []
-    original = cuda_stats.launch
+    original = cuda.stats.launch
     monkeypatch.setattr(
-        cuda_stats, "launch", lambda *a, **k: (launches.append(len(a[0])), original(*a, **k))[1]
+        cuda.stats, "launch", lambda *a, **k: (launches.append(len(a[0])), original(*a, **k))[1]
     )
     model = Transformer(Checkpoint(make_checkpoint("nvfp4", CONFIG)), torch.bfloat16, "cuda")
     model.set_route(parse_route(["kernel"]))

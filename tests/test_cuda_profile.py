@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from dsv4_bench.engine import cuda_timing
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import demo_checkpoint
 from dsv4_bench.engine.model import Transformer
@@ -21,7 +21,7 @@ from dsv4_bench.workbench.timing.sites import Effort
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_kernels = pytest.mark.skipif(
-    not torch.cuda.is_available() or not cuda_timing.available(), reason="needs sm_90a kernels"
+    not torch.cuda.is_available() or not cuda.timing.available(), reason="needs sm_90a kernels"
 )
 
 
@@ -53,7 +53,7 @@ def test_weights_come_from_memory_and_activations_from_the_cache(clock: CudaCloc
     """A pass over 12 MiB, which fits the L2: cold at most at the memory's speed, warm faster."""
     data = torch.randn(3 << 20, device="cuda")
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    call = lambda: lambda: cuda_timing.read_pass(data, sink)  # noqa: E731
+    call = lambda: lambda: cuda.timing.read_pass(data, sink)  # noqa: E731
     cold, warm = median(clock.prepare(call)), median(clock.prepare(call, [data]))
     read = ceilings(torch.device("cuda"), lambda text: None).read
     assert cold > data.nbytes / read and warm < cold

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_library
-from dsv4_bench.engine.cuda_softmax_stats import FIELDS, softmax_stats
+from dsv4_bench.engine import cuda
+from dsv4_bench.engine.cuda.softmax_stats import FIELDS, softmax_stats
 
-reason = cuda_library._device_reason()
+reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 

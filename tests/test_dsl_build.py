@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dsv4_bench.engine.dsl.linear as dsl_linear
-from dsv4_bench.engine import build, cuda_library, ptxas
+from dsv4_bench.engine import build, cuda, ptxas
 from dsv4_bench.engine.dsl import compile as dsl_compile
 from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.errors import CannotAnswer
@@ -88,9 +88,9 @@ def test_a_source_that_does_not_compile_is_shown(tmp_path: Path) -> None:
 
 def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     impl = IMPLEMENTATIONS["linear"]["cutedsl"]
-    monkeypatch.setattr(cuda_library, "_device_reason", lambda: "no CUDA device")
+    monkeypatch.setattr(cuda.library, "_device_reason", lambda: "no CUDA device")
     assert impl.unavailable(Context("cuda")) == "no CUDA device"
-    monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
+    monkeypatch.setattr(cuda.library, "_device_reason", lambda: None)
     context = Context("cuda", torch.bfloat16)
     assert impl.unavailable(Context("cuda", torch.float32)) == "needs bfloat16, this is float32"
     monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
@@ -191,11 +191,11 @@ def test_many_rows_go_to_cutedsl_if_it_takes_them(
 
 def test_kernel_means_both_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     context = Context("cuda", torch.bfloat16)
-    monkeypatch.setattr(cuda_library, "_device_reason", lambda: None)
-    monkeypatch.setattr(cuda_library, "nvcc", lambda: (sys.executable, ""))
+    monkeypatch.setattr(cuda.library, "_device_reason", lambda: None)
+    monkeypatch.setattr(cuda.library, "nvcc", lambda: (sys.executable, ""))
     monkeypatch.setattr(dsl_library, "compiler", lambda: (sys.executable, ""))
     monkeypatch.setattr(build.Build, "find", lambda self: None)
-    caches = cuda_library.cuda_build, dsl_library.dsl_build
+    caches = cuda.library.cuda_build, dsl_library.dsl_build
     for cache in caches:
         cache.cache_clear()
     try:

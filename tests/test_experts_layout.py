@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine import cuda
 
-pytestmark = pytest.mark.skipif(cuda_library.nvcc()[0] is None, reason=cuda_library.nvcc()[1])
+pytestmark = pytest.mark.skipif(cuda.library.nvcc()[0] is None, reason=cuda.library.nvcc()[1])
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[int
     program = tmp_path_factory.mktemp("layout") / "layout"
     source = Path(__file__).with_name("experts_layout.cu")
     flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O0"]
-    subprocess.run([cuda_library.nvcc()[0], *flags, "-o", program, source], check=True)
+    subprocess.run([cuda.library.nvcc()[0], *flags, "-o", program, source], check=True)
     text = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     return [(name, list(map(int, rest))) for name, *rest in map(str.split, text.splitlines())]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeCheckpoint
 
-from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine import cuda
 from dsv4_bench.workbench.cli import main
 
 PROBES = "stats,nonfinite,load,index"
@@ -22,7 +22,7 @@ def spoilt(x, *, weight, eps):
     return y.index_fill(-1, torch.tensor([3], device=y.device), float("nan"))
 """
 sm90 = pytest.mark.skipif(
-    cuda_library._device_reason() is not None, reason=str(cuda_library._device_reason())
+    cuda.library._device_reason() is not None, reason=str(cuda.library._device_reason())
 )
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, sm90])]
 

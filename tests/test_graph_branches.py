@@ -17,7 +17,7 @@ from dsv4_bench.engine import graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
-from dsv4_bench.engine.cuda_fusion import Fusions
+from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph import fixed_step
 from dsv4_bench.engine.graph_branches import Branches
 from dsv4_bench.engine.model import Transformer

@@ -16,7 +16,7 @@ from dsv4_bench.engine import generate, graph, graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
-from dsv4_bench.engine.cuda_fusion import Fusions
+from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer

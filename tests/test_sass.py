@@ -11,7 +11,7 @@ import pytest
 from sass_hazards import Instruction, cubin_in, functions, hazards
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.dsl.linear import LINEAR
 
@@ -29,15 +29,15 @@ CUOBJDUMP, NVDISASM = tool("cuobjdump"), tool("nvdisasm")
 needs_tools = pytest.mark.skipif(
     CUOBJDUMP is None or NVDISASM is None, reason="nvidia-cuda-cuobjdump or -nvdisasm not installed"
 )
-needs_nvcc = pytest.mark.skipif(cuda_library.nvcc()[0] is None, reason=cuda_library.nvcc()[1])
+needs_nvcc = pytest.mark.skipif(cuda.library.nvcc()[0] is None, reason=cuda.library.nvcc()[1])
 needs_dsl = pytest.mark.skipif(dsl_library.compiler()[0] is None, reason=dsl_library.compiler()[1])
 
 
 def with_wgmma() -> list[str]:
     """Sources that multiply with wgmma, in their own file or in a header that they include."""
     found = []
-    for name in cuda_library.sources():
-        files = cuda_library.cuda_build(name).files
+    for name in cuda.library.sources():
+        files = cuda.library.cuda_build(name).files
         seen, left = set(), [f"cuda/{name}_sm90.cu"]
         while left:
             file = left.pop()
@@ -73,7 +73,7 @@ def unsafe(file: Path) -> dict[str, list[str]]:
 @needs_tools
 @pytest.mark.parametrize("name", with_wgmma())
 def test_cuda_kernels_leave_the_operands_of_wgmma_alone(name: str) -> None:
-    assert unsafe(cuda_library.library_path(name)) == {}
+    assert unsafe(cuda.library.library_path(name)) == {}
 
 
 @needs_dsl

@@ -12,7 +12,7 @@ import torch
 from test_observation import OnDevice
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_stats
+from dsv4_bench.engine import cuda
 from dsv4_bench.engine.registry import Site, spec_of
 from dsv4_bench.probes.base import Probe, make_probes
 from dsv4_bench.probes.graph_watch import _Place, bits_of
@@ -40,8 +40,8 @@ FIELDS = [
 ]
 
 
-def items(views: list[cuda_stats.View], first_slot: int = 0) -> list[dict[str, int]]:
-    buffer = cuda_stats.packed(views, first_slot)
+def items(views: list[cuda.stats.View], first_slot: int = 0) -> list[dict[str, int]]:
+    buffer = cuda.stats.packed(views, first_slot)
     assert len(buffer) == ITEM.size * len(views)
     return [dict(zip(FIELDS, row, strict=True)) for row in ITEM.iter_unpack(buffer)]
 
@@ -67,8 +67,8 @@ def read(item: dict[str, int], chunks: int) -> list[float]:
     return found
 
 
-def assert_read(tensor: Tensor, expected: Tensor, index: Tensor | None = None) -> cuda_stats.View:
-    view = cuda_stats.moments_view(tensor, index)
+def assert_read(tensor: Tensor, expected: Tensor, index: Tensor | None = None) -> cuda.stats.View:
+    view = cuda.stats.moments_view(tensor, index)
     assert view is not None
     (item,) = items([view])
     assert read(item, view.chunks) == expected.flatten().tolist()
@@ -109,7 +109,7 @@ def test_others_are_read_from_a_copy_that_is_kept(name: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 32767, 32768, 32769, 100_000, (1 << 25) + 1])
 def test_chunks_cover_every_element_once(count: int) -> None:
-    view = cuda_stats.moments_view(torch.empty(count))
+    view = cuda.stats.moments_view(torch.empty(count))
     assert view is not None and view.chunks <= 1024
     assert (view.rows - 1) * view.cols + view.last == count and 0 < view.last <= view.cols
 
@@ -127,7 +127,7 @@ def test_rows_that_an_index_names() -> None:
 
 
 def test_slots_and_chunks_of_many_views() -> None:
-    views = [cuda_stats.moments_view(torch.empty(size)) for size in (5, 70_000, 0, 40_000)]
+    views = [cuda.stats.moments_view(torch.empty(size)) for size in (5, 70_000, 0, 40_000)]
     table = items([view for view in views if view is not None], first_slot=7)
     assert [item["slot"] for item in table] == [7, 8, 9, 10]
     assert [item["first"] for item in table] == [0, 1, 4, 5]
@@ -136,12 +136,12 @@ def test_slots_and_chunks_of_many_views() -> None:
 def test_dtypes() -> None:
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dtype
     for dtype, code in kinds.items():
-        view = cuda_stats.moments_view(torch.zeros(3, dtype=dtype))
+        view = cuda.stats.moments_view(torch.zeros(3, dtype=dtype))
         assert view is not None and items([view])[0]["dtype"] == code
-    assert cuda_stats.moments_view(torch.zeros(3, dtype=torch.float64)) is None
-    assert cuda_stats.moments_view(torch.zeros(3, dtype=torch.int32)) is None
+    assert cuda.stats.moments_view(torch.zeros(3, dtype=torch.float64)) is None
+    assert cuda.stats.moments_view(torch.zeros(3, dtype=torch.int32)) is None
     for dtype in (torch.int32, torch.int64):
-        view = cuda_stats.values_view(torch.zeros(2, 3, dtype=dtype), 11)
+        view = cuda.stats.values_view(torch.zeros(2, 3, dtype=dtype), 11)
         assert view is not None and view.chunks == 1
         item = items([view])[0]
         assert (item["kind"], item["rows"], item["last"]) == (2, 6, 11)
@@ -156,7 +156,7 @@ def test_rows_to_count_in() -> None:
         torch.zeros(2, 0, 5),
         torch.zeros(7, dtype=torch.int64),
     ):
-        view = cuda_stats.empty_view(tensor, 5)
+        view = cuda.stats.empty_view(tensor, 5)
         assert view is not None
         item = items([view])[0]
         rows = math.prod(tensor.shape[:-1])
@@ -170,7 +170,7 @@ def test_rows_to_count_in() -> None:
         if tensor.is_floating_point():
             place = item["data"] + 4 * item["stride"] * (rows - 1)
             assert rows == 0 or element(place) == tensor.reshape(-1, tensor.shape[-1])[-1, 0]
-    large = cuda_stats.empty_view(torch.zeros(1000, 512), 0)
+    large = cuda.stats.empty_view(torch.zeros(1000, 512), 0)
     assert large is not None and large.chunks == 16 and large.per_chunk == 64
 
 
@@ -179,7 +179,7 @@ def test_rows_to_count_in() -> None:
     [(DEEP, 0), (DEEP, 1), (DEEP, 2), (DEEP[:, 1:3, ::2], 2), (BASE, 1), (BASE, 0), (BASE.T, None)],
 )
 def test_sums_are_those_along_the_axis(tensor: Tensor, axis: int | None) -> None:
-    view = cuda_stats.sums_view(tensor, axis)
+    view = cuda.stats.sums_view(tensor, axis)
     assert view is not None and view.chunks == 1
     (item,) = items([view])
     found = []
@@ -214,7 +214,7 @@ def test_sums_of_a_row() -> None:
 )
 def test_values_come_back_from_the_integers_that_the_ring_holds(value: Tensor) -> None:
     bits = bits_of(value)
-    view = cuda_stats.values_view(bits, 3)
+    view = cuda.stats.values_view(bits, 3)
     assert view is not None and view.rows == value.numel()
     row = torch.zeros(3 + value.numel() + 2, dtype=torch.int64)
     row[3 : 3 + value.numel()] = bits.flatten()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda_library, verified
+from dsv4_bench.engine import cuda, verified
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 from dsv4_bench.workbench.cli import main
@@ -38,7 +38,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whether_a_record_still_holds() -> None:
-    code = cuda_library.cuda_build("norm").identity()
+    code = cuda.library.cuda_build("norm").identity()
     sources = code.rpartition("-")[0]
     for changes, standing in (
         ({"hash": IMPL.hash, "code": code}, "this code"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsv4_bench.engine import cpu_library, cuda_library
+from dsv4_bench.engine import cpu_library, cuda
 from dsv4_bench.engine.build import csrc
 from dsv4_bench.engine.dsl import library
 from dsv4_bench.engine.errors import DSV4Error
@@ -77,7 +77,7 @@ def reload_code(model: Transformer, plugins: Iterable[str] = ()) -> list[str]:
             f"reload: {type(error).__name__}: {error}", "fix it and save again"
         ) from error
     cpu_library.reset()
-    cuda_library.reset()
+    cuda.library.reset()
     library.dsl_build.cache_clear()
     for table in IMPLEMENTATIONS.values():
         for impl in table.values():

@@ -3,7 +3,7 @@
 #include "launch.cuh"
 #include "types.cuh"
 
-// One tensor to look at, or some rows of one; engine/cuda_stats.py makes them.
+// One tensor to look at, or some rows of one; engine/cuda/stats.py makes them.
 typedef struct dsv4_probe_item {
     const void* data;
     const int64_t* index;  // the rows to look at, below 0 for none; null: all of them

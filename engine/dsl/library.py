@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dsv4_bench.engine import build, cuda_library
-from dsv4_bench.engine.cuda_library import ARCH, Library, nvcc
+from dsv4_bench.engine import build, cuda
+from dsv4_bench.engine.cuda.library import ARCH, Library, nvcc
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import Context, Function, implementation
 
@@ -72,7 +72,7 @@ def cutedsl(
     """Register the decorated function as implementation `cutedsl` of `op`, compiled in `library`."""
 
     def requires(context: Context) -> str | None:
-        if reason := cuda_library.unsuitable(context, dtypes):
+        if reason := cuda.library.unsuitable(context, dtypes):
             return reason
         command, reason = compiler()
         if command is None and dsl_build(library.op).find() is None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import dsv4_bench.engine.cuda_linear  # noqa: F401  (registers the ops, and their sm90 kernels)
-from dsv4_bench.engine.cuda_library import F, I, N, P, dense, wrong
-from dsv4_bench.engine.cuda_weights import Packed, pack
+import dsv4_bench.engine.cuda.linear  # noqa: F401  (registers the ops, and their sm90 kernels)
+from dsv4_bench.engine.cuda.library import F, I, N, P, dense, wrong
+from dsv4_bench.engine.cuda.weights import Packed, pack
 from dsv4_bench.engine.dsl.library import DslLibrary, cutedsl
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Context, Function, implementation

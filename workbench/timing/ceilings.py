@@ -137,11 +137,11 @@ def measure(device: torch.device) -> Ceilings:
 def _reader(source: torch.Tensor) -> Callable[[], Any]:
     """A pass that reads `source`: our own read loop, else a sum."""
     if source.device.type == "cuda":
-        from dsv4_bench.engine import cuda_timing
+        from dsv4_bench.engine import cuda
 
-        if cuda_timing.available():
+        if cuda.timing.available():
             sink = torch.zeros(1, dtype=torch.int32, device=source.device)
-            return lambda: cuda_timing.read_pass(source, sink)
+            return lambda: cuda.timing.read_pass(source, sink)
     else:
         import dsv4_bench.engine.cpu as cpu
 

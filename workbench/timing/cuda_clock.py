@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine import cuda_timing
+from dsv4_bench.engine import cuda
 from dsv4_bench.workbench.timing.clock import Call, Timed
 
 _EVICTION = 3  # times the L2's size is read between two calls
@@ -40,7 +40,7 @@ class CudaClock:
         self._scratch = torch.zeros(_EVICTION * size // 4, dtype=torch.float32, device="cuda")
         self._warmable = size // 4  # bytes of one tensor that is worth keeping in the cache
         self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._own = cuda_timing.available()
+        self._own = cuda.timing.available()
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         # A pool without a graph is gone for good, so one graph stays.
@@ -51,7 +51,7 @@ class CudaClock:
     def evict(self) -> None:
         """Read something else until nothing of what was is left in the L2."""
         if self._own:
-            cuda_timing.read_pass(self._scratch, self._sink)
+            cuda.timing.read_pass(self._scratch, self._sink)
         else:
             self._scratch.sum()
 
@@ -69,7 +69,7 @@ class CudaClock:
             for tensor in kept:
                 tensor.clone()  # reads it, whatever its dtype and strides
             if self._own:  # as the op before would, it lets the first kernel start before its end
-                cuda_timing.leader(self._sink)
+                cuda.timing.leader(self._sink)
 
         problem = waits(make())
         if problem:

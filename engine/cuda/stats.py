@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_library import I, Library, N, P, unavailable
+from dsv4_bench.engine.cuda.library import I, Library, N, P, unavailable
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import Context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_library import DTYPES, F, I, Library, N, P, dense
+from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, dense
 
 PROBE_SOFTMAX = Library(
     "probe_softmax",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
-from dsv4_bench.engine.cuda_library import (
+from dsv4_bench.engine.cuda.library import (
     F,
     I,
     Library,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
-from dsv4_bench.engine.cuda_library import (
+from dsv4_bench.engine.cuda.library import (
     DTYPES,
     F,
     I,
@@ -22,7 +22,7 @@ from dsv4_bench.engine.cuda_library import (
     typed,
     wrong,
 )
-from dsv4_bench.engine.cuda_weights import pack
+from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
 LINEAR = Library("linear", {"linear": (P, I, N, P, N, P, I)})

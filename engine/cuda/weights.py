@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_library import dense, wrong
+from dsv4_bench.engine.cuda.library import dense, wrong
 from dsv4_bench.engine.formats import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, Weight
 
 _DENSE = {torch.float32: 4, torch.bfloat16: 5, torch.float16: 6}  # enum dsv4_format

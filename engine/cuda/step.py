@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_library import Library, N, P
+from dsv4_bench.engine.cuda.library import Library, N, P
 from dsv4_bench.engine.fixed_step import FixedStep
 
 _COMPRESSED = (N, N, P, P, P, P, N, P)

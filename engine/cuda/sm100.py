@@ -15,8 +15,8 @@ from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
 from dsv4_bench.engine import build
-from dsv4_bench.engine.cuda_library import DTYPES, FLAGS, F, I, Library, N, P, dense, nvcc, wrong
-from dsv4_bench.engine.cuda_weights import Packed
+from dsv4_bench.engine.cuda.library import DTYPES, FLAGS, F, I, Library, N, P, dense, nvcc, wrong
+from dsv4_bench.engine.cuda.weights import Packed
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.formats import Weight, swizzle_scales
 from dsv4_bench.engine.registry import Context, implementation

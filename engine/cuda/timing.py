@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda_library import Library, N, P, unavailable
+from dsv4_bench.engine.cuda.library import Library, N, P, unavailable
 from dsv4_bench.engine.registry import Context
 
 TIMING = Library("timing", {"read_pass": (P, N, P), "leader": ()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
-from dsv4_bench.engine.cuda_library import (
+from dsv4_bench.engine.cuda.library import (
     DTYPES,
     F,
     I,
@@ -25,7 +25,7 @@ from dsv4_bench.engine.cuda_library import (
     typed,
     wrong,
 )
-from dsv4_bench.engine.cuda_weights import Packed, WeightStruct, pack
+from dsv4_bench.engine.cuda.weights import Packed, WeightStruct, pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
 

@@ -1,0 +1,15 @@
+"""Registers every implementation for a GPU; importing it touches none and builds nothing."""
+
+import dsv4_bench.engine.cuda.attention
+import dsv4_bench.engine.cuda.experts
+import dsv4_bench.engine.cuda.fusion
+import dsv4_bench.engine.cuda.hyper
+import dsv4_bench.engine.cuda.indexer
+import dsv4_bench.engine.cuda.linear
+import dsv4_bench.engine.cuda.rows
+import dsv4_bench.engine.cuda.sm100
+import dsv4_bench.engine.cuda.softmax_stats
+import dsv4_bench.engine.cuda.stats
+import dsv4_bench.engine.cuda.step
+import dsv4_bench.engine.cuda.timing
+import dsv4_bench.engine.dsl.linear  # noqa: F401
