@@ -23,6 +23,7 @@ from torch import Tensor
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.cuda.fusion import Fusions
+from dsv4_bench.engine.cuda.prefetch import Prefetches
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -58,7 +59,9 @@ class DecodeGraph:
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
     depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
-    that follow one another are one launch, see cuda/fusion.py.
+    that follow one another are one launch, see cuda/fusion.py. With `prefetch` and `branches`, under the
+    same condition (a site's time shall be its own), weights come into the L2 cache ahead of time, see
+    cuda/prefetch.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """
@@ -73,11 +76,13 @@ class DecodeGraph:
         clock: Clock | None = None,
         branches: bool = True,
         fuse: bool = True,
+        prefetch: bool = True,
     ) -> None:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
-        self.fuse = fuse and observer is None and clock is None
+        unseen = observer is None and clock is None
+        self.fuse, self.prefetch = fuse and unseen, prefetch and branches and unseen
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
         self._warm = -1  # Site.switches when every site had run
@@ -193,7 +198,10 @@ class DecodeGraph:
                 origin = torch.cuda.current_stream()
                 try:
                     fusions = Fusions(self.model.sites, self.fuse)
-                    branches = Branches(self.observer, self.clock, self.branches, fusions)
+                    prefetches = Prefetches(self.model.sites, self.prefetch)
+                    branches = Branches(
+                        self.observer, self.clock, self.branches, fusions, prefetches
+                    )
                     with self._tapped(branches.around):
                         self._body(self.step, branches)
                     branches.finish()

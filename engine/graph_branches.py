@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
+from dsv4_bench.engine.cuda.prefetch import Prefetches, prefetch
 from dsv4_bench.engine.graph_nodes import CapturedNodes
 from dsv4_bench.engine.registry import Site
 
@@ -82,7 +83,8 @@ class Branches:
     """Runs the sites of a capture that began on the current stream; `sites` lists path, first node, nodes.
 
     `side_by_side` False keeps them in one chain. `fusions` may put a site off: its nodes are then those
-    of a later one. `failed` is the site that raised, if one did.
+    of a later one. `prefetches` says beside which sites weights are asked for. `failed` is the site that
+    raised, if one did.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Branches:
         clock: Clock | None,
         side_by_side: bool = True,
         fusions: Fusions | None = None,
+        prefetches: Prefetches | None = None,
     ) -> None:
         self.observer, self.clock, self.side_by_side = observer, clock, side_by_side
         self.fusions = fusions or Fusions({}, False)
+        self.prefetches = prefetches or Prefetches({}, False)
         self.origin = torch.cuda.current_stream()
         self.nodes = CapturedNodes(self.origin.cuda_stream)
         self.sites: list[tuple[str, int, int]] = []
@@ -101,6 +105,7 @@ class Branches:
         self._in_site = False
         self._streams: dict[bool, list[torch.cuda.Stream]] = {False: [self.origin], True: []}
         self._beside = torch.cuda.Stream() if observer else None
+        self._ahead: torch.cuda.Stream | None = None  # where weights are prefetched, if any are
         self._kept: list[Any] = []  # so that no memory is used twice between two joins
         self._begin(self.origin, set())
 
@@ -140,8 +145,9 @@ class Branches:
             self._observe(lambda observer: observer.step_done())
         torch.cuda.set_stream(self.origin)
         self.origin.wait_stream(self._last.stream)
-        if self._beside is not None:
-            self.origin.wait_stream(self._beside)
+        for side in (self._beside, self._ahead):
+            if side is not None:
+                self.origin.wait_stream(side)
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         """Run the op on a stream of its own or on that of the site it waits for."""
@@ -164,6 +170,7 @@ class Branches:
         bound = site.spec.bind(args, {})
         reads, writes = storages(call.args), storages(bound[name] for name in site.spec.mutates)
         needs = self._needs(reads, writes)
+        self._prefetch(site, needs)
         stream = self._stream(needs, bool(_URGENT.search(site.path)))
         torch.cuda.set_stream(stream)
         if self.clock is not None:
@@ -178,6 +185,17 @@ class Branches:
         if self.observer is not None:
             self._observe(lambda observer: observer.after(site, args, result))
         return result
+
+    def _prefetch(self, site: Site, needs: list[_Work]) -> None:
+        """Ask for weights when `site` may begin, on a branch that only the end of the graph waits for."""
+        wanted = self.prefetches.beside(site)
+        if not wanted:
+            return
+        self._ahead = self._ahead or torch.cuda.Stream()
+        for work in needs:
+            self._ahead.wait_event(work.event)
+        with torch.cuda.stream(self._ahead):
+            prefetch(wanted)
 
     def _look_behind(self) -> None:
         """Whether torch launched something behind the last site."""

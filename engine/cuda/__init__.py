@@ -6,6 +6,7 @@ import dsv4_bench.engine.cuda.fusion
 import dsv4_bench.engine.cuda.hyper
 import dsv4_bench.engine.cuda.indexer
 import dsv4_bench.engine.cuda.linear
+import dsv4_bench.engine.cuda.prefetch
 import dsv4_bench.engine.cuda.rows
 import dsv4_bench.engine.cuda.sm100
 import dsv4_bench.engine.cuda.softmax_stats
