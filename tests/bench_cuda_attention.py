@@ -11,7 +11,7 @@ from bench_cuda import Call, Case
 from bench_peers import peers_of
 from torch import Tensor
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.cuda.hyper import hc_post_pre
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.engine.step import Step

@@ -8,7 +8,7 @@ import torch
 from bench_cuda import Call, Case
 from test_cuda_dsl import random_weight
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda")

@@ -27,7 +27,7 @@ import torch
 from bench_cuda import describe_device
 from gpu_weights import filled_cache, layers_of, random_model
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.config import CSA_RATIO, FLASH, HCA_RATIO
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer

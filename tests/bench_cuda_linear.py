@@ -9,7 +9,7 @@ import torch
 from bench_cuda import Call, Case
 from bench_peers import Arguments, peers_of
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.registry import IMPLEMENTATIONS
 

@@ -30,7 +30,7 @@ from bench_cuda_layer import KINDS, REPLAYS, milliseconds, time_graph
 from gpu_weights import filled_cache, layers_of, random_model
 from torch import Tensor
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from verified import measured
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.probes.limits import MARGIN

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda, ptxas
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, KERNEL_ORDER, Context

@@ -16,7 +16,7 @@ from test_cpu_kernels import make_weight, oracle_weight, same, shapes_of, views
 from torch import Tensor
 from verified import measured
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.errors import DSV4Error

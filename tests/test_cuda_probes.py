@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL, MakeCheckpoint, with_ratios
 from torch import Tensor
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.model import Transformer

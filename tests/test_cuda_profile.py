@@ -106,7 +106,7 @@ def test_kernels_inside_a_call_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    import dsv4_bench.engine.cuda  # noqa: F401
+    import dsv4_bench.engine.implementations  # noqa: F401
 
     model = Transformer(Checkpoint(demo_checkpoint()), torch.bfloat16, "cuda")
     model.set_route(parse_route(["kernel"]))

@@ -7,7 +7,7 @@ import torch
 from test_streaming import ids_for
 from torch import Tensor
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import streaming
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.demo import resolve_checkpoint

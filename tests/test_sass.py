@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sass_hazards import Instruction, cubin_in, functions, hazards
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.dsl.linear import LINEAR

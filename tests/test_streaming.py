@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.cpu
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import streaming
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error

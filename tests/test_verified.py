@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import dsv4_bench.engine.cuda  # noqa: F401  (registers the kernels)
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda, verified
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.registry import IMPLEMENTATIONS

@@ -107,8 +107,7 @@ def load_model(options: dict[str, Any], progress: Progress | None = None) -> Loa
     are streamed, and `progress` is told of layers read; without it weights are read when used. `kv`
     says how the cache holds keys.
     """
-    import dsv4_bench.engine.cpu  # (registers the CPU kernels)
-    import dsv4_bench.engine.cuda  # noqa: F401  (and those for sm_90a)
+    import dsv4_bench.engine.implementations  # noqa: F401  (registers them)
 
     load_plugins(list(options.get("plugins") or []))
     device = pick_device(options.get("device"))

@@ -1,8 +1,9 @@
-"""Registers every implementation for a GPU; importing it touches none and builds nothing."""
+"""Registers the CUDA implementations; importing it touches no GPU and builds nothing."""
 
 import dsv4_bench.engine.cuda.attention
 import dsv4_bench.engine.cuda.experts
 import dsv4_bench.engine.cuda.fusion
+import dsv4_bench.engine.cuda.gate
 import dsv4_bench.engine.cuda.hyper
 import dsv4_bench.engine.cuda.indexer
 import dsv4_bench.engine.cuda.linear
@@ -12,5 +13,4 @@ import dsv4_bench.engine.cuda.sm100
 import dsv4_bench.engine.cuda.softmax_stats
 import dsv4_bench.engine.cuda.stats
 import dsv4_bench.engine.cuda.step
-import dsv4_bench.engine.cuda.timing
-import dsv4_bench.engine.dsl.linear  # noqa: F401
+import dsv4_bench.engine.cuda.timing  # noqa: F401

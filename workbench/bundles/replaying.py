@@ -113,8 +113,7 @@ class Replayer:
     def __init__(
         self, bundle: Bundle, route: Sequence[str] = (), device: str | None = None
     ) -> None:
-        import dsv4_bench.engine.cpu  # (registers the CPU kernels)
-        import dsv4_bench.engine.cuda  # noqa: F401  (and those for sm_90a)
+        import dsv4_bench.engine.implementations  # noqa: F401  (registers them)
 
         self.bundle = bundle
         self.device = _device(bundle, device)

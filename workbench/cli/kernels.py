@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def kernel_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per op and implementation, ops in data-flow order."""
-    import dsv4_bench.engine.cpu
-    import dsv4_bench.engine.cuda
-    import dsv4_bench.engine.ops  # noqa: F401
+    import dsv4_bench.engine.implementations  # noqa: F401  (registers them)
     from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, Context
     from dsv4_bench.workbench.loading import load_plugins, pick_device, pick_dtype
 
