@@ -74,6 +74,8 @@ def main() -> None:
     for bias, table in ((randn(33), None), (None, torch.randint(0, 33, (4, 6)).to(CUDA))):
         arguments = {"weight": router, "bias": bias, "tid2eid": table, "k": 6, "scale": 1.0}
         run("gate", randn(3, 64), tokens, **arguments)
+        arguments["weight"] = Weight("gate", "dense", randn(33, 64, dtype=BF16))
+        run("gate", randn(3, 64, dtype=BF16), tokens, **arguments)
     for d in (33, 512):
         x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
         run("rms_norm", x, weight=randn(d), eps=1e-6)

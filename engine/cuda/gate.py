@@ -1,0 +1,101 @@
+"""The `sm90` implementation of op gate: the router's scores and choice of experts.
+
+Contract is that of the reference in `ops`. Nothing here synchronises with the GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
+from dsv4_bench.engine.cuda.library import F, I, Library, N, P, floats, sm90, typed, wrong
+from dsv4_bench.engine.cuda.linear import matmul
+from dsv4_bench.engine.cuda.weights import pack
+from dsv4_bench.engine.formats import Weight
+
+_CHOICE = (P, P, I, N, P, N, F, P, P)  # struct Choice of gate_sm90.cu
+GATE = Library("gate", {"gate": (P, N, N, *_CHOICE), "gate_few": (P, N, N, P, N, P, P, *_CHOICE)})
+_FEW, _WIDEST = 4, 8192  # tokens and columns of the one kernel
+
+
+@sm90("gate", GATE)
+def gate(
+    x: Tensor,
+    tokens: Tensor,
+    *,
+    weight: Weight,
+    bias: Tensor | None,
+    tid2eid: Tensor | None,
+    k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One kernel for up to four tokens in bfloat16, else `linear` and a kernel that chooses."""
+    op = "gate"
+    (n, d), count = x.shape, weight.shape[0]
+    table = rows = where = None
+    size = vocabulary = 0
+    if tid2eid is not None:
+        if tid2eid.dim() != 2 or tid2eid.dtype not in (torch.int32, torch.int64):
+            wrong(op, f"tid2eid is {tid2eid.dtype} {list(tid2eid.shape)}")
+        table, rows = typed(op, tid2eid, tid2eid.dtype), typed(op, tokens, torch.int64)
+        size, (vocabulary, k) = table.itemsize, table.shape
+        where = rows.data_ptr()
+    bias = None if bias is None else floats(op, bias)
+    if (bias is not None and bias.numel() != count) or (rows is not None and rows.shape != (n,)):
+        wrong(op, f"x {list(x.shape)}, {count} experts, tokens {list(tokens.shape)}")
+    k = k if tid2eid is not None else min(k, count)
+    few = _takes_few(x, weight)
+    if few:
+        scores = x.new_empty(n, count, dtype=torch.float32)
+    else:
+        scores = matmul(op, x, weight, 1, torch.float32)
+    routing = scores.new_empty(n, k)
+    chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    choice = (
+        None if bias is None else bias.data_ptr(),
+        None if table is None else table.data_ptr(),
+        size,
+        vocabulary,
+        where,
+        k,
+        scale,
+        routing.data_ptr(),
+        chosen.data_ptr(),
+    )
+    if few:
+        matrix, arrived = weight.data.data_ptr(), _arrived(weight).data_ptr()
+        there = scores.data_ptr()
+        GATE.call("gate_few", x, x.data_ptr(), n, d, matrix, count, there, arrived, *choice)
+    else:
+        GATE.call(op, x, scores.data_ptr(), n, count, *choice)
+    return routing, chosen, scores
+
+
+def _takes_few(x: Tensor, weight: Weight) -> bool:
+    packed = pack(weight)
+    given = (x, weight.data)
+    return (
+        0 < len(x) <= _FEW
+        and x.shape[1] == packed.k <= _WIDEST
+        and packed.k % 8 == 0
+        and weight.format == "dense"
+        and all(t.dtype == torch.bfloat16 and t.device == x.device for t in given)
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given)
+    )
+
+
+# By id(weight): how many blocks have arrived, 0 between launches. One launch at a time a weight.
+_ARRIVED: dict[int, tuple[Tensor, weakref.ref[Weight]]] = {}
+
+
+def _arrived(weight: Weight) -> Tensor:
+    key = id(weight)
+    entry = _ARRIVED.get(key)
+    if entry is None or entry[1]() is not weight:
+        counter = torch.tensor([0], dtype=torch.int32).to(weight.data.device)
+        entry = counter, weakref.ref(weight, lambda _: _ARRIVED.pop(key, None))
+        _ARRIVED[key] = entry
+    return entry[0]
