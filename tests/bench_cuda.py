@@ -2,6 +2,9 @@
 
     python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--table NAME ...]
 
+Each row also times what else computes it: torch's kernels, and those of serving engines that are found
+(docs/peers.md). Figures in brackets were measured before, with the same method.
+
 Method: every case is a list of calls on different buffers, more than 256 MB together (the L2 holds
 60), random data, captured as one CUDA graph; time of a replay over its calls, median of nine. A call
 is thus cold and includes its node's launch. floor = 1.75 us + bytes / 4.62 TB/s, the fit of one
@@ -153,7 +156,8 @@ def describe_device() -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    peers = "  ".join(f"{k} {v}" for k, v in {**row["peers_us"], **row["published_us"]}.items())
+    here = [f"{k} {v}" for k, v in row["peers_us"].items()]
+    peers = "  ".join([*here, *(f"({k} {v})" for k, v in row["published_us"].items())])
     goal = f"{row['least_us'] or '-'}/{row['aim_us'] or '-'}"
     return (
         f"{row['op']:<14} {row['shape']:<34} {row['us']:>9.2f} us  floor {row['floor_us']:>8.2f}"
@@ -172,8 +176,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no CUDA device", file=sys.stderr)
         return 3
-    report = {**describe_device(), "rows": []}
-    for case in cases(args.patterns, args.table or TABLES):
+    found = cases(args.patterns, args.table or TABLES)
+    peers = importlib.import_module("bench_peers")
+    report = {**describe_device(), "peers_left_out": peers.attach(found), "rows": []}
+    for label, reason in report["peers_left_out"].items():
+        print(f"without {label}: {reason}", file=sys.stderr)
+    report["peer_errors"] = peers.ERRORS  # relative, of each peer's first call
+    for case in found:
         if not args.compile:
             case.peers = {k: v for k, v in case.peers.items() if COMPILED not in k}
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import peer_humming
 import torch
 from bench_cuda import Call, Case
 from bench_cuda_linear import BF16, BYTES, CUDA, run, weight
@@ -76,17 +75,12 @@ def experts_case(kind: str, n: int, random: bool = False) -> Case:
         routing = torch.rand(n, TOP, device=CUDA)
         return run("experts", x, routing, route(n, turn), bank=bank(kind), limit=7.0)
 
-    def humming(turn: int) -> Call:
-        return peer_humming.experts(D, INNER, route(n, turn), EXPERTS)
-
     def torch_grouped(turn: int) -> Call:
         return grouped_mm(route(n, turn))
 
     least, aim, their_humming, marlin, copies = FIGURES.get(n, (None, None, None, None, 3))
     judged = kind == "nvfp4" and n in FIGURES and not random
     peers = {"torch grouped_mm bf16": torch_grouped}
-    if peer_humming.installed():
-        peers["Humming, products only"] = humming
     return Case(
         "experts",
         f"{kind} {n} tokens{' at random' if random else ''}, {distinct:g} distinct",

@@ -1,18 +1,31 @@
-"""What others compute instead of our kernels, on the same arguments: peers for bench_cuda.py.
+"""What others compute instead of our kernels, at the same shapes: peers for bench_cuda.py.
 
-torch's own kernels, and the modules of transformers' modeling_deepseek_v4, eager and under torch.compile.
-Results are not compared here: tests/test_oracle.py holds the engine to transformers.
+`peers_of`: torch's own kernels and the modules of transformers' modeling_deepseek_v4, eager and under
+torch.compile, on our arguments. Results are not compared here: tests/test_oracle.py holds the engine to
+transformers. `attach`: kernels of serving engines, where they are installed or built (docs/peers.md), on
+arguments of their own formats; the first call of each is compared with float32 before it is timed.
+
+    python tests/bench_peers.py [GLOB ...]        these peers alone, checked and timed
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import peer_deepgemm
+import peer_flashinfer
+import peer_flashmla
+import peer_humming
+import peer_marlin
+import peer_sglang
 import torch
-from bench_cuda import COMPILED, Call
+from bench_cuda import COMPILED, Call, Case, cases, time_calls
+from peer_library import CUDA, Peer, missing
 from torch import Tensor
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -135,3 +148,144 @@ PEERS: dict[str, dict[str, Builder]] = {
     "index_score": {"torch bmm": index_score},
     "index_topk": {"torch.topk": index_topk},
 }
+
+
+# ------------------------------------------------------------------------------ built peers
+
+ERRORS: dict[str, float] = {}  # "peer: case" -> relative error of the first call
+
+
+def routed(n: str, random: str | None, turn: int) -> Tensor:
+    import bench_cuda_experts as table
+
+    route = table.at_random if random else table.balanced
+    return route(int(n), turn)
+
+
+def pools(n: str, heads: str, window: str, extra: str) -> Peer:
+    import bench_cuda_attention as table
+
+    rows = tuple(len(pool) for pool in table.pools())
+    return peer_flashmla.decode(int(n), int(heads), (int(window), int(extra)), rows)
+
+
+NVFP4_EXPERTS = r"experts nvfp4 (\d+) tokens( at random)?,.*"
+NVFP4_DENSE = r"linear nvfp4 (\d+)x(\d+) m(\d+)"
+# (library, or None for a Python package; label; pattern of the case's name; its groups -> peer)
+BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
+    ("flashmla", "FlashMLA fp8", r"attention (\d+)x(64) (\d+)\+(\d+)", lambda _, *a: pools(*a)),
+    (
+        "flashmla",
+        "FlashMLA",
+        r"attention (\d+)x(64) 128\+512 of (\d+)",
+        lambda _, n, heads, rows: peer_flashmla.prefill(int(n), int(heads), 640, int(rows)),
+    ),
+    (
+        "marlin",
+        "Marlin",
+        NVFP4_DENSE,
+        lambda turn, n, k, m: peer_marlin.dense(int(n), int(k), int(m), turn),
+    ),
+    (
+        "marlin",
+        "Marlin, products only",
+        NVFP4_EXPERTS,
+        lambda turn, n, random: peer_marlin.experts(4096, 2048, routed(n, random, turn), 256),
+    ),
+    (
+        None,
+        "Humming",
+        NVFP4_DENSE,
+        lambda turn, n, k, m: peer_humming.dense(int(n), int(k), int(m), turn),
+    ),
+    (
+        None,
+        "Humming, products only",
+        NVFP4_EXPERTS,
+        lambda turn, n, random: peer_humming.experts(4096, 2048, routed(n, random, turn), 256),
+    ),
+    (
+        "deepgemm",
+        "DeepGEMM fp8",
+        r"index_score (\d+) of (\d+)",
+        lambda _, batch, keys: peer_deepgemm.scores(int(batch), int(keys)),
+    ),
+    (
+        "sglang",
+        "SGLang",
+        r"index_topk (\d+) of (\d+) (equal|random)",
+        lambda _, n, total, kind: peer_sglang.select(int(n), int(total), kind == "equal"),
+    ),
+    (
+        "flashinfer",
+        "DeepGEMM + FlashInfer",
+        r"hc_pre (\d+)x4x4096",
+        lambda _, n: peer_flashinfer.pre(int(n)),
+    ),
+    (
+        "flashinfer",
+        "FlashInfer",
+        r"hc_post (\d+)x4x4096",
+        lambda _, n: peer_flashinfer.post(int(n)),
+    ),
+]
+
+
+def unavailable(library: str | None) -> str | None:
+    """Why a row of BUILT cannot run here, or None."""
+    if library is None:
+        return None if peer_humming.installed() else "the package humming-kernels is not installed"
+    return missing(library)
+
+
+def maker_of(label: str, name: str, build: Callable[..., Peer], groups: tuple[str, ...]) -> Any:
+    def make(turn: int) -> Call:
+        call, check = build(turn, *groups)
+        if turn == 0:
+            call()
+            call()  # a second time: nothing may be left from the first
+            torch.cuda.synchronize()
+            ERRORS[f"{label}: {name}"] = check()
+        return call
+
+    return make
+
+
+def attach(found: Iterable[Case]) -> dict[str, str]:
+    """Adds the peers of BUILT to the cases they can run. Returns those left out, with the reason."""
+    left_out: dict[str, str] = {}
+    for library, label, pattern, build in BUILT:
+        if reason := unavailable(library):
+            left_out[label] = reason
+            continue
+        for case in found:
+            if match := re.fullmatch(pattern, case.name):
+                case.peers[label] = maker_of(label, case.name, build, match.groups())
+    return left_out
+
+
+def main(patterns: list[str]) -> int:
+    found = cases(patterns)
+    torch.zeros(1, device=CUDA)
+    for case in found:
+        case.peers = {}
+    for label, reason in attach(found).items():
+        print(f"left out: {label}: {reason}")
+    failed = 0
+    for case in found:
+        for label, make in case.peers.items():
+            try:
+                time, spread = time_calls([make(i) for i in range(case.count())])
+                error = ERRORS[f"{label}: {case.name}"]
+                print(
+                    f"{case.name:<44} {label:<24} {time:9.2f} us  spread {spread:.3f}  error {error:.1e}"
+                )
+            except Exception as problem:
+                failed += 1
+                print(f"{case.name:<44} {label:<24} {type(problem).__name__}: {problem}")
+            torch.cuda.empty_cache()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

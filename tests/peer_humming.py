@@ -1,6 +1,6 @@
-"""Humming (the package humming-kernels) as a peer of the NVFP4 benchmarks, where it is installed.
+"""Humming (the package humming-kernels) as a peer of the NVFP4 products, where it is installed.
 
-Its kernels are built by nvcc at the first call. Weights are random bits, brought into its layout once. Of the experts only its two matrix products are timed: its users bring
+Its kernels are built at the first call. Of the experts only the two products are timed: its users bring
 routing, activation and sum themselves, so the figure flatters it.
 """
 
@@ -11,9 +11,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from bench_cuda import Call
+from peer_library import (
+    BF16,
+    CUDA,
+    GLOBAL,
+    Peer,
+    aligned,
+    codes,
+    dequantised,
+    error,
+    products_error,
+)
+from torch import Tensor
 
-BF16, CUDA = torch.bfloat16, torch.device("cuda")
 INDEXED = {"gemm_type": "indexed"}
 
 
@@ -21,8 +31,8 @@ def installed() -> bool:
     return importlib.util.find_spec("humming") is not None
 
 
-def layer(n: int, k: int, experts: int | None = None) -> Any:
-    """An NVFP4 matrix [n, k] (or one per expert) of random codes with scales around 1."""
+def layer(n: int, k: int, seeds: list[int], experts: int | None = None) -> Any:
+    """An NVFP4 matrix [n, k] (or one per expert) of the `codes` of these seeds, in its own layout."""
     from humming.layer import HummingLayer
     from humming.schema.modelopt import ModeloptNvfp4WeightSchema
 
@@ -31,23 +41,30 @@ def layer(n: int, k: int, experts: int | None = None) -> Any:
         shape_n=n, shape_k=k, weight_config=schema, num_experts=experts, torch_dtype=BF16
     ).to(CUDA)
     with torch.no_grad():
-        found.weight.random_(-(2**31), 2**31 - 1)  # eight codes each
-        found.weight_scale.view(torch.uint8).random_(0x20, 0x50)
-        found.weight_scale_2.fill_(0.01)
+        weight = found.weight.data.view(torch.uint8).view(len(seeds), n, k // 2)
+        scale = found.weight_scale.data.view(torch.uint8).view(len(seeds), n, k // 16)
+        for i, seed in enumerate(seeds):
+            packed, scales = codes(seed, n, k)
+            weight[i], scale[i] = packed, scales.view(torch.uint8)
+        found.weight_scale_2.fill_(GLOBAL)
     found.transform()
     return found
 
 
-def dense(n: int, k: int, m: int) -> Call:
+def dense(n: int, k: int, m: int, turn: int) -> Peer:
     """One product of bf16 rows [m, k] with a matrix of its own."""
-    matrix, x = layer(n, k), torch.randn(m, k, device=CUDA, dtype=BF16)
-    return lambda: matrix(x)
+    matrix, x = layer(n, k, [turn]), torch.randn(m, k, device=CUDA, dtype=BF16)
+    out = torch.empty(m, n, device=CUDA, dtype=BF16)
+    return (
+        lambda: matrix(x, outputs=out),
+        lambda: error(out, x.float() @ dequantised(turn, n, k).T, 0.02),
+    )
 
 
 @cache
-def bank(hidden: int, inner: int, experts: int) -> tuple[Any, Any]:
-    """gate and up in one matrix an expert, and down."""
-    return layer(2 * inner, hidden, experts), layer(hidden, inner, experts)
+def bank(n: int, k: int, experts: int, which: int) -> Any:
+    """The matrices of all experts, of seeds 2 e + which."""
+    return layer(n, k, [2 * e + which for e in range(experts)], experts)
 
 
 def block_rows(matrix: Any, pairs: int) -> int:
@@ -61,26 +78,26 @@ def block_rows(matrix: Any, pairs: int) -> int:
     raise ValueError(f"no configuration for {pairs} pairs in {choices}")
 
 
-def experts(hidden: int, inner: int, chosen: torch.Tensor, count: int) -> Call:
+def experts(hidden: int, inner: int, chosen: Tensor, count: int) -> Peer:
     """Both products of the routed experts; chosen [tokens, experts a token] int32."""
-    from humming.testing.data import generate_moe_tensors
-
-    up, down = bank(hidden, inner, count)
+    up, down = bank(2 * inner, hidden, count, 0), bank(hidden, inner, count, 1)
     n, k = chosen.shape
     x = torch.randn(n, hidden, device=CUDA, dtype=BF16)
     middle = torch.randn(n * k, inner, device=CUDA, dtype=BF16)
+    first = torch.empty(n * k, 2 * inner, device=CUDA, dtype=BF16)
+    second = torch.empty(n * k, hidden, device=CUDA, dtype=BF16)
 
-    def plan(matrix: Any) -> dict[str, torch.Tensor]:
-        rows = block_rows(matrix, n * k)
-        _, _, order, expert_ids, padded = generate_moe_tensors(
-            chosen, count, "indexed", block_size_config=rows
-        )
-        return {"sorted_ids": order, "expert_ids": expert_ids, "num_tokens_padded": padded}
+    def plan(matrix: Any) -> dict[str, Any]:
+        pairs, owners, total = aligned(chosen, count, block_rows(matrix, n * k))
+        padded = torch.tensor(total, device=CUDA, dtype=torch.int32)
+        order = {"sorted_ids": pairs, "expert_ids": owners, "num_tokens_padded": padded}
+        return {**order, "compute_config": INDEXED}
 
-    first, second = plan(up), plan(down)
+    first_plan, second_plan = plan(up), plan(down)
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
-        a = up(x, **first, top_k=k, compute_config=INDEXED)
-        return a, down(middle, **second, top_k=1, compute_config=INDEXED)
+    def call() -> None:
+        up(x, outputs=first, top_k=k, **first_plan)
+        down(middle, outputs=second, top_k=1, **second_plan)
 
-    return call
+    ones = torch.ones(n * k, device=CUDA)
+    return call, lambda: products_error(first, second, x, middle, chosen, ones)
