@@ -1,9 +1,9 @@
 """Times the CUDA kernels beside torch's own, per op and shape, as a share of the memory or MMA floor.
 
-    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--table NAME ...]
+    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--engines] [--table NAME ...]
 
-Each row also times what else computes it: torch's kernels, and those of serving engines that are found
-(docs/peers.md). Figures in brackets were measured before, with the same method.
+Each row also times what else computes it: torch's kernels and, with --engines, those of serving engines
+where they are found (docs/peers.md). Figures in brackets were measured before, with the same method.
 
 Method: every case is a list of calls on different buffers, more than 256 MB together (the L2 holds
 60), random data, captured as one CUDA graph; time of a replay over its calls, median of nine. A call
@@ -171,17 +171,20 @@ def main() -> int:
     parser.add_argument("patterns", nargs="*", help="globs of '<op> <shape>'")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compile", action="store_true", help="peers under torch.compile too")
+    parser.add_argument("--engines", action="store_true", help="peers of serving engines too")
     parser.add_argument("--table", action="append", choices=TABLES, help="only these cases")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no CUDA device", file=sys.stderr)
         return 3
     found = cases(args.patterns, args.table or TABLES)
-    peers = importlib.import_module("bench_peers")
-    report = {**describe_device(), "peers_left_out": peers.attach(found), "rows": []}
-    for label, reason in report["peers_left_out"].items():
-        print(f"without {label}: {reason}", file=sys.stderr)
-    report["peer_errors"] = peers.ERRORS  # relative, of each peer's first call
+    report = {**describe_device(), "rows": []}
+    if args.engines:
+        peers = importlib.import_module("bench_peers")
+        report["left_out"] = peers.attach(found)
+        report["peer_errors"] = peers.ERRORS  # relative, of each peer's first call
+        for label, reason in report["left_out"].items():
+            print(f"without {label}: {reason}", file=sys.stderr)
     for case in found:
         if not args.compile:
             case.peers = {k: v for k, v in case.peers.items() if COMPILED not in k}
