@@ -173,7 +173,7 @@ NVFP4_EXPERTS = r"experts nvfp4 (\d+) tokens( at random)?,.*"
 NVFP4_DENSE = r"linear nvfp4 (\d+)x(\d+) m(\d+)"
 # (library, or None for a Python package; label; pattern of the case's name; its groups -> peer)
 BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
-    ("flashmla", "FlashMLA fp8", r"attention (\d+)x(64) (\d+)\+(\d+)", lambda _, *a: pools(*a)),
+    ("flashmla", "FlashMLA fp8", r"attention (\d+)x(64|128) (\d+)\+(\d+)", lambda _, *a: pools(*a)),
     (
         "flashmla",
         "FlashMLA",
