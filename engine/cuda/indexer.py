@@ -1,4 +1,4 @@
-"""The `sm90` implementations of the indexer (scores and top-k) and of the KV compressor.
+"""The `sm90` implementations of the indexer: scores and top-k.
 
 Contracts are those of the references in `ops`. Nothing here synchronises with the GPU.
 """
@@ -26,7 +26,6 @@ from dsv4_bench.engine.step import Step
 
 INDEXER = Library("indexer", {"index_score": (P, P, I, P, I, P, P, N, N, N, N, N, N, F, N, N, P)})
 TOPK = Library("topk", {"index_topk": (P, P, N, N, N, N, P)})
-COMPRESSOR = Library("compressor", {"compressor": (P, P, P, P, P, P, N, N, N, I, N, P)})
 _ENTRIES = 256  # that a block of index_score takes
 
 
@@ -91,56 +90,3 @@ def index_topk(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
     sizes = (n, total, k, processors(score.device))
     TOPK.call(op, score, score.data_ptr(), visible.data_ptr(), *sizes, index.data_ptr())
     return index
-
-
-@sm90("compressor", COMPRESSOR)
-def compressor(
-    kv: Tensor,
-    score: Tensor,
-    kv_state: Tensor,
-    score_state: Tensor,
-    step: Step,
-    *,
-    ape: Tensor,
-) -> Tensor:
-    op = "compressor"
-    (ratio, width), (batch, slots, _) = ape.shape, kv_state.shape
-    tokens = (sum(step.lengths), width)
-    state = (len(step.lengths), slots, width)
-    if kv.shape != tokens or score.shape != tokens or slots not in (ratio, 2 * ratio):
-        wrong(op, f"kv {list(kv.shape)}, score {list(score.shape)}, ape {list(ape.shape)}")
-    if kv_state.shape != state or score_state.shape != state:
-        wrong(op, f"states {list(kv_state.shape)}, {list(score_state.shape)}, not {list(state)}")
-    kv, score, ape = floats(op, kv), floats(op, score), floats(op, ape)
-    states = [_writable(op, kv_state), _writable(op, score_state)]
-    windows = step.closed(ratio)
-    overlap = slots == 2 * ratio
-    pooled = kv.new_empty(sum(windows), width // 2 if overlap else width)
-    sequences = step.sequence_table(ratio)
-    COMPRESSOR.call(
-        op,
-        kv,
-        kv.data_ptr(),
-        score.data_ptr(),
-        ape.data_ptr(),
-        states[0].data_ptr(),
-        states[1].data_ptr(),
-        sequences.data_ptr(),
-        batch,
-        ratio,
-        width,
-        overlap,
-        max(windows),
-        pooled.data_ptr(),
-    )
-    for given, written in zip((kv_state, score_state), states, strict=True):
-        if written is not given:
-            given.copy_(written)
-    return pooled
-
-
-def _writable(op: str, state: Tensor) -> Tensor:
-    """A float32 argument that is written in place; a copy to be written back if not contiguous."""
-    if state.dtype != torch.float32 or not state.is_cuda:
-        wrong(op, f"the state is float32 in GPU memory, not {state.dtype} on {state.device}")
-    return state if state.is_contiguous() else state.contiguous()
