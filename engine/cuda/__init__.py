@@ -1,6 +1,7 @@
 """Registers the CUDA implementations; importing it touches no GPU and builds nothing."""
 
 import dsv4_bench.engine.cuda.attention
+import dsv4_bench.engine.cuda.compressor
 import dsv4_bench.engine.cuda.experts
 import dsv4_bench.engine.cuda.fusion
 import dsv4_bench.engine.cuda.gate
