@@ -281,6 +281,21 @@ __device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint32_t a0, uint32_
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<int>(add)));
 }
 
+// The same with both in shared memory, a with contiguous contracted columns too.
+__device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1, 0, 0;\n"
+        "}\n"
+        : DSV4_F32X32(c, 0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
 // c [64, 256] += a [64, 16] b [16, 256], both in shared memory; the columns of b are contiguous.
 __device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint64_t a, uint64_t b) {
     asm volatile(
@@ -296,6 +311,24 @@ __device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint64_t a, uint64
         "%125, %126, %127}, %128, %129, 1, 1, 1, 0, 1;\n"
         : DSV4_F32X32(c, 0), DSV4_F32X32(c, 32), DSV4_F32X32(c, 64), DSV4_F32X32(c, 96)
         : "l"(a), "l"(b));
+}
+
+// The same with a in registers, 16 rows a warp as in mma().
+__device__ __forceinline__ void wgmma_64x256(float (&c)[128], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
+        "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "
+        "%125, %126, %127}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n"
+        : DSV4_F32X32(c, 0), DSV4_F32X32(c, 32), DSV4_F32X32(c, 64), DSV4_F32X32(c, 96)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
 template <int kRegisters>
