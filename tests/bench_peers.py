@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -251,16 +251,20 @@ def maker_of(label: str, name: str, build: Callable[..., Peer], groups: tuple[st
     return make
 
 
-def attach(found: Iterable[Case]) -> dict[str, str]:
+def attach(found: Sequence[Case]) -> dict[str, str]:
     """Adds the peers of BUILT to the cases they can run. Returns those left out, with the reason."""
     left_out: dict[str, str] = {}
     for library, label, pattern, build in BUILT:
         if reason := unavailable(library):
             left_out[label] = reason
             continue
+        matched = False
         for case in found:
             if match := re.fullmatch(pattern, case.name):
                 case.peers[label] = maker_of(label, case.name, build, match.groups())
+                matched = True
+        if not matched:
+            left_out[label] = f"no case in this run is named {pattern}"
     return left_out
 
 
