@@ -217,6 +217,12 @@ BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
         lambda _, n, total, kind: peer_sglang.select(int(n), int(total), kind == "equal"),
     ),
     (
+        "sglang",
+        "SGLang GEMV",
+        r"linear bf16 (4096x8192|2048x4096|512x4096) m1",
+        lambda _, shape: peer_sglang.gemv(*map(int, shape.split("x"))),
+    ),
+    (
         "flashinfer",
         "DeepGEMM + FlashInfer",
         r"hc_pre (\d+)x4x4096",

@@ -1,11 +1,14 @@
-"""SGLang's topk_v2 as a peer of the indexer's selection; it returns the chosen entries in no order."""
+"""SGLang as a peer: topk_v2 of the indexer's selection, hopper_bf16_gemv of one bfloat16 row.
+
+topk_v2 returns the chosen entries in no order.
+"""
 
 from __future__ import annotations
 
 from ctypes import c_int64
 
 import torch
-from peer_library import CUDA, Peer, launch
+from peer_library import BF16, CUDA, Peer, error, launch
 
 
 def select(rows: int, total: int, equal: bool, k: int = 512) -> Peer:
@@ -28,3 +31,11 @@ def select(rows: int, total: int, equal: bool, k: int = 512) -> Peer:
         return 0.0
 
     return call, check
+
+
+def gemv(n: int, k: int) -> Peer:
+    """One bfloat16 row [k] times a matrix [n, k]; the shapes that the shared object has."""
+    x, weight = (torch.randn(*size, device=CUDA, dtype=BF16) for size in ((1, k), (n, k)))
+    out = torch.empty(1, n, device=CUDA, dtype=BF16)
+    call = launch("sglang", "sglang_gemv", x, weight, out, n, k)
+    return call, lambda: error(out, x.float() @ weight.float().T, 0.01)
