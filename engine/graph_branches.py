@@ -168,7 +168,8 @@ class Branches:
             self._kept.append((args, call.result))
             return call.result
         bound = site.spec.bind(args, {})
-        reads, writes = storages(call.args), storages(bound[name] for name in site.spec.mutates)
+        reads = storages(call.args)
+        writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
         needs = self._needs(reads, writes)
         self._prefetch(site, needs)
         stream = self._stream(needs, bool(_URGENT.search(site.path)))

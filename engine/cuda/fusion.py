@@ -1,4 +1,4 @@
-"""Norm, rope and cache insert of a decode step in one launch, where a graph's sites come one after another.
+"""Sites of a decode step that follow one another in one launch: pooling, norm, rope and cache insert.
 
 A capture asks before it runs a site. The first sites of a chain are put off: they return a tensor that
 nobody fills, only the chain's last site may be given it, and that one launches for all. The numbers
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.registry import Site
 
@@ -23,17 +24,20 @@ _WIDEST = 512
 CHAINS = {
     "q_head_norm": ("q_rope",),
     "kv_norm": ("kv_rope", "window_write"),
+    "compressor/pool": ("norm", "rope", "write"),
     "compressor/norm": ("rope", "write"),
 }
 
 
 @dataclass
 class Call:
-    """What to do for a site: `run` it, with launches that read `args`; or nothing now, `result` is known."""
+    """What to do for a site: `run` it, with launches that read `args` and write `writes` beside what the
+    site itself does; or nothing now, `result` is known."""
 
     args: tuple[Any, ...]
     run: Callable[[], Any] | None
     result: Any = None
+    writes: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -46,10 +50,16 @@ class _Chain:
 
 
 class Fusions:
-    """Which of `sites` become one launch; with `wanted` False none do."""
+    """Which of `sites`, of a model whose activations are `dtype`, become one launch; with `wanted` False
+    none do."""
 
-    def __init__(self, sites: Mapping[str, Site], wanted: bool = True) -> None:
-        self._sites, self._wanted = sites, wanted
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        wanted: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._sites, self._wanted, self._dtype = sites, wanted, dtype
         self._waiting: dict[int, _Chain] = {}  # by the address of the tensor that nobody fills
 
     def take(self, site: Site, args: tuple[Any, ...]) -> Call:
@@ -60,21 +70,33 @@ class Fusions:
         elif chain is not None or any(_address(value) in self._waiting for value in args):
             raise RuntimeError(f"{site.path} reads what a later launch computes")
         else:
-            following = self._following(site) if self._wanted else []
+            following = self._following(site, args) if self._wanted else []
             if not following:
                 return Call(args, lambda: site.run(args))
             chain = _Chain([], [], following)
         chain.sites.append(site)
         chain.args.append(args)
         if not chain.left:
-            read = (chain.args[0][0], *(a for later in chain.args[1:] for a in later[1:]))
-            return Call(read, lambda: _launch(chain))
-        later = torch.empty_like(args[0])
+            first, spec = chain.args[0], chain.sites[0].spec
+            read = (*first, *(a for later in chain.args[1:] for a in later[1:]))
+            written = spec.bind(first, {})
+            writes = tuple(written[name] for name in spec.mutates)
+            return Call(read, lambda: _launch(chain), writes=writes)
+        later = self._pooled(site, args) if site.op == "compressor" else torch.empty_like(args[0])
         self._waiting[_address(later)] = chain
         return Call(args, None, later)
 
-    def _following(self, site: Site) -> list[Site]:
+    def _pooled(self, site: Site, args: tuple[Any, ...]) -> Tensor:
+        """What a pool of a padded step returns, in the dtype that it is rounded to before its norm."""
+        ratio, width = site.params["ape"].shape
+        overlap = args[2].shape[1] == 2 * ratio
+        shape = len(args[4].lengths), width // 2 if overlap else width
+        return torch.empty(shape, dtype=self._dtype, device=args[0].device)
+
+    def _following(self, site: Site, args: tuple[Any, ...]) -> list[Site]:
         """The rest of the chain that `site` begins, if all of it runs on these kernels."""
+        if site.op == "compressor" and not (args[4].padded and args[4].is_decode):
+            return []  # not a row for every sequence
         for name, names in CHAINS.items():
             if site.path.endswith("/" + name):
                 parent = site.path.rpartition("/")[0]
@@ -89,6 +111,8 @@ def _address(value: Any) -> int:
 
 
 def _launch(chain: _Chain) -> Any:
+    if chain.sites[0].op == "compressor":
+        return _launch_entry(chain)
     norm, rope = chain.sites[:2]
     (x,), (_, positions) = chain.args[:2]
     slots = cache = None
@@ -121,8 +145,29 @@ def _launch(chain: _Chain) -> Any:
     return y if cache is None else None
 
 
+def _launch_entry(chain: _Chain) -> None:
+    """Pool, norm, rope and write of a compressor."""
+    pool, norm, rope, _ = chain.sites
+    first, (later,), (_, positions), (_, slots, entries) = chain.args
+    weight, ape = norm.params["weight"], pool.params["ape"]
+    if not (entry_fits(*first, ape=ape) and _fits(later, entries, weight)):
+        pooled = pool.run(first).to(later.dtype)
+        _one_by_one(_Chain(chain.sites[1:], [(pooled,), *chain.args[2:]], []))
+        return
+    compressed_entry(
+        *first,
+        ape=ape,
+        weight=weight,
+        eps=norm.params["eps"],
+        positions=positions,
+        freqs=floats("rope", rope.params["freqs"]),
+        slots=slots,
+        entries=entries,
+    )
+
+
 def _fits(x: Tensor, cache: Tensor | None, weight: Tensor | None) -> bool:
-    """Whether the kernel takes these: bfloat16 in rows of whole vectors, cached as they are."""
+    """Whether the kernels take these: bfloat16 in rows of whole vectors, cached as they are."""
     rows = [x] if cache is None else [x, cache]
     given = rows if weight is None else [*rows, weight]
     return (

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.library import Library, N, P
-from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.registry import Site
 
@@ -87,26 +86,21 @@ def weights_of(site: Site) -> list[Tensor]:
     for name in ("weight", "fn", "expert"):
         value = site.params.get(name)
         for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Weight):
-                found += [tensor for tensor in pack(part).keep if tensor is not None]
-            elif isinstance(part, Tensor):
-                found.append(part)
+            stored = (part.data, part.scale) if isinstance(part, Weight) else (part,)
+            found += [t for t in stored if isinstance(t, Tensor) and t.is_contiguous()]
     return found
 
 
 def prefetch(tensors: Iterable[Tensor], blocks: int = BLOCKS) -> None:
-    """Ask for the memory of dense CUDA `tensors`, from front to back, at most half of the L2 cache."""
-    starts, sizes, on = [], [], None
-    for tensor in tensors:
-        on = on if on is not None else tensor
-        room = torch.cuda.get_device_properties(tensor.device).L2_cache_size // 2 - sum(sizes)
-        size = min(tensor.nbytes, room) // _GRAIN * _GRAIN
-        if size > 0 and tensor.data_ptr() % _GRAIN == 0 and len(starts) < _MOST_RANGES:
-            starts.append(tensor.data_ptr())
-            sizes.append(size)
-    if on is None or not starts:
+    """Ask for the memory of contiguous CUDA `tensors`, from front to back, at most half of the L2 cache."""
+    fit = [t for t in tensors if t.is_cuda and t.data_ptr() % _GRAIN == 0][:_MOST_RANGES]
+    if not fit:
         return
-    count = len(starts)
-    where = (ctypes.c_void_p * count)(*starts)
-    bytes_of = (ctypes.c_int64 * count)(*sizes)
-    PREFETCH.call("prefetch", on, where, bytes_of, count, blocks)
+    room = torch.cuda.get_device_properties(fit[0].device).L2_cache_size // 2
+    sizes = []
+    for tensor in fit:
+        sizes.append(min(tensor.nbytes, room) // _GRAIN * _GRAIN)
+        room -= sizes[-1]
+    count = len(fit)
+    where = (ctypes.c_void_p * count)(*(t.data_ptr() for t in fit))
+    PREFETCH.call("prefetch", fit[0], where, (ctypes.c_int64 * count)(*sizes), count, blocks)
