@@ -64,7 +64,7 @@ def sites(ratio: int, dim: int, ape: Tensor, weight: Tensor | None) -> list[Site
     params: list[tuple[str, str, dict[str, Any]]] = [
         ("pool", "compressor", {"ape": ape}),
         ("norm", "rms_norm", {"weight": weight, "eps": 1e-6}),
-        ("rope", "rope", {"freqs": torch.rand(dim // 8, device=CUDA), "inverse": False}),
+        ("rope", "rope", {"freqs": torch.rand(dim // 32 * 4, device=CUDA), "inverse": False}),
         ("write", "cache_write", {}),
     ]
     found = [Site(f"L0/attn/compressor/{name}", OPS[op], p, 0) for name, op, p in params]
