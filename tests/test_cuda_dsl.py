@@ -21,7 +21,7 @@ from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.probes.metrics import relative_error
 
-_MISSING = dsl_library.compiler()[0] is None and dsl_library.dsl_build("linear").find() is None
+_MISSING = dsl_library.compiler()[0] is None and dsl_linear.LINEAR.built() is None
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(_MISSING, reason=f"{dsl_library.compiler()[1]}, and not built elsewhere"),

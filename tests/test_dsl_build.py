@@ -38,7 +38,8 @@ def test_every_source_is_declared() -> None:
 def test_no_kernel_spills(op: str, tmp_path: Path) -> None:
     """From the build where nvcc can make one, else from the objects alone."""
     if dsl_library.compiler()[0] is not None:
-        log = ptxas.log_of(dsl_library.dsl_build(op).library())
+        built = LIBRARIES[op].build_all(workers=2)
+        log = "\n".join(map(ptxas.log_of, built.values()))
     else:
         sources = [dsl_library.FOLDER / name for name in dsl_library.dsl_build(op).sources]
         command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", *map(str, sources)]
@@ -57,9 +58,9 @@ def test_no_kernel_spills(op: str, tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("op", dsl_library.sources())
 def test_the_library_exports_what_is_declared(op: str) -> None:
-    library = ctypes.CDLL(str(LIBRARIES[op].path()))
-    for function in ("error_string", *LIBRARIES[op].signatures):
-        assert getattr(library, f"dsv4_{function}")
+    for function, path in LIBRARIES[op].build_all(workers=2).items():
+        library = ctypes.CDLL(str(path))
+        assert library.dsv4_error_string and getattr(library, f"dsv4_{function}")
 
 
 HEADER = """\
@@ -86,6 +87,16 @@ def test_a_source_that_does_not_compile_is_shown(tmp_path: Path) -> None:
     assert done.returncode != 0 and "no such layout" in done.stderr
 
 
+@needs_dsl
+def test_one_kernel_is_compiled_alone(tmp_path: Path) -> None:
+    sources = [str(dsl_library.FOLDER / name) for name in dsl_library.dsl_build("linear").sources]
+    command = [sys.executable, "-m", "dsv4_bench.engine.dsl.compile", "-c", "--kernel"]
+    subprocess.run([*command, "sum_f32", *sources], cwd=tmp_path, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.glob("*.[oh]")} == {"sum_f32.o", "sum_f32.h"}
+    done = subprocess.run([*command, "sum_f3", *sources], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1 and b"exports no sum_f3" in done.stderr
+
+
 def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     impl = IMPLEMENTATIONS["linear"]["cutedsl"]
     monkeypatch.setattr(cuda.library, "_device_reason", lambda: "no CUDA device")
@@ -98,15 +109,18 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path:
     dsl_library.dsl_build.cache_clear()
     try:
         assert impl.unavailable(context) == "nvidia-cutlass-dsl is not installed and not built"
-        with pytest.raises(CannotAnswer, match="linear_dsl_sm90 is not built"):
-            LIBRARIES["linear"].path()
-        # A library that was built elsewhere serves without the DSL, and is its own identity.
-        target = dsl_library.dsl_build("linear")
-        folder = tmp_path / "kernels" / f"{target.name}-{target.content[:12]}-01234567"
-        folder.mkdir(parents=True)
-        (folder / f"{target.name}.so").touch()
+        with pytest.raises(CannotAnswer, match="sum_f32_dsl_sm90 is not built"):
+            LIBRARIES["linear"].path_of("sum_f32")
+        # Kernels that were built elsewhere serve without the DSL, if none is missing.
+        whole = f"linear_dsl_sm90-{dsl_library.dsl_build('linear').content[:12]}-"
+        for kernel in LIBRARIES["linear"].signatures:
+            assert impl.unavailable(context) and LIBRARIES["linear"].identity() == whole
+            target = dsl_library.dsl_build("linear", kernel)
+            folder = tmp_path / "kernels" / f"{target.name}-{target.content[:12]}-01234567"
+            folder.mkdir(parents=True)
+            (folder / f"{target.name}.so").touch()
         assert impl.unavailable(context) is None
-        assert target.identity() == folder.name
+        assert LIBRARIES["linear"].identity() == f"{whole}01234567"
     finally:
         monkeypatch.undo()
         dsl_library.dsl_build.cache_clear()

@@ -135,30 +135,38 @@ class Library:
 
     def load(self) -> None:
         """Build if need be, and load."""
-        library = ctypes.CDLL(str(self.path()))  # drops the GIL during a call
+        self._bind(self.path(), self.signatures)
+
+    def _bind(self, path: Path, functions: Iterable[str]) -> None:
+        """Make `functions` callable from the shared object at `path`."""
+        library = ctypes.CDLL(str(path))  # drops the GIL during a call
         describe = library.dsv4_error_string
         describe.argtypes, describe.restype = (I,), ctypes.c_char_p
         table: dict[str, Callable[..., int]] = {}
-        for name, types in self.signatures.items():
+        for name in functions:
             function = getattr(library, f"dsv4_{name}")
-            function.argtypes, function.restype = (*types, P), ctypes.c_int
+            function.argtypes, function.restype = (*self.signatures[name], P), ctypes.c_int
             table[name] = function
-        self._describe, self.functions = describe, table
+        self._describe, self.functions = describe, {**self.functions, **table}
+
+    def _loaded(self, function: str) -> Callable[..., int]:
+        """`function`, from a library that is loaded now."""
+        self.load()
+        return self.functions[function]
 
     def call(self, function: str, on: Tensor, *args: Any) -> None:
         """Launch `function` on the device and current stream of tensor `on`.
 
         Raises DSV4Error for arguments the kernel does not take, RuntimeError for a CUDA error.
         """
-        if not self.functions:
-            self.load()
+        run = self.functions.get(function) or self._loaded(function)
         index = on.device.index
         stream = torch.cuda.current_stream(index).cuda_stream
         if index == torch.cuda.current_device():
-            status = self.functions[function](*args, stream)
+            status = run(*args, stream)
         else:
             with torch.cuda.device(index):
-                status = self.functions[function](*args, stream)
+                status = run(*args, stream)
         if status == -1:
             wrong(function, "the kernel does not take these sizes")
         if status:

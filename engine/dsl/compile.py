@@ -1,19 +1,20 @@
 """A compiler command for CuTe-DSL sources: kernels in Python -> a shared object with a C ABI.
 
-    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC -o OUT.so SOURCE.py [HELPER.py ...]
+    python -m dsv4_bench.engine.dsl.compile --nvcc NVCC [--kernel NAME] -o OUT.so SOURCE.py [HELPER.py ...]
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC --version
     python -m dsv4_bench.engine.dsl.compile -c SOURCE.py [HELPER.py ...]     objects, without nvcc
 
 Helpers are what SOURCE.py imports from this package; these files are used, not the installed ones.
-SOURCE.py has a generator `exports()`: name, host function, example arguments. Each becomes
+SOURCE.py has a generator `exports()`: name, host function, example arguments. Each, or NAME alone, becomes
 `int dsv4_<name>(arguments..., void* stream)`, status 0 or a cudaError_t. The DSL compiles and writes
-object files; nvcc adds the functions that load the kernels at their first call. Needs
-nvidia-cutlass-dsl and nvcc, no GPU. What ptxas says about every kernel is printed.
+object files; the host compiler, through nvcc for its paths, adds the functions that load the kernels at
+their first call. Needs nvidia-cutlass-dsl and nvcc, no GPU. What ptxas says about every kernel is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import re
@@ -64,8 +65,8 @@ def load(source: Path) -> Any:
     return module
 
 
-def compile_exports(source: Path, helpers: list[Path]) -> list[str]:
-    """Write <name>.o and <name>.h into the current folder for each export; returns their names."""
+def compile_exports(source: Path, helpers: list[Path], wanted: str | None = None) -> list[str]:
+    """Write <name>.o and <name>.h into the current folder for each export, or `wanted`; their names."""
     # The DSL reads these when it is imported; it knows no other way to compile for an absent GPU.
     os.environ.update(
         CUTE_DSL_ARCH=ARCH, CUTE_DSL_COMPILER_OPT="remarks{ptx}", CUTE_DSL_DISABLE_FILE_CACHING="1"
@@ -76,9 +77,13 @@ def compile_exports(source: Path, helpers: list[Path]) -> list[str]:
         load(helper)
     names = []
     for name, function, arguments in load(source).exports():
+        if name != (wanted or name):
+            continue
         compiled = cute.compile(function, *arguments)
         compiled.export_to_c(file_path=".", file_name=name, function_prefix=name)
         names.append(name)
+    if not names:
+        raise SystemExit(f"error: {source.name} exports no {wanted or 'kernel'}")
     return names
 
 
@@ -101,7 +106,8 @@ def packages() -> list[str]:
 def versions(nvcc: str) -> str:
     """Everything that decides what comes out."""
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    return "\n".join([*(f"{p} {metadata.version(p)}" for p in packages()), done.stdout])
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return "\n".join([*(f"{p} {metadata.version(p)}" for p in packages()), own, done.stdout])
 
 
 def main() -> int:
@@ -109,6 +115,7 @@ def main() -> int:
     parser.add_argument("--nvcc")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-c", dest="objects_only", action="store_true")
+    parser.add_argument("--kernel")
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("helpers", type=Path, nargs="*")
@@ -120,15 +127,15 @@ def main() -> int:
         return 0
     if args.source is None or (args.output is None and not args.objects_only):
         parser.error("a source and -o are needed")
-    names = compile_exports(args.source, args.helpers)
+    names = compile_exports(args.source, args.helpers, args.kernel)
     if args.objects_only:
         return 0
-    Path("glue.cu").write_text(
+    Path("glue.cpp").write_text(  # not .cu: for that nvcc would compile a GPU's half too
         _HEAD + "".join(glue(name, Path(f"{name}.h").read_text()) for name in names)
     )
     objects = [f"{name}.o" for name in names]
     flags = ["--shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static", "-std=c++17"]
-    command = [args.nvcc, *flags, "-o", str(args.output), "glue.cu", *objects, str(runtime())]
+    command = [args.nvcc, *flags, "-o", str(args.output), "glue.cpp", *objects, str(runtime())]
     return subprocess.run(command).returncode
 
 

@@ -1,15 +1,17 @@
 """How the CuTe-DSL kernels are built, found, called and registered as `cutedsl` implementations.
 
-One shared object per file ``engine/dsl/<op>_sm90.py``, made by `compile.py` in a process of its own
-(seconds; the DSL's state is global) and kept by content like every other build. A machine without
-nvidia-cutlass-dsl uses one that was built elsewhere.
+One shared object for every kernel that a file ``engine/dsl/<op>_sm90.py`` exports, made by `compile.py` at the
+kernel's first call (2 to 3 s, in a process of its own: the DSL's state is global) and kept by content like
+every other build. A machine without nvidia-cutlass-dsl uses those that were built elsewhere.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,10 +40,11 @@ def compiler() -> tuple[str | None, str]:
 
 
 @lru_cache
-def dsl_build(op: str) -> build.Build:
-    """The build of ``engine/dsl/<op>_sm90.py``."""
+def dsl_build(op: str, kernel: str = "") -> build.Build:
+    """The build of one kernel of ``engine/dsl/<op>_sm90.py``; without a name, what all of them come from."""
     files = (f"{op}_sm90.py", *HELPERS)
-    return build.Build(f"{op}_dsl_sm90", files, (), ARCH, compiler()[0], FOLDER)
+    flags = ("--kernel", kernel) if kernel else ()
+    return build.Build(f"{kernel or op}_dsl_sm90", files, flags, ARCH, compiler()[0], FOLDER)
 
 
 def sources() -> list[str]:
@@ -50,20 +53,48 @@ def sources() -> list[str]:
 
 
 class DslLibrary(Library):
-    """The kernels of `op`; `signatures` as in Library."""
+    """The kernels of `op`, each loaded when it is first called; `signatures` as in Library."""
 
     def __init__(self, op: str, signatures: dict[str, tuple[Any, ...]]) -> None:
         super().__init__(f"{op}_dsl", signatures)
         self.op = op
 
-    def path(self) -> Path:
+    def built(self) -> Path | None:
+        """The shared object of some kernel if all of them are built."""
+        found = [dsl_build(self.op, kernel).find() for kernel in self.signatures]
+        return found[0] if all(found) else None
+
+    def identity(self) -> str:
+        """Names sources and compiler; where there is none, the one that made what was found."""
         target = dsl_build(self.op)
+        found = self.built() if target.compiler is None else None
+        if found is None:
+            return target.identity()
+        return f"{target.name}-{target.content[:12]}-{found.parent.name.rpartition('-')[2]}"
+
+    def path_of(self, kernel: str) -> Path:
+        """The shared object of `kernel`, built now if need be. Raises CannotAnswer if it cannot be."""
+        target = dsl_build(self.op, kernel)
         if target.compiler is None and target.find() is None:
             raise CannotAnswer(
                 f"{target.name} is not built, and {compiler()[1]}",
                 "pip install nvidia-cutlass-dsl, or build it on another machine",
             )
         return target.library()
+
+    def build_all(self, workers: int | None = None) -> dict[str, Path]:
+        """Build every kernel, `workers` compilers side by side; name -> shared object."""
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            paths = pool.map(self.path_of, self.signatures)
+            return dict(zip(self.signatures, paths, strict=True))
+
+    def load(self) -> None:
+        for kernel in self.signatures:
+            self._loaded(kernel)
+
+    def _loaded(self, function: str) -> Callable[..., int]:
+        self._bind(self.path_of(function), [function])
+        return self.functions[function]
 
 
 def cutedsl(
@@ -75,10 +106,8 @@ def cutedsl(
         if reason := cuda.library.unsuitable(context, dtypes):
             return reason
         command, reason = compiler()
-        if command is None and dsl_build(library.op).find() is None:
+        if command is None and library.built() is None:
             return f"{reason} and not built"
         return None
 
-    return implementation(
-        op=op, name="cutedsl", requires=requires, code=lambda: dsl_build(library.op).identity()
-    )
+    return implementation(op=op, name="cutedsl", requires=requires, code=library.identity)
