@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,
@@ -76,6 +77,7 @@ def main() -> None:
         run("gate", randn(3, 64), tokens, **arguments)
         arguments["weight"] = Weight("gate", "dense", randn(33, 64, dtype=BF16))
         run("gate", randn(3, 64, dtype=BF16), tokens, **arguments)
+    prefetch([randn(5, 7), randn(33, 4096), randn(1)], blocks=3)
     for d in (33, 512):
         x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
         run("rms_norm", x, weight=randn(d), eps=1e-6)

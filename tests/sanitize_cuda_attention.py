@@ -13,7 +13,9 @@ import torch
 from cuda_judge import kernel
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.compressor import compressed_entry
 from dsv4_bench.engine.cuda.hyper import hc_post_pre
+from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.kv_entry import pack
 from dsv4_bench.engine.step import Step
 
@@ -89,7 +91,28 @@ def indexer() -> None:
     for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
         kv, gate = (randn(46, width, dtype=torch.float32) for _ in range(2))
         states = [randn(3, slots, width, dtype=torch.float32) for _ in range(2)]
-        kernel("compressor", kv, gate, *states, step, ape=randn(ratio, width, dtype=torch.float32))
+        ape = randn(ratio, width, dtype=torch.float32)
+        kernel("compressor", kv, gate, *states, step, ape=ape)
+        compressor_of_one_token(kv, gate, states, ape)
+
+
+def compressor_of_one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> None:
+    """A window that closes, one that stays open, one that closes and has no place in the cache."""
+    ratio, dim = len(ape), 128
+    starts = torch.tensor([ratio - 1, 0, ratio - 1]).cuda()
+    step = FixedStep(torch.zeros(3).long().cuda(), starts, 128, 256, {ratio: 64})
+    step._tables = {ratio: step.sequence_table(ratio).cpu().cuda()}  # for initcheck, as above
+    kernel("compressor", kv[:3], gate[:3], *states, step, ape=ape)
+    compressed_entry(
+        *(kv[:3], gate[:3], *states, step),
+        ape=ape,
+        weight=randn(dim),
+        eps=1e-6,
+        positions=torch.tensor([0, 5, 70000]).cuda(),
+        freqs=randn(32, dtype=torch.float32),
+        slots=torch.tensor([2, -1, -1]).cuda(),
+        entries=randn(4, dim),
+    )
 
 
 def main() -> None:

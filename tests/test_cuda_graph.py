@@ -18,6 +18,7 @@ from dsv4_bench.engine import cuda, demo
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.cuda.fusion import _Chain, _launch
+from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -103,6 +104,36 @@ def test_graph_has_the_bits_of_the_same_step_op_by_op(
     for ours, theirs in zip(graphed.layers, eager.layers, strict=True):
         for name, tensor in theirs.tensors().items():
             assert torch.equal(ours.tensors()[name], tensor), name
+
+
+def test_prefetching_changes_no_bit_and_is_off_where_single_sites_are_looked_at(
+    model: Transformer,
+) -> None:
+    ids = texts(4)
+    graphs = {on: DecodeGraph(model, prefilled(model, ids), prefetch=on) for on in (True, False)}
+    for number in range(4):
+        ours, theirs = (graphs[on].forward(token_of(ids, number)) for on in (True, False))
+        assert torch.equal(ours, theirs)
+
+    def fetching(graph: DecodeGraph) -> bool:
+        return any("prefetch" in name for name in graph.nodes())
+
+    assert fetching(graphs[True]) and not fetching(graphs[False])
+    for keys in ({"observer": Peaks()}, {"clock": Ticks()}, {"branches": False}):
+        assert not fetching(DecodeGraph(model, prefilled(model, ids), **keys))
+
+
+def test_prefetched_memory_stays_as_it_is_whatever_its_size() -> None:
+    """Odd sizes, an address between grains, nothing at all, and more than half of the L2 cache."""
+    sizes = (1, 3, 4096, 100_003, 64 * 2**20)
+    tensors = [torch.randn(size, device="cuda") for size in sizes]
+    tensors.append(torch.randn(10, device="cuda")[1:])
+    copies = [t.clone() for t in tensors]
+    prefetch([])
+    prefetch(tensors, blocks=3)
+    prefetch(reversed(tensors))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
 def test_replays_are_bit_identical(model: Transformer) -> None:

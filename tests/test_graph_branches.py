@@ -18,6 +18,7 @@ from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.cuda.fusion import Fusions
+from dsv4_bench.engine.cuda.prefetch import Prefetches
 from dsv4_bench.engine.graph import fixed_step
 from dsv4_bench.engine.graph_branches import Branches
 from dsv4_bench.engine.model import Transformer
@@ -253,6 +254,51 @@ def test_independent_sites_do_run_side_by_side(model: Transformer, launches: Lau
         ("L2/attn/hc_pre", "L1/ffn/gate"),
     ]:
         assert after(later, earlier), (later, earlier)
+
+
+def test_weights_are_fetched_beside_earlier_sites_and_nobody_waits_but_the_end(
+    model: Transformer, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for site in model.sites.values():
+        monkeypatch.setattr(site.stamp, "implementation", "sm90")
+    monkeypatch.setattr(model.sites["L1/ffn/shared"].stamp, "implementation", "reference")
+    asked: list[tuple[int, list[Any]]] = []  # number of the launch, tensors
+
+    def prefetch(tensors: list[Any]) -> None:
+        asked.append((launches.count(), tensors))
+        launches.launch("prefetch", set(), set())
+
+    monkeypatch.setattr(graph_branches, "prefetch", prefetch)
+    branches = Branches(None, None, prefetches=Prefetches(model.sites))
+    capture(model, prefilled(model, (125,)), launches, branches)
+    first = {path: number for path, number, _ in branches.sites}
+    assert not launches.races
+    assert branches.origin.seen == (1 << launches.count()) - 1  # all is joined
+
+    def weights(path: str) -> list[Any]:
+        params = model.sites[path].params
+        matrices = params.get("expert") or [params.get("weight") or params["fn"]]
+        return [getattr(m, "data", m) for m in matrices]
+
+    def asked_with(path: str) -> tuple[int, list[Any]]:
+        """The launch that asks for the first matrix of `path`, and all it asks for."""
+        ((number, tensors),) = [
+            (number, tensors)
+            for number, tensors in asked
+            if any(t.data_ptr() == weights(path)[0].data_ptr() for t in tensors)
+        ]
+        return number, tensors
+
+    for beside, path in [("wq_a", "wq_b"), ("q_rope", "wo_a"), ("wo_a", "wo_b")]:
+        number, _ = asked_with(f"L1/attn/{path}")
+        assert not launches.before[number] >> first[f"L1/attn/{beside}"] & 1
+        assert not launches.before[first[f"L1/attn/{path}"]] >> number & 1
+    number, tensors = asked_with("L2/attn/wkv")
+    assert launches.before[number] >> first["L1/ffn/experts"] & 1  # when its memory traffic is over
+    assert len(tensors) == 5  # hc_pre, wq_a, wkv and the compressor's two, with no scales in bf16
+    asked_for = {t.data_ptr() for _, tensors in asked for t in tensors}
+    assert weights("L1/ffn/shared")[0].data_ptr() not in asked_for
+    assert {t.data_ptr() for t in weights("L2/ffn/shared")} <= asked_for
 
 
 def test_a_chain_is_in_the_order_of_the_program(model: Transformer, launches: Launches) -> None:
