@@ -55,6 +55,13 @@ class CudaClock:
         else:
             self._scratch.sum()
 
+    def fill_caches(self, warm: Sequence[Tensor]) -> None:
+        """Empty the L2, but for what is small enough of `warm`."""
+        self.evict()
+        for tensor in warm:
+            if 0 < tensor.nbytes <= self._warmable:
+                tensor.clone()  # reads it, whatever its dtype and strides
+
     def prepare(self, make: Callable[[], Call], warm: Sequence[Tensor] = ()) -> Timed:
         make()()  # builds and tables
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -62,12 +69,8 @@ class CudaClock:
             make()()  # what libraries keep for a stream
         torch.cuda.synchronize()
 
-        kept = [tensor for tensor in warm if 0 < tensor.nbytes <= self._warmable]
-
         def before() -> None:
-            self.evict()
-            for tensor in kept:
-                tensor.clone()  # reads it, whatever its dtype and strides
+            self.fill_caches(warm)
             if self._own:  # as the op before would, it lets the first kernel start before its end
                 cuda.timing.leader(self._sink)
 

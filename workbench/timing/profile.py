@@ -102,7 +102,7 @@ def count(model: Transformer, tokens: list[list[int]], request: Request, say: Sa
     """Run the ops of `request` for ncu, which looks on; how many ops. Nothing is timed."""
     kept = _capture(model, tokens, request, say)
     with torch.inference_mode():
-        run_counted(model, kept.calls)
+        run_counted(model, kept.calls, CudaClock())
     return len(kept.calls)
 
 

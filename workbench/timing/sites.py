@@ -18,6 +18,7 @@ from dsv4_bench.probes.judge import Judge
 from dsv4_bench.probes.nvtx import site_range
 from dsv4_bench.workbench.timing.ceilings import Ceilings
 from dsv4_bench.workbench.timing.clock import Call, Clock, Timed
+from dsv4_bench.workbench.timing.cuda_clock import CudaClock
 from dsv4_bench.workbench.timing.kernels import Kernels, kernels_of
 
 
@@ -147,12 +148,16 @@ def run_recorded(model: Transformer, calls: Sequence[Captured], repeats: int) ->
                     run()
 
 
-def run_counted(model: Transformer, calls: Sequence[Captured]) -> None:
-    """The kernel of every op once, for a profiler that is started before it and stopped after."""
+def run_counted(model: Transformer, calls: Sequence[Captured], clock: CudaClock) -> None:
+    """The kernel of every op once, for a profiler that is started before it and stopped after.
+
+    The caches are as `prepared` has them; a profiler that leaves them alone measures what we do.
+    """
     for call in calls:
         impl = _contenders(model, call)[0][-1]
         caller(call, impl)()  # builds and tables are not counted
         run = caller(call, impl)
+        clock.fill_caches(_warm(call))
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         with site_range(call.site.path, call.site.layer), site_range(impl.name):
@@ -163,13 +168,17 @@ def run_counted(model: Transformer, calls: Sequence[Captured]) -> None:
 
 def prepared(call: Captured, impl: Implementation, clock: Clock) -> Timed:
     """The op on `impl`, ready to be timed: weights and cache cold, what the ops before wrote warm."""
+    return clock.prepare(lambda: caller(call, impl), _warm(call))
+
+
+def _warm(call: Captured) -> list[Tensor]:
+    """What the ops before have just written: the arguments that are no cache."""
     names = call.site.spec.parameters
-    warm = [
+    return [
         value
         for name, value in zip(names, call.args, strict=False)
         if isinstance(value, Tensor) and name not in call.cached
     ]
-    return clock.prepare(lambda: caller(call, impl), warm)
 
 
 def interleave(timed: dict[str, Timed], effort: Effort) -> dict[str, list[float]]:
