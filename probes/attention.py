@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.softmax_stats import FIELDS, PROBE_SOFTMAX, softmax_stats
+from dsv4_bench.engine.cuda.softmax_stats import (
+    FIELDS,
+    MOST_SAMPLES,
+    PROBE_SOFTMAX,
+    softmax_stats,
+)
 from dsv4_bench.engine.cuda.stats import available
 from dsv4_bench.engine.ops.attention import gather_rows
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
 from dsv4_bench.probes.readings import Call, Reading, at_most, near
-from dsv4_bench.probes.sampling import furthest, sample_rows
+from dsv4_bench.probes.sampling import sample, sample_rows
 
 _ROUNDING = 1e-3  # of a sum of float32 softmax weights over 10^4 keys, with room
-_QUERIES = 8  # as many as are recomputed; 64 heads over 640 keys of 512 are 84 MFLOP a query
+_QUERIES = MOST_SAMPLES  # that are recomputed; 64 heads over 640 keys of 512 are 42 MFLOP each
+_MADE = "softmax of sampled tokens"
 
 
 @probe
@@ -41,67 +47,75 @@ class SoftmaxProbe(Probe):
         return site.op == "attention"
 
     def observe(self, call: Call) -> Iterable[Reading]:
-        name = self.name
-        every = torch.arange(len(call.outputs["lse"]), device=call.outputs["lse"].device)
-        rows, note = sample_rows(every, _QUERIES)
-        found = _fused(call, rows) or _by_torch(call, rows)
-        yield call.reading(name, "sink_mass", found["sink_mass"], "share")
-        for mass in ("window_mass", "entry_mass"):
-            if mass in found:
-                yield call.reading(name, mass, found[mass], "share", sampled=note)
-        yield call.reading(name, "entropy", found["entropy"], "nats", sampled=note)
-        yield call.reading(name, "max_weight", found["max_weight"], "share", sampled=note)
-        limit = _ROUNDING
+        tokens, _ = _sampled(call)
+        found = _fused(call, tokens)
+        call.make(_MADE, _by_torch(call) if found is None else found)
+        return ()
+
+    def explain(self, call: Call) -> Iterable[Reading]:
+        columns = zip(*call.values(_MADE), strict=True)
+        found = dict(zip(FIELDS, columns, strict=True))
+        rows, note = _sampled(call)
+        lse, name = call.outputs["lse"], self.name
+        count = len(rows) * lse.shape[1]
+        yield call.reading(name, "sink_mass", sum(found["sinks"]) / lse.numel(), "share")
+        for mass in ("window", "entries") if _has_entries(call) else ("window",):
+            share = sum(found[mass]) / count
+            reading = "entry_mass" if mass == "entries" else "window_mass"
+            yield call.reading(name, reading, share, "share", sampled=note)
+        entropy = sum(found["entropy"]) / count
+        yield call.reading(name, "entropy", entropy, "nats", sampled=note)
+        largest, over, under = (_largest(found[field]) for field in FIELDS[-3:])
+        yield call.reading(name, "max_weight", largest, "share", sampled=note)
+        padding, limit = under if under != under else max(under, 0.0), _ROUNDING
+        within = at_most(limit)
+        yield call.reading(name, "padding_mass", padding, "share", limit, within, sampled=note)
+        row_sum = 1 - under if under > over or under != under else 1 + over
+        off = near(1.0, limit)
         yield call.reading(
-            name,
-            "padding_mass",
-            found["padding_mass"],
-            "share",
-            limit,
-            at_most(limit),
-            sampled=note,
-        )
-        off = near(1.0, _ROUNDING)
-        yield call.reading(
-            name, "row_sum", found["row_sum"], "share", 1.0, off, "furthest from 1", sampled=note
+            name, "row_sum", row_sum, "share", 1.0, off, "furthest from 1", sampled=note
         )
 
 
-def _fused(call: Call, rows: Tensor) -> dict[str, Tensor]:
-    """The readings' values by one launch; nothing where there is no kernel for these tensors."""
+def _sampled(call: Call) -> tuple[list[int], str]:
+    return sample(len(call.outputs["lse"]), _QUERIES)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN if one is."""
+    return next((value for value in values if value != value), max(values))
+
+
+def _has_entries(call: Call) -> bool:
+    index = call.inputs.get("entry_index")
+    return index is not None and index.shape[1] > 0
+
+
+def _fused(call: Call, tokens: list[int]) -> Tensor | None:
+    """FIELDS [s, 7] by one launch; None where there is no kernel for these tensors."""
     a, lse = call.inputs, call.outputs["lse"]
     if not lse.is_cuda or not available(lse.device, PROBE_SOFTMAX):
-        return {}
-    entries = None
-    if a.get("entry_index") is not None and a["entry_index"].shape[1]:
-        entries = a["entries"], a["entry_index"]
+        return None
+    entries = (a["entries"], a["entry_index"]) if _has_entries(call) else None
     pools = (a["window"], a["window_index"]), entries
-    values = softmax_stats(a["q"], lse, a["sink"], rows, pools, a["scale"])
-    if values is None:
-        return {}
-    found = dict(zip(FIELDS, values.unbind(), strict=True))
-    if entries is None:
-        del found["entry_mass"]
-    return found
+    return softmax_stats(a["q"], lse, a["sink"], tokens, pools, a["scale"])
 
 
-def _by_torch(call: Call, rows: Tensor) -> dict[str, Tensor]:
-    """The same with torch's operations."""
+def _by_torch(call: Call) -> Tensor:
+    """The same with torch's operations, which a graph can hold; all sinks in the first row."""
     lse = call.outputs["lse"].float()
-    sink = torch.exp(call.inputs["sink"].float() - lse)  # [n, h]
-    weights = attention_weights(call, rows)  # [s, h, keys]
-    row_sum = weights.sum(-1) + sink[rows]
+    rows, _ = sample_rows(torch.arange(len(lse), device=lse.device), _QUERIES)
+    sink = torch.exp(call.inputs["sink"].float() - lse).double()  # [n, h]
+    weights = attention_weights(call, rows).double()  # [s, h, keys]
     width = call.inputs["window_index"].shape[1]
-    found = {
-        "sink_mass": sink.mean(),
-        "window_mass": weights[..., :width].sum(-1).mean(),
-        "entropy": torch.special.entr(weights).sum(-1).mean(),
-        "max_weight": weights.max(),
-        "padding_mass": (1 - row_sum).clamp(min=0).max(),
-        "row_sum": furthest(row_sum, 1.0),
-    }
-    if weights.shape[-1] > width:
-        found["entry_mass"] = weights[..., width:].sum(-1).mean()
+    over = weights.sum(-1) + sink[rows] - 1
+    found = weights.new_zeros(len(rows), len(FIELDS))
+    found[0, 0] = sink.sum()
+    found[:, 1] = weights[..., :width].sum((1, 2))
+    found[:, 2] = weights[..., width:].sum((1, 2))
+    found[:, 3] = torch.special.entr(weights).sum((1, 2))
+    found[:, 4] = weights.amax((1, 2))
+    found[:, 5], found[:, 6] = over.amax(1), (-over).amax(1)
     return found
 
 

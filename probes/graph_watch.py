@@ -66,7 +66,7 @@ class GraphWatch:
         self._begin()
 
     def _begin(self) -> None:
-        self._over = False
+        self._over = self._begun = False
         self._calls: list[Call] = []
         self._fresh: list[Call] = []
         self._memory = Memory()
@@ -84,6 +84,9 @@ class GraphWatch:
         """Ask the probes about a site that has run."""
         if self._over:  # captured anew
             self._begin()
+        if not self._begun:
+            self.ring.begin()
+            self._begun = True
         inputs = site.spec.bind(args, site.params)
         outputs = site.spec.name_outputs(result) | {n: inputs[n] for n in site.spec.mutates}
         call = Call(site, inputs, outputs)
@@ -99,10 +102,10 @@ class GraphWatch:
 
     def step_done(self) -> None:
         """The same for what is behind the layers; the step is over with it."""
-        self._launch(advance=True)
+        self._launch()
         self._over = True
 
-    def _launch(self, advance: bool = False) -> None:
+    def _launch(self) -> None:
         first, views = len(self._slots), []
         for question in unanswered(self._fresh):
             if question.request.kind == "values":
@@ -127,7 +130,7 @@ class GraphWatch:
                 f"{len(self._slots)} answers and {self._copied} values do not fit into the ring",
                 "watch fewer sites",
             )
-        self.ring.launch(views, first, advance)
+        self.ring.launch(views, first)
         self._fresh, self._memory, self._copying = [], Memory(), []
 
     def _copy(self, owner: Question | int, value: Tensor) -> None:

@@ -103,22 +103,31 @@ class Call:
     before: dict[str, Tensor] = field(default_factory=dict)  # mutated arguments, as they were
     pending: bool = False  # whether a reading or an answer is still on a device
     answers: dict[Request, Any] = field(default_factory=dict, repr=False)
+    made: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by probes, in `observe`
     overwritten: dict[str, str] = field(default_factory=dict)  # output -> the site that did it
 
     def ran(self, outputs: dict[str, Tensor]) -> None:
         """Keep what the op has returned or written; called again after it was re-run."""
         self.outputs, self.pending = outputs, False
         self.answers.clear()
+        self.made.clear()
 
     # -- what is asked of outputs
 
     def tensor(self, name: str) -> Tensor:
-        """An output, an input, or what an input has: ``step.positions``."""
-        if name in self.outputs:
-            return self.outputs[name]
+        """An output, what a probe has `made`, an input, or what an input has: ``step.positions``."""
+        for tensors in (self.outputs, self.made):
+            if name in tensors:
+                return tensors[name]
         owner, _, rest = name.partition(".")
         value: Tensor = getattr(self.inputs[owner], rest) if rest else self.inputs[owner]
         return value
+
+    def make(self, name: str, tensor: Tensor) -> None:
+        """Have the `values` of a small tensor, made of the call's in `observe`, ready for `explain`."""
+        self.made[name] = tensor
+        self.answers.pop(Request("values", name), None)
+        self.ask("values", name)
 
     def ask(self, kind: str, output: str, at: int | None = None) -> None:
         """Have `stats`, `sums`, `exponents`, `values` or `empty` of a tensor ready for `explain`."""

@@ -20,10 +20,12 @@ def sample_rows(rows: Tensor, most: int, what: str = "queries") -> tuple[Tensor,
     return rows[chosen], f"{most} of {count} {what}"
 
 
-def furthest(values: Tensor, target: float) -> Tensor:
-    """The one of `values` that is furthest from `target`, 0-d, without waiting for a device."""
-    flat = values.flatten()
-    return flat.index_select(0, (flat - target).abs().argmax()[None])[0]
+def sample(count: int, most: int, what: str = "queries") -> tuple[list[int], str]:
+    """The same of the rows 0 to count - 1, on the host."""
+    if count <= most:
+        return list(range(count)), ""
+    chosen = [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    return chosen, f"{most} of {count} {what}"
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -32,9 +32,12 @@ class Stats(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Sequence[float]) -> Stats:
-        """From the nine numbers in this order, as a device reports them."""
+        """From nine numbers as a device reports them: up to abs_max in this order, then sum x^2, sum x."""
         finite, nan, inf, minus_inf, zero, peaks = map(int, row[:6])
-        return cls(finite, nan, inf, minus_inf, zero, peaks, *row[6:9])
+        abs_max, squares, total = row[6:9]
+        count = finite or 1
+        rms, mean = math.sqrt(squares / count), total / count
+        return cls(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
 
     def to_dict(self) -> dict[str, float]:
         return self._asdict()
@@ -51,10 +54,12 @@ class Sums(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Sequence[float]) -> Sums:
-        """From a device's row of nine numbers."""
+        """From a device's row of nine numbers: how many, NaN, five others, low, high, total."""
         number, nan = int(row[0]), int(row[1])
-        finite = row[6:9] if nan < number else (0.0, 0.0, 0.0)
-        return cls(number, nan, *finite)
+        if nan == number:
+            return cls(number, nan, 0.0, 0.0, 0.0)
+        low, high, total = row[6:9]
+        return cls(number, nan, low, high, total / (number - nan))
 
     def furthest(self, target: float) -> float:
         """The sum that is furthest from `target`; NaN if one is NaN."""
@@ -95,16 +100,14 @@ def _compiled(library: cpu_library.Kernels, tensor: Tensor) -> Stats:
         ctypes.addressof(out),
         torch.get_num_threads(),
     )
-    *counts, abs_max, sums, squares = out
-    nan, inf, minus_inf, zero, peaks = map(int, counts)
-    finite = total - nan - inf
-    count = finite or 1
-    rms, mean = math.sqrt(squares / count), sums / count
-    return Stats(finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
+    nan, inf, minus_inf, zero, peaks, abs_max, sums, squares = out
+    return Stats.of_row(
+        (total - nan - inf, nan, inf, minus_inf, zero, peaks, abs_max, squares, sums)
+    )
 
 
 def reduced(tensor: Tensor, index: Tensor | None = None) -> Tensor:
-    """The fields of Stats as float64 [9], with torch's reductions on the tensor's device.
+    """A row for `Stats` as float64 [9], with torch's reductions on the tensor's device.
 
     `index`: of these rows alone, those below 0 left out. Nobody waits: no value decides what is done.
     """
@@ -120,11 +123,10 @@ def reduced(tensor: Tensor, index: Tensor | None = None) -> Tensor:
     abs_max = magnitude.max() if len(values) else values.new_zeros(())
     peaks = ((magnitude == abs_max) & good).sum()
     zero = ((values == 0) & good).sum()
-    count = finite.clamp(min=1).double()
     # Squares of float32 cannot overflow a float64 sum.
-    rms = torch.linalg.vector_norm(values, dtype=torch.float64) / count.sqrt()
-    mean = values.sum(dtype=torch.float64) / count
-    fields = (finite, nan, inf, minus_inf, zero, peaks, abs_max, rms, mean)
+    squares = torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    total = values.sum(dtype=torch.float64)
+    fields = (finite, nan, inf, minus_inf, zero, peaks, abs_max, squares, total)
     return torch.stack([field.double() for field in fields])
 
 
@@ -147,7 +149,7 @@ def reduced_sums(tensor: Tensor, axis: int | None) -> Tensor:
     if len(sums):
         row[6] = torch.where(nan, torch.inf, sums).min()
         row[7] = torch.where(nan, -torch.inf, sums).max()
-        row[8] = torch.where(nan, 0.0, sums).sum() / (~nan).sum().clamp(min=1)
+        row[8] = torch.where(nan, 0.0, sums).sum()
     return row
 
 

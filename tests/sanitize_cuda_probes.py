@@ -33,14 +33,18 @@ def views() -> list[cuda.stats.View]:
 
 
 def softmax() -> None:
-    for n, heads, dim, widths in ((3, 9, 512, (128, 33)), (1, 64, 264, (65, 512))):
+    for n, heads, dim, widths in (
+        (3, 9, 512, (128, 33)),
+        (1, 64, 264, (65, 512)),
+        (1, 128, 8, (3, 0)),
+    ):
         pools = [
             (torch.randn(50, dim).bfloat16().cuda(), torch.randint(-1, 50, (n, w)).int().cuda())
             for w in widths
         ]
         q, lse = torch.randn(n, heads, dim).bfloat16().cuda(), torch.randn(n, heads).cuda()
-        sample = torch.arange(n).cuda()
-        given = (q, lse, torch.randn(heads).cuda(), sample, (pools[0], pools[1]), 0.1)
+        both = pools[0], pools[1] if widths[1] else None
+        given = (q, lse, torch.randn(heads).cuda(), range(n), both, 0.1)
         print(softmax_stats(*given) is not None)
 
 
@@ -51,11 +55,13 @@ def main() -> None:
         for tensor in (ring.step, ring.arrived):
             tensor.copy_(torch.zeros(tensor.shape, dtype=tensor.dtype))
         looked = views()
-        ring.launch(looked, advance=True)
+        ring.begin()
+        ring.launch(looked)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
+            ring.begin()
             ring.launch(looked[:20])
-            ring.launch(looked[20:], 20, advance=True)
+            ring.launch(looked[20:], 20)
         for _ in range(3):
             graph.replay()
         print([row.number for row in ring.fetch()])

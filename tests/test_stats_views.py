@@ -107,7 +107,7 @@ def test_others_are_read_from_a_copy_that_is_kept(name: str) -> None:
     assert view.tensor.is_contiguous() and view.tensor.data_ptr() != COPIED[name].data_ptr()
 
 
-@pytest.mark.parametrize("count", [1, 32767, 32768, 32769, 100_000, (1 << 25) + 1])
+@pytest.mark.parametrize("count", [1, 8191, 8192, 8193, 100_000, (1 << 25) + 1])
 def test_chunks_cover_every_element_once(count: int) -> None:
     view = cuda.stats.moments_view(torch.empty(count))
     assert view is not None and view.chunks <= 1024
@@ -130,7 +130,7 @@ def test_slots_and_chunks_of_many_views() -> None:
     views = [cuda.stats.moments_view(torch.empty(size)) for size in (5, 70_000, 0, 40_000)]
     table = items([view for view in views if view is not None], first_slot=7)
     assert [item["slot"] for item in table] == [7, 8, 9, 10]
-    assert [item["first"] for item in table] == [0, 1, 4, 5]
+    assert [item["first"] for item in table] == [0, 1, 10, 11]
 
 
 def test_dtypes() -> None:
@@ -171,7 +171,7 @@ def test_rows_to_count_in() -> None:
             place = item["data"] + 4 * item["stride"] * (rows - 1)
             assert rows == 0 or element(place) == tensor.reshape(-1, tensor.shape[-1])[-1, 0]
     large = cuda.stats.empty_view(torch.zeros(1000, 512), 0)
-    assert large is not None and large.chunks == 16 and large.per_chunk == 64
+    assert large is not None and large.chunks == 63 and large.per_chunk == 16
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_sums_are_those_along_the_axis(tensor: Tensor, axis: int | None) -> None
 
 
 def test_sums_of_a_row() -> None:
-    sums = Sums.of_row([4.0, 1.0, 0, 0, 0, 0, 0.5, 3.0, 1.5])
+    sums = Sums.of_row([4.0, 1.0, 0, 0, 0, 0, 0.5, 3.0, 4.5])
     assert sums == (4, 1, 0.5, 3.0, 1.5) and math.isnan(sums.furthest(1))
     assert sums._replace(nan=0).furthest(1.0) == 3.0 and sums._replace(nan=0).furthest(2.5) == 0.5
     assert Sums.of_row([2.0, 2.0, 0, 0, 0, 0, math.inf, -math.inf, 0]) == (2, 2, 0, 0, 0)

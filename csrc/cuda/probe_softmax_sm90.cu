@@ -1,103 +1,143 @@
 // Where the mass of attention weights goes, recomputed from queries, keys and the op's own lse.
 
-#include "dispatch.cuh"
+#include "elements.cuh"
+#include "launch.cuh"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;  // a warp has a head
-constexpr int kKeys = 16;                          // of a block
-constexpr int kMostDim = 512, kVectors = kMostDim / (32 * 8);
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kBlocks = 8;                        // of a cluster, which has a token
+constexpr int kHeads = 16;                        // of a tile, the rows of a matrix instruction
+constexpr int kTiles = 4;                         // at a time, a warp each
+constexpr int kShares = kBlocks * kWarps / kTiles;  // of the keys
+constexpr int kKeys = 8;                          // of a group, its columns
+constexpr int kGroups = 5;                        // that a warp has under way
+constexpr int kMostHeads = 128, kMostSamples = 8;
+constexpr int kFields = 8;                        // of a result
 
 struct Pool {
-    const void* keys;      // [rows, dim]
+    const bf16* keys;      // [rows, dim]
     const int32_t* index;  // [n, width], -1 for none
     int64_t width;
 };
 
 struct Job {
-    const void* q;          // [n, heads, dim]
-    const float* lse;       // [n, heads]
-    const float* sink;      // [heads]
-    const int64_t* sample;  // [gridDim.z] tokens that are looked at
+    const bf16* q;      // [n, heads, dim]
+    const float* lse;   // [n, heads]
+    const float* sink;  // [heads]
     Pool window, entries;
-    int64_t n, heads, dim;
+    int64_t n;
+    int heads, dim;
     float scale;
-    float4* parts;      // [samples, heads, chunks]: mass, entropy, largest weight
-    float4* rows;       // [samples, heads]: mass in window and entries, entropy, largest weight
-    uint32_t* arrived;  // [1 + samples * head groups] blocks done; 0 between launches
-    double* out;        // [8]
+    int64_t sample[kMostSamples];  // tokens that are looked at, one a cluster
+    double* out;                   // [samples, kFields]
+};
+
+// Of one head.
+struct Masses {
+    float window = 0, entries = 0, entropy = 0, largest = -INFINITY;
 };
 
 __device__ inline float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN stays
 
-// Eight consecutive elements as they lie in memory: 16 bytes, or 32 of float32.
-template <class T> struct Eight {
-    static constexpr int V = Vector<T>::kSize < 8 ? Vector<T>::kSize : 8;
-    Vector<T, V> parts[8 / V];
-    __device__ void load(const T* from) {
-#pragma unroll
-        for (int i = 0; i < 8 / V; i++) parts[i] = load_vector<T, V>(from + i * V);
-    }
-    __device__ float value(int i) const { return to_float(parts[i / V].at[i % V]); }
-};
-
-// One warp's head over the keys [first, last) of a pool.
-template <class Q, class K>
-__device__ inline float4 weigh(const Job& job, const Pool& pool, int64_t token, int64_t head,
-                               int64_t first, int64_t last) {
-    constexpr int kFlight = 8 / sizeof(K);  // keys under way
-    int lane = threadIdx.x % 32;
-    const Q* q = (const Q*)job.q + (token * job.heads + head) * job.dim;
-    float query[kVectors][8];
-#pragma unroll
-    for (int v = 0; v < kVectors; v++) {
-        int at = v * 256 + lane * 8;
-#pragma unroll
-        for (int i = 0; i < 8; i++) query[v][i] = 0;
-        if (at >= job.dim) continue;
-        Eight<Q> from;
-        from.load(q + at);
-#pragma unroll
-        for (int i = 0; i < 8; i++) query[v][i] = from.value(i);
-    }
-    float lse = job.lse[token * job.heads + head];
-    int mine = lane < last - first ? pool.index[token * pool.width + first + lane] : -1;
-    float4 part = {0, 0, -INFINITY, 0};
-#pragma unroll 1
-    for (int key = 0; key < kKeys; key += kFlight) {
-        Eight<K> x[kFlight][kVectors];
-        int rows[kFlight];
-#pragma unroll
-        for (int f = 0; f < kFlight; f++) {
-            rows[f] = __shfl_sync(~0u, mine, key + f);
-            const K* from = (const K*)pool.keys + max(rows[f], 0) * job.dim;
-#pragma unroll
-            for (int v = 0; v < kVectors; v++) {
-                int at = v * 256 + lane * 8;
-                if (rows[f] >= 0 && at < job.dim) x[f][v].load(from + at);
-            }
-        }
-#pragma unroll
-        for (int f = 0; f < kFlight; f++) {
-            float dot = 0;
-#pragma unroll
-            for (int v = 0; v < kVectors; v++)
-                if (rows[f] >= 0 && v * 256 + lane * 8 < job.dim)
-#pragma unroll
-                    for (int i = 0; i < 8; i++) dot += query[v][i] * x[f][v].value(i);
-            dot = warp_sum(dot);
-            if (first + key + f >= last) continue;
-            float weight = rows[f] >= 0 ? expf(dot * job.scale - lse) : 0;
-            part.x += weight;
-            part.y -= weight > 0 ? weight * logf(weight) : weight;  // NaN stays NaN
-            part.z = larger(part.z, weight);
-        }
-    }
-    return part;
+__device__ inline void add(Masses& a, const Masses& b) {
+    a.window += b.window, a.entries += b.entries, a.entropy += b.entropy;
+    a.largest = larger(a.largest, b.largest);
 }
 
-// The sum over a block, in thread 0.
+__device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline uint4 load_or_zero(const bf16* from, bool exists) {
+    return exists ? *(const uint4*)from : uint4{};
+}
+
+// What a lane of a warp knows: heads `head` and head + 8, keys 2 * t and 2 * t + 1 of a group. In
+// which order a product's terms come is free, so a lane takes eight neighbours of a row at once.
+struct Tile {
+    const Job& job;
+    const int64_t token;
+    const int lane = threadIdx.x % 32, t = lane % 4, head;
+    const int of_window;  // groups
+    Masses of[2];
+
+    __device__ Tile(const Job& job, int64_t token, int first)
+        : job(job), token(token), head(first + lane / 4),
+          of_window((int)((job.window.width + kKeys - 1) / kKeys)) {}
+
+    __device__ bool has(int row) const { return head + 8 * row < job.heads; }
+
+    // The row of its pool for key lane / 4 of a group; null for none.
+    __device__ const bf16* key(int group, int last) const {
+        bool in_window = group < of_window;
+        const Pool& pool = in_window ? job.window : job.entries;
+        int64_t at = (int64_t)(in_window ? group : group - of_window) * kKeys + lane / 4;
+        if (group >= last || at >= pool.width) return nullptr;
+        int row = pool.index[token * pool.width + at];
+        return row < 0 ? nullptr : pool.keys + (int64_t)row * job.dim;
+    }
+
+    // The groups [first, last), kGroups of them at most.
+    __device__ void weigh(int first, int last) {
+        const bf16 *keys[kGroups], *query = job.q + (token * job.heads + head) * job.dim;
+        float logits[kGroups][4] = {};
+#pragma unroll
+        for (int j = 0; j < kGroups; j++) keys[j] = key(first + j, last);
+#pragma unroll 2
+        for (int from = 0; from < job.dim; from += 32) {
+            int at = from + 8 * t;
+            uint4 a = load_or_zero(query + at, has(0) && at < job.dim), b[kGroups];
+            uint4 c = load_or_zero(query + 8 * job.dim + at, has(1) && at < job.dim);
+#pragma unroll
+            for (int j = 0; j < kGroups; j++)
+                b[j] = load_or_zero(keys[j] + at, keys[j] && at < job.dim);
+#pragma unroll
+            for (int j = 0; j < kGroups; j++) {
+                multiply(logits[j], a.x, c.x, a.y, c.y, b[j].x, b[j].y);
+                multiply(logits[j], a.z, c.z, a.w, c.w, b[j].z, b[j].w);
+            }
+        }
+        float lse[2];
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+            lse[row] = has(row) ? job.lse[token * job.heads + head + 8 * row] : 0;
+#pragma unroll
+        for (int j = 0; j < kGroups; j++) {
+            uint32_t exist = __ballot_sync(~0u, keys[j] != nullptr);  // bit 4 * key
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (!(exist >> 4 * (2 * t + i % 2) & 1)) continue;
+                Masses& mine = of[i / 2];
+                float log_weight = logits[j][i] * job.scale - lse[i / 2];
+                float weight = expf(log_weight);
+                (first + j < of_window ? mine.window : mine.entries) += weight;
+                mine.entropy -= weight > 0 ? weight * log_weight : weight;  // NaN stays NaN
+                mine.largest = larger(mine.largest, weight);
+            }
+        }
+    }
+
+    // Both heads over all keys of the groups, in lanes with t = 0.
+    __device__ void finish() {
+        for (int row = 0; row < 2; row++)
+            for (int offset = 1; offset < 4; offset *= 2) {
+                Masses other;
+                other.window = __shfl_xor_sync(~0u, of[row].window, offset);
+                other.entries = __shfl_xor_sync(~0u, of[row].entries, offset);
+                other.entropy = __shfl_xor_sync(~0u, of[row].entropy, offset);
+                other.largest = __shfl_xor_sync(~0u, of[row].largest, offset);
+                add(of[row], other);
+            }
+    }
+};
+
+// The sum over a block, in thread 0; likewise the largest.
 __device__ inline double block_total(double x, double* shared) {
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
@@ -108,99 +148,91 @@ __device__ inline double block_total(double x, double* shared) {
     return total;
 }
 
-__device__ inline float block_largest(float x, float* shared) {
+__device__ inline float block_largest(float x, double* shared) {
     for (int offset = 16; offset > 0; offset /= 2)
         x = larger(x, __shfl_xor_sync(~0u, x, offset));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
-    for (int w = 0; w < kWarps; w++) x = larger(x, shared[w]);
+    for (int w = 0; w < kWarps; w++) x = larger(x, (float)shared[w]);
     __syncthreads();
     return x;
 }
 
-// Count this block in; true in all threads of the one that comes last, which sees what all wrote.
-__device__ inline bool arrive(uint32_t* counter, uint32_t expected) {
-    __shared__ uint32_t before;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        before = atomicAdd(counter, 1u);
-        if (before + 1 == expected) *counter = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    bool last = before + 1 == expected;
-    __syncthreads();
-    return last;
+// Every cluster sums the sink's weight over tokens of its own: this block's part of them.
+__device__ inline double sinks_of(const Job& job, double* shared) {
+    const int64_t blocks = (int64_t)gridDim.x * kBlocks, block = blockIdx.x * kBlocks + blockIdx.z;
+    double sum = 0;
+    for (int64_t i = block * kThreads + threadIdx.x; i < job.n * job.heads; i += blocks * kThreads)
+        sum += expf(job.sink[i % job.heads] - job.lse[i]);
+    return block_total(sum, shared);
 }
 
-// One warp's head over all chunks.
-__device__ inline void conclude_head(const Job& job, int64_t row, int chunks, int of_window) {
-    int lane = threadIdx.x % 32;
-    float4 total = {0, 0, 0, -INFINITY};
-    for (int c = lane; c < chunks; c += 32) {
-        float4 part = __ldcg(job.parts + row * chunks + c);
-        (c < of_window ? total.x : total.y) += part.x;
-        total.z += part.y;
-        total.w = larger(total.w, part.z);
-    }
-    total.x = warp_sum(total.x), total.y = warp_sum(total.y), total.z = warp_sum(total.z);
-    for (int offset = 16; offset > 0; offset /= 2)
-        total.w = larger(total.w, __shfl_xor_sync(~0u, total.w, offset));
-    if (lane == 0) job.rows[row] = total;
+struct Shared {
+    Masses shares[kWarps / kTiles][kMostHeads];  // by the warps' shares of the keys
+    Masses block[kMostHeads];
+    float sinks;
+    double totals[kWarps];
+};
+
+__device__ inline Masses masses_of(const Masses* at, int rank) {
+    Masses found;
+    found.window = load_from_block(&at->window, rank);
+    found.entries = load_from_block(&at->entries, rank);
+    found.entropy = load_from_block(&at->entropy, rank);
+    found.largest = load_from_block(&at->largest, rank);
+    return found;
 }
 
-// All sampled tokens and heads together.
-__device__ inline void conclude(const Job& job, int64_t samples) {
-    __shared__ double sums[kWarps];
-    __shared__ float largest[kWarps];
-    double window = 0, entries = 0, entropy = 0, sinks = 0;
-    float weight = -INFINITY, over = -INFINITY, under = -INFINITY;
-    for (int64_t i = threadIdx.x; i < samples * job.heads; i += kThreads) {
-        float4 row = __ldcg(job.rows + i);
-        int64_t token = job.sample[i / job.heads], head = i % job.heads;
-        float sum = row.x + row.y + expf(job.sink[head] - job.lse[token * job.heads + head]);
-        over = larger(over, sum - 1), under = larger(under, 1 - sum);
-        window += row.x, entries += row.y, entropy += row.z;
-        weight = larger(weight, row.w);
+// By the first block of a cluster: all blocks' keys, all heads.
+__device__ inline void conclude(const Job& job, int64_t token, Shared& s) {
+    const int head = threadIdx.x;
+    Masses all;
+    float over = -INFINITY, under = -INFINITY;
+    if (head < job.heads) {
+        for (int rank = 0; rank < kBlocks; rank++) add(all, masses_of(&s.block[head], rank));
+        float sink = expf(job.sink[head] - job.lse[token * job.heads + head]);
+        float sum = all.window + all.entries + sink;
+        over = sum - 1, under = 1 - sum;
     }
-    for (int64_t i = threadIdx.x; i < job.n * job.heads; i += kThreads)
-        sinks += expf(job.sink[i % job.heads] - job.lse[i]);
-    window = block_total(window, sums), entries = block_total(entries, sums);
-    entropy = block_total(entropy, sums), sinks = block_total(sinks, sums);
-    weight = block_largest(weight, largest);
-    over = block_largest(over, largest), under = block_largest(under, largest);
-    if (threadIdx.x > 0) return;
-    double rows = (double)(samples * job.heads);
-    job.out[0] = sinks / (double)(job.n * job.heads);
-    job.out[1] = window / rows;
-    job.out[2] = entries / rows;
-    job.out[3] = entropy / rows;
-    job.out[4] = weight;
-    job.out[5] = under < 0 ? 0 : under;
-    job.out[6] = over > under || over != over ? 1 + (double)over : 1 - (double)under;
-    job.out[7] = 0;
+    double sinks = 0;
+    if (threadIdx.x < kBlocks) sinks = load_from_block(&s.sinks, threadIdx.x);
+    double* out = job.out + blockIdx.x * kFields;
+    double totals[] = {block_total(sinks, s.totals),         block_total(all.window, s.totals),
+                       block_total(all.entries, s.totals),   block_total(all.entropy, s.totals),
+                       block_largest(all.largest, s.totals), block_largest(over, s.totals),
+                       block_largest(under, s.totals),       0};
+    if (threadIdx.x == 0)
+        for (int f = 0; f < kFields; f++) out[f] = totals[f];
 }
 
-template <class Q, class K>
-__global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 2) softmax_kernel(const __grid_constant__ Job job) {
+    __shared__ Shared s;
+    const int warp = threadIdx.x / 32, part = warp / kTiles;
+    const int64_t token = job.sample[blockIdx.x];
     let_next_start();
     wait_for_previous();
-    int of_window = (int)((job.window.width + kKeys - 1) / kKeys), chunk = blockIdx.x;
-    int64_t head = blockIdx.y * (int64_t)kWarps + threadIdx.x / 32;
-    int64_t row = blockIdx.z * job.heads + head;
-    bool in_window = chunk < of_window;
-    const Pool& pool = in_window ? job.window : job.entries;
-    int64_t first = (in_window ? chunk : chunk - of_window) * (int64_t)kKeys;
-    if (head < job.heads) {
-        float4 part = weigh<Q, K>(job, pool, job.sample[blockIdx.z], head, first,
-                                  min(first + kKeys, pool.width));
-        if (threadIdx.x % 32 == 0) job.parts[row * gridDim.x + chunk] = part;
+    const int groups = (int)((job.window.width + kKeys - 1) / kKeys +
+                             (job.entries.width + kKeys - 1) / kKeys);
+    const int each = (groups + kShares - 1) / kShares;
+    const int first = min((blockIdx.z * (kWarps / kTiles) + part) * each, groups);
+    const int last = min(first + each, groups);
+    for (int head = warp % kTiles * kHeads; head < job.heads; head += kTiles * kHeads) {
+        Tile tile(job, token, head);
+        for (int group = first; group < last; group += kGroups) tile.weigh(group, last);
+        tile.finish();
+        for (int row = 0; row < 2; row++)
+            if (tile.t == 0 && tile.has(row)) s.shares[part][tile.head + 8 * row] = tile.of[row];
     }
-    uint32_t group = blockIdx.z * gridDim.y + blockIdx.y;
-    if (!arrive(job.arrived + 1 + group, gridDim.x)) return;
-    if (head < job.heads) conclude_head(job, row, gridDim.x, of_window);
-    if (arrive(job.arrived, gridDim.y * gridDim.z)) conclude(job, gridDim.z);
+    double sinks = sinks_of(job, s.totals);
+    if (threadIdx.x == 0) s.sinks = (float)sinks;
+    if (threadIdx.x < job.heads) {
+        Masses sum;
+        for (int i = 0; i < kWarps / kTiles; i++) add(sum, s.shares[i][threadIdx.x]);
+        s.block[threadIdx.x] = sum;
+    }
+    cluster_barrier();
+    if (blockIdx.z == 0) conclude(job, token, s);
+    cluster_barrier();  // the first block has read what the others hold
 }
 
 }  // namespace
@@ -208,30 +240,21 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_const
 
 using namespace dsv4;
 
-// out [8] = mean weight of the sink over all tokens and heads; over the sampled ones mean mass in the
-// window and in the entries, mean entropy, largest weight, largest shortfall of a row's sum below 1,
-// the sum furthest from 1. q [n, heads, dim] of `dtype`, pools of keys of `pool_dtype`, dim a multiple
-// of 8 up to 512; parts holds 4 floats for each 16 keys of each pool and one more, for every sampled
-// token and head; arrived [1 + samples * heads / 8, rounded up] uint32 is 0 before and after.
-DSV4_EXPORT int dsv4_probe_softmax(const void* q, int dtype, const float* lse, const float* sink,
+// out [samples, 8], sums over heads: the sink's weight, over tokens that the samples share among them;
+// of the sampled token the mass in the window and in the entries, the entropy; then over its heads
+// the largest weight, how far a row's sum lies above 1 at most, and below; 0. q [n, heads, dim] and
+// pools of keys bfloat16, heads up to 128, dim a multiple of 8; sample in host memory, up to 8 tokens.
+DSV4_EXPORT int dsv4_probe_softmax(const void* q, const float* lse, const float* sink,
                                    const int64_t* sample, int64_t samples, const void* window,
                                    const int32_t* window_index, int64_t window_width,
                                    const void* entries, const int32_t* entry_index,
-                                   int64_t entry_width, int pool_dtype, int64_t n, int64_t heads,
-                                   int64_t dim, float scale, void* parts, uint32_t* arrived,
-                                   double* out, void* stream) {
-    if (dim % 8 || dim > kMostDim || samples < 1) return kUnsupported;
-    int64_t chunks = ceil_div(window_width, kKeys) + ceil_div(entry_width, kKeys);
-    float4* rows = (float4*)parts + samples * heads * chunks;
-    Job job = {q,     lse,   sink, sample, {window, window_index, window_width},
-               {entries, entry_index, entry_width}, n, heads, dim, scale, (float4*)parts, rows,
-               arrived, out};
-    dim3 grid((unsigned)chunks, (unsigned)ceil_div(heads, kWarps), (unsigned)samples);
-    return with_dtype(dtype, [&](auto tag) {
-        return with_dtype(pool_dtype, [&](auto pool_tag) {
-            using Q = type_of<decltype(tag)>;
-            using K = type_of<decltype(pool_tag)>;
-            return launch(softmax_kernel<Q, K>, grid, kThreads, 0, stream, job);
-        });
-    });
+                                   int64_t entry_width, int64_t n, int64_t heads, int64_t dim,
+                                   float scale, double* out, void* stream) {
+    if (dim % 8 || heads > kMostHeads || samples < 1 || samples > kMostSamples) return kUnsupported;
+    Job job = {(const bf16*)q, lse, sink, {(const bf16*)window, window_index, window_width},
+               {(const bf16*)entries, entry_index, entry_width}, n, (int)heads, (int)dim, scale};
+    for (int64_t i = 0; i < samples; i++) job.sample[i] = sample[i];
+    job.out = out;
+    return launch_clusters(kBlocks, softmax_kernel, dim3((unsigned)samples, 1, kBlocks), kThreads, 0,
+                           stream, job);
 }

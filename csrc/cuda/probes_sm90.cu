@@ -27,17 +27,18 @@ namespace {
 
 enum Kind { kMoments = 0, kSums = 1, kValues = 2, kEmpty = 3 };
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kGroup = 8;                   // elements that a thread takes at once
-constexpr int kFlight = 4;                  // groups it has under way
-constexpr int kFields = 9;                  // of a result
-constexpr int kBins = 256;                  // exponents of float32
-constexpr int kMostItems = 96;              // of a launch
-constexpr uint32_t kInfinity = 0x7f800000;  // magnitudes from here on are not finite
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kGroup = 8;       // elements that a thread takes at once
+constexpr int kFlight = 4;      // groups it has under way
+constexpr int kFields = 9;      // of a result
+constexpr int kBins = 256;      // exponents of float32
+constexpr int kMostItems = 96;  // of a launch
 
-// Counts of all values, moments of the finite ones. Magnitudes are compared as bits.
+// Counts of all values, moments of the finite ones.
 struct Part {
-    uint32_t seen = 0, nan = 0, inf = 0, minus_inf = 0, zero = 0, peaks = 0, peak = 0, unused = 0;
+    uint32_t seen = 0, nan = 0, inf = 0, minus_inf = 0, zero = 0, peaks = 0;
+    float peak = 0;  // largest magnitude
+    uint32_t unused = 0;
     double sum = 0, squares = 0;
 };
 
@@ -45,95 +46,134 @@ struct Job {
     double* ring;           // [steps, slots, kFields]
     uint32_t* exponents;    // [steps, slots, kBins], or null
     int64_t* copies;        // [steps, width] integers as they are, or null
-    int64_t* step;          // the step that is written; null: always the first
+    const int64_t* step;    // steps begun, of which the last is written; null: always row 0
     Part* scratch;          // of every chunk
     uint32_t* bin_scratch;  // [chunks, kBins], or null
-    uint32_t* arrived;      // [kMostItems + 1] chunks done of each item, and in all; 0 between launches
-    int64_t steps;
+    uint32_t* arrived;      // [kMostItems] chunks done of each item; 0 between launches
     int64_t slots;
     int64_t width;
+    uint32_t steps;
     int32_t count;
-    int32_t advance;  // whether the step is over with this launch
+    int32_t first_chunks[kMostItems];  // of the items, side by side so that a search stays in the cache
     dsv4_probe_item items[kMostItems];
 };
 
 // ---------------------------------------------------------------- a thread's elements
 
-__device__ inline void add_value(Part& p, float x) {
-    uint32_t magnitude = __float_as_uint(x) & 0x7fffffff;
-    if (magnitude >= kInfinity) {
-        p.nan += magnitude > kInfinity;
-        p.inf += magnitude == kInfinity;
-        p.minus_inf += magnitude == kInfinity && x < 0;
-        return;
+// Eight neighbours as they lie in memory, 16 bits or 32 each.
+template <class T> struct Group {
+    static constexpr int kSize = Vector<T>::kSize < kGroup ? Vector<T>::kSize : kGroup;
+    Vector<T, kSize> parts[kGroup / kSize];
+    __device__ void load(const T* from) {
+#pragma unroll
+        for (int i = 0; i < kGroup / kSize; i++) parts[i] = load_vector<T, kSize>(from + i * kSize);
     }
-    p.zero += magnitude == 0;
-    p.peaks = magnitude > p.peak ? 0 : p.peaks;
-    p.peak = max(p.peak, magnitude);
-    p.peaks += magnitude == p.peak;
-    p.sum += x;
-    p.squares = fma((double)x, (double)x, p.squares);
+    __device__ float value(int i) const { return to_float(parts[i / kSize].at[i % kSize]); }
+};
+
+__device__ inline float larger_or_nan(float a, float b) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
 }
 
-// Eight finite values. What most groups have none of, zeros and a new or equal peak, is looked for first.
-__device__ inline void add_finite(Part& p, const float (&x)[kGroup], uint32_t largest) {
-    uint32_t smallest = kInfinity;
-    double sum[2] = {0, 0}, squares[2] = {0, 0};
+// The smallest and the largest magnitude of some groups; NaN if one of them is.
+template <class T, int N> __device__ inline float2 range_of(const Group<T> (&groups)[N]) {
+    float2 range = {INFINITY, 0};
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-        double value = x[i];
-        smallest = min(smallest, __float_as_uint(x[i]) & 0x7fffffff);
-        sum[i % 2] += value;
-        squares[i % 2] = fma(value, value, squares[i % 2]);
-    }
-    p.sum += sum[0] + sum[1];
-    p.squares += squares[0] + squares[1];
-    if (smallest == 0) {
-#pragma unroll
-        for (int i = 0; i < kGroup; i++) p.zero += x[i] == 0;
-    }
-    if (largest >= p.peak) {
-        p.peaks = largest > p.peak ? 0 : p.peaks;
-        p.peak = largest;
-#pragma unroll
-        for (int i = 0; i < kGroup; i++)
-            p.peaks += (__float_as_uint(x[i]) & 0x7fffffff) == largest;
-    }
-}
-
-template <bool kExponents>
-__device__ inline void add_group(Part& p, const float (&x)[kGroup], int count, uint32_t* bins) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kGroup; i++) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
-    p.seen += count;
-    if (count == kGroup && largest < kInfinity) {
-        add_finite(p, x, largest);
+        for (int i = 0; i < N * kGroup; i++) {
+            float magnitude = fabsf(groups[i / kGroup].value(i % kGroup));
+            range = {fminf(range.x, magnitude), larger_or_nan(range.y, magnitude)};
+        }
     } else {
+        using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+        Pair low, high;
 #pragma unroll
-        for (int i = 0; i < kGroup; i++)
-            if (i < count) add_value(p, x[i]);
+        for (int i = 0; i < N * kGroup / 2; i++) {
+            Pair pair = __habs2(((const Pair*)groups[i / 4].parts)[i % 4]);
+            low = i ? __hmin2(low, pair) : pair;
+            high = i ? __hmax2_nan(high, pair) : pair;
+        }
+        range = {fminf(to_float(low.x), to_float(low.y)),
+                 larger_or_nan(to_float(high.x), to_float(high.y))};
     }
-    if (kExponents)
-#pragma unroll
-        for (int i = 0; i < kGroup; i++)
-            if (i < count) atomicAdd(bins + (__float_as_uint(x[i]) >> 23 & 255), 1u);
+    return range;
 }
+
+__device__ inline void add_finite(double& sum, double& squares, float x) {
+    double value = x;
+    sum += value;
+    squares = fma(value, value, squares);
+}
+
+// Sums of even and odd elements on their own, for two chains of additions.
+struct Thread {
+    Part p;
+    double sum = 0, squares = 0;  // of odd elements
+
+    __device__ void add(int i, float x) {
+        if (i % 2) add_finite(sum, squares, x);
+        else add_finite(p.sum, p.squares, x);
+    }
+
+    // Any value, one of a few: slowly.
+    __device__ void add_any(int i, float x) {
+        float magnitude = fabsf(x);
+        p.seen++;
+        p.nan += x != x;
+        p.inf += magnitude == INFINITY;
+        p.minus_inf += x == -INFINITY;
+        if (!(magnitude < INFINITY)) return;
+        p.zero += x == 0;
+        p.peaks = magnitude > p.peak ? 0 : p.peaks;
+        p.peak = fmaxf(p.peak, magnitude);
+        p.peaks += magnitude == p.peak;
+        add(i, x);
+    }
+
+    // Finite values of which `largest` and `smallest` are the magnitudes. What most have none of,
+    // zeros and a new or equal peak, is looked for only where there are some.
+    template <class T, int N>
+    __device__ void add_all(const Group<T> (&groups)[N], float smallest, float largest) {
+        p.seen += N * kGroup;
+#pragma unroll
+        for (int i = 0; i < N * kGroup; i++) add(i, groups[i / kGroup].value(i % kGroup));
+        if (smallest == 0)
+#pragma unroll
+            for (int i = 0; i < N * kGroup; i++) p.zero += groups[i / kGroup].value(i % kGroup) == 0;
+        if (largest >= p.peak) {
+            p.peaks = largest > p.peak ? 0 : p.peaks;
+            p.peak = largest;
+#pragma unroll
+            for (int i = 0; i < N * kGroup; i++)
+                p.peaks += fabsf(groups[i / kGroup].value(i % kGroup)) == largest;
+        }
+    }
+
+    __device__ Part total() {
+        p.sum += sum, p.squares += squares;
+        return p;
+    }
+};
 
 // ---------------------------------------------------------------- a block's chunk
 
-// Whole rows of an item, eight neighbours of a row to a thread. Which thread takes what does not
-// depend on alignment or dtype, so that equal values give equal bits.
+// Whole rows of an item, eight neighbours of a row to a thread. Which thread takes what, and in which
+// order, depends neither on alignment nor on dtype, so that equal values give equal bits.
 template <class T> struct Chunk {
     const dsv4_probe_item& item;
-    int64_t first;          // row
-    uint32_t groups, total;  // of a row, of the chunk
+    const int64_t first;     // row
+    const uint32_t groups;   // of a row
+    uint32_t total;          // groups of the chunk
 
     __device__ Chunk(const dsv4_probe_item& item, int64_t chunk)
-        : item(item), first(chunk * item.rows_per_chunk) {
+        : item(item), first(chunk * item.rows_per_chunk),
+          groups((uint32_t)((item.cols + kGroup - 1) / kGroup)) {
         int64_t rows = min((int64_t)item.rows_per_chunk, item.rows - first);
-        groups = (uint32_t)((item.cols + kGroup - 1) / kGroup);
         total = rows > 0 ? (uint32_t)rows * groups : 0;
+        // A last row that is shorter ends the chunk earlier.
+        if (rows > 0 && first + rows == item.rows)
+            total -= groups - (uint32_t)((item.last + kGroup - 1) / kGroup);
     }
 
     // Where group `g` begins, and how many elements it has; 0 for none.
@@ -146,67 +186,79 @@ template <class T> struct Chunk {
         return (const T*)item.data + place * item.stride + col;
     }
 
-    // Whether every group is whole and lies at 16 bytes.
-    __device__ bool regular() const {
-        bool last_row = first + item.rows_per_chunk >= item.rows;
-        return (uintptr_t)item.data % 16 == 0 && item.stride % kGroup == 0 &&
-               item.cols % kGroup == 0 && (!last_row || item.last % kGroup == 0);
+    // Whether all groups are whole, lie one after another, and at 16 bytes.
+    __device__ bool flat() const {
+        bool one = item.rows_per_chunk == 1 && !item.index;
+        bool last_row = first == item.rows - 1;
+        return one && (uintptr_t)item.data % 16 == 0 && item.stride % kGroup == 0 &&
+               (last_row ? item.last : item.cols) % kGroup == 0;
     }
 
-    template <bool kExponents> __device__ void read(Part& p, uint32_t* bins) const {
-        if (regular())
-            read_vectors<kExponents>(p, bins);
-        else
-            read_elements<kExponents>(p, bins);
-    }
-
-    // All loads of a round are under way before the first is looked at.
-    template <bool kExponents> __device__ void read_vectors(Part& p, uint32_t* bins) const {
-        constexpr int V = Vector<T>::kSize < kGroup ? Vector<T>::kSize : kGroup, kLoads = kGroup / V;
-        for (uint32_t g = threadIdx.x; g < total; g += kThreads * kFlight) {
-            Vector<T, V> raw[kFlight][kLoads];
-            int counts[kFlight];
+    // kFlight groups at a time where they are flat and finite: all loads are under way before the first
+    // is looked at. Others one by one, in the same order.
+    template <bool kExponents> __device__ void read(Thread& mine, uint32_t* bins) const {
+        const bool is_flat = flat();
+        const T* data = (const T*)item.data + first * item.stride;
+        uint32_t g = threadIdx.x;
+#pragma unroll 1
+        while (g < total) {
+            const uint32_t last = g + (kFlight - 1) * kThreads;
+            if (is_flat && last < total) {
+                Group<T> groups[kFlight];
 #pragma unroll
-            for (int f = 0; f < kFlight; f++) {
-                counts[f] = 0;
-                const T* from = (const T*)item.data;
-                if (g + f * kThreads < total) from = find(g + f * kThreads, counts[f]);
-                if (counts[f] == 0) from = (const T*)item.data;  // some place that can be read
+                for (int f = 0; f < kFlight; f++)
+                    groups[f].load(data + (int64_t)(g + f * kThreads) * kGroup);
+                const float2 range = range_of(groups);
+                if (range.y < INFINITY) {
+                    mine.add_all(groups, range.x, range.y);
+                    if (kExponents)
 #pragma unroll
-                for (int i = 0; i < kLoads; i++) raw[f][i] = load_vector<T, V>(from + i * V);
+                        for (int i = 0; i < kFlight * kGroup; i++)
+                            count_exponent(groups[i / kGroup].value(i % kGroup), bins);
+                    g = last + kThreads;
+                    continue;
+                }
             }
-#pragma unroll
-            for (int f = 0; f < kFlight; f++) {
-                if (counts[f] == 0) continue;
-                float x[kGroup];
-#pragma unroll
-                for (int i = 0; i < kGroup; i++) x[i] = to_float(raw[f][i / V].at[i % V]);
-                add_group<kExponents>(p, x, kGroup, bins);
-            }
+#pragma unroll 1
+            for (; g <= last && g < total; g += kThreads) read_group<kExponents>(mine, g, bins);
         }
     }
 
-    template <bool kExponents> __device__ void read_elements(Part& p, uint32_t* bins) const {
-        for (uint32_t g = threadIdx.x; g < total; g += kThreads) {
-            int count;
-            const T* from = find(g, count);
-            float x[kGroup];
+    template <bool kExponents>
+    __device__ void read_group(Thread& mine, uint32_t g, uint32_t* bins) const {
+        int count;
+        const T* from = find(g, count);
+        Group<T> group;
+        if (count == kGroup && (uintptr_t)from % 16 == 0) {
+            group.load(from);
+        } else {
 #pragma unroll
-            for (int i = 0; i < kGroup; i++) x[i] = i < count ? to_float(from[i]) : 0;
-            if (count > 0) add_group<kExponents>(p, x, count, bins);
+            for (int i = 0; i < kGroup; i++)
+                group.parts[i / Group<T>::kSize].at[i % Group<T>::kSize] =
+                    i < count ? from[i] : T();
         }
+#pragma unroll
+        for (int i = 0; i < kGroup; i++) {
+            if (i >= count) break;
+            mine.add_any(i, group.value(i));
+            if (kExponents) count_exponent(group.value(i), bins);
+        }
+    }
+
+    static __device__ void count_exponent(float x, uint32_t* bins) {
+        atomicAdd(bins + (__float_as_uint(x) >> 23 & 255), 1u);
     }
 };
 
 // ---------------------------------------------------------------- parts together
 
-__device__ inline double sum_of_lanes(double x, int lanes) {
+__device__ inline double sum_of_lanes(double x, int lanes = 32) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
     return x;
 }
 
-// The parts of a warp's lanes, in every lane.
-__device__ inline Part merge_warp(Part p) {
+// The parts of a warp's first `lanes` lanes, all others empty, in every one of them.
+__device__ inline Part merge_warp(Part p, int lanes = 32) {
     p.seen = __reduce_add_sync(~0u, p.seen);
     p.zero = __reduce_add_sync(~0u, p.zero);
     if (__any_sync(~0u, p.nan | p.inf)) {
@@ -214,39 +266,30 @@ __device__ inline Part merge_warp(Part p) {
         p.inf = __reduce_add_sync(~0u, p.inf);
         p.minus_inf = __reduce_add_sync(~0u, p.minus_inf);
     }
-    uint32_t peak = __reduce_max_sync(~0u, p.peak);
+    // Magnitudes compare as their bits.
+    float peak = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(p.peak)));
     p.peaks = __reduce_add_sync(~0u, p.peak == peak ? p.peaks : 0);
     p.peak = peak;
-    p.sum = sum_of_lanes(p.sum, 32);
-    p.squares = sum_of_lanes(p.squares, 32);
+    p.sum = sum_of_lanes(p.sum, lanes);
+    p.squares = sum_of_lanes(p.squares, lanes);
     return p;
 }
 
-// All threads' parts, in every lane of warp 0, in an order that never changes.
+// All threads' parts, in the first lanes of warp 0, in an order that never changes.
 __device__ inline Part merge_block(Part mine, Part* shared) {
     mine = merge_warp(mine);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
     __syncthreads();
-    if (threadIdx.x < 32) mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Part());
+    if (threadIdx.x < 32)
+        mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Part(), kWarps);
     __syncthreads();
     return mine;
 }
 
-// By the lanes of a warp that all have the part.
+// By one thread.
 __device__ inline void write_moments(const Part& p, double* out) {
-    uint32_t finite = p.seen - p.nan - p.inf;
-    double count = finite > 0 ? finite : 1;
-    switch (threadIdx.x) {
-        case 0: out[0] = finite; break;
-        case 1: out[1] = p.nan; break;
-        case 2: out[2] = p.inf; break;
-        case 3: out[3] = p.minus_inf; break;
-        case 4: out[4] = p.zero; break;
-        case 5: out[5] = p.peaks; break;
-        case 6: out[6] = __uint_as_float(p.peak); break;
-        case 7: out[7] = sqrt(p.squares / count); break;
-        case 8: out[8] = p.sum / count; break;
-    }
+    out[0] = p.seen - p.nan - p.inf, out[1] = p.nan, out[2] = p.inf, out[3] = p.minus_inf;
+    out[4] = p.zero, out[5] = p.peaks, out[6] = p.peak, out[7] = p.squares, out[8] = p.sum;
 }
 
 // Count this block in; true in all threads of the one that comes last, which sees what all wrote.
@@ -259,9 +302,7 @@ __device__ inline bool arrive(uint32_t* counter, uint32_t expected) {
         __threadfence();
     }
     __syncthreads();
-    bool last = before + 1 == expected;
-    __syncthreads();
-    return last;
+    return before + 1 == expected;
 }
 
 __device__ inline Part load_part(const Part* from) {
@@ -279,7 +320,7 @@ __device__ inline Part load_part(const Part* from) {
 __device__ inline void add_part(Part& a, const Part& b) {
     a.seen += b.seen, a.nan += b.nan, a.inf += b.inf, a.minus_inf += b.minus_inf, a.zero += b.zero;
     a.peaks = b.peak > a.peak ? b.peaks : b.peak == a.peak ? a.peaks + b.peaks : a.peaks;
-    a.peak = max(a.peak, b.peak);
+    a.peak = fmaxf(a.peak, b.peak);
     a.sum += b.sum, a.squares += b.squares;
 }
 
@@ -287,18 +328,19 @@ __device__ inline void add_part(Part& a, const Part& b) {
 template <bool kExponents>
 __device__ inline void finish_item(const Job& job, int number, int chunks, const Part& mine,
                                    uint32_t* bins, Part* shared, double* out, uint32_t* bins_out) {
-    bool has_bin = kExponents && threadIdx.x < kBins;
     if (chunks == 1) {
-        if (threadIdx.x < 32) write_moments(mine, out);
-        if (has_bin) bins_out[threadIdx.x] = bins[threadIdx.x];
+        if (threadIdx.x == 0) write_moments(mine, out);
+        if (kExponents)
+            for (int b = threadIdx.x; b < kBins; b += kThreads) bins_out[b] = bins[b];
         return;
     }
-    int first = job.items[number].first_chunk, chunk = blockIdx.x - first;
+    int first = job.first_chunks[number], chunk = blockIdx.x - first;
     Part* parts = job.scratch + first;
-    uint32_t* all_bins = job.bin_scratch + (int64_t)first * kBins + threadIdx.x;
+    uint32_t* all_bins = job.bin_scratch + (int64_t)first * kBins;
     if (threadIdx.x == 0) parts[chunk] = mine;
     if (kExponents) {
-        if (has_bin) all_bins[(int64_t)chunk * kBins] = bins[threadIdx.x];
+        for (int b = threadIdx.x; b < kBins; b += kThreads)
+            all_bins[(int64_t)chunk * kBins + b] = bins[b];
         __threadfence();
         __syncthreads();
     }
@@ -306,12 +348,13 @@ __device__ inline void finish_item(const Job& job, int number, int chunks, const
     Part total;
     for (int c = threadIdx.x; c < chunks; c += kThreads) add_part(total, load_part(parts + c));
     total = merge_block(total, shared);
-    if (threadIdx.x < 32) write_moments(total, out);
-    if (has_bin) {
-        uint32_t sum = 0;
-        for (int c = 0; c < chunks; c++) sum += __ldcg(all_bins + (int64_t)c * kBins);
-        bins_out[threadIdx.x] = sum;
-    }
+    if (threadIdx.x == 0) write_moments(total, out);
+    if (kExponents)
+        for (int b = threadIdx.x; b < kBins; b += kThreads) {
+            uint32_t sum = 0;
+            for (int c = 0; c < chunks; c++) sum += __ldcg(all_bins + (int64_t)c * kBins + b);
+            bins_out[b] = sum;
+        }
 }
 
 // ---------------------------------------------------------------- sums, integers
@@ -331,17 +374,19 @@ __device__ inline Spread merge_warp(Spread s) {
         s.low = fmin(s.low, __shfl_xor_sync(~0u, s.low, offset));
         s.high = fmax(s.high, __shfl_xor_sync(~0u, s.high, offset));
     }
-    s.total = sum_of_lanes(s.total, 32);
-    s.nan = sum_of_lanes(s.nan, 32);
+    s.total = sum_of_lanes(s.total);
+    s.nan = sum_of_lanes(s.nan);
     return s;
 }
 
 // Sums along an axis: how many, how many of them NaN, and of the others the lowest, the highest, the
-// mean. One block takes all of them.
+// total. One block takes all of them.
 __device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, double* out) {
     Spread mine;
-    for (int64_t s = threadIdx.x; s < item.rows * item.cols; s += kThreads) {
-        int64_t at = s / item.cols * item.stride + s % item.cols * item.sum_stride;
+    const uint32_t cols = (uint32_t)item.cols, count = (uint32_t)item.rows * cols;
+    for (uint32_t s = threadIdx.x; s < count; s += kThreads) {
+        uint32_t row = s / cols;
+        int64_t at = row * item.stride + (int64_t)(s - row * cols) * item.sum_stride;
         double sum = 0;
         for (int64_t t = 0; t < item.last; t++)
             sum += load_any(item.data, item.dtype, at + t * item.term_stride);
@@ -357,11 +402,8 @@ __device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, d
     if (threadIdx.x >= 32) return;
     mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Spread());
     if (threadIdx.x > 0) return;
-    double sums = (double)(item.rows * item.cols);
-    double good = sums - mine.nan > 0 ? sums - mine.nan : 1;
     for (int f = 0; f < kFields; f++) out[f] = 0;
-    out[0] = sums, out[1] = mine.nan, out[6] = mine.low, out[7] = mine.high;
-    out[8] = mine.total / good;
+    out[0] = count, out[1] = mine.nan, out[6] = mine.low, out[7] = mine.high, out[8] = mine.total;
 }
 
 __device__ inline void copy_values(const dsv4_probe_item& item, int64_t* out) {
@@ -398,33 +440,35 @@ __device__ inline void count_empty_of(const dsv4_probe_item& item, int64_t* out)
 
 // ---------------------------------------------------------------- kernels
 
+// The item that a chunk belongs to: the last one that begins no later.
 __device__ inline int find_item(const Job& job, int chunk) {
     int low = 0, high = job.count;
     while (high - low > 1) {
         int middle = (low + high) / 2;
-        (job.items[middle].first_chunk <= chunk ? low : high) = middle;
+        (job.first_chunks[middle] <= chunk ? low : high) = middle;
     }
     return low;
 }
 
 template <class T, bool kExponents>
 __device__ inline Part part_of(const dsv4_probe_item& item, uint32_t* bins) {
-    Part part;
-    Chunk<T>(item, blockIdx.x - item.first_chunk).template read<kExponents>(part, bins);
-    return part;
+    Thread mine;
+    Chunk<T>(item, blockIdx.x - item.first_chunk).template read<kExponents>(mine, bins);
+    return mine.total();
 }
 
 template <bool kExponents>
-__global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    stats_kernel(const __grid_constant__ Job job) {
     __shared__ Part shared_parts[kWarps];
     __shared__ Spread shared_spreads[kWarps];
     __shared__ uint32_t bins[kExponents ? kBins : 1];
     int number = find_item(job, blockIdx.x);
     const dsv4_probe_item& item = job.items[number];
-    int next = number + 1 < job.count ? job.items[number + 1].first_chunk : gridDim.x;
+    int next = number + 1 < job.count ? job.first_chunks[number + 1] : gridDim.x;
     let_next_start();
     wait_for_previous();
-    int64_t row = job.step ? *(volatile int64_t*)job.step % job.steps : 0;
+    int64_t row = job.step ? (uint32_t)(max(__ldcg(job.step), (int64_t)1) - 1) % job.steps : 0;
     int64_t slot = row * job.slots + item.slot;
     double* out = job.ring + slot * kFields;
     if (item.kind == kValues) {
@@ -435,7 +479,7 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__
         write_sums(item, shared_spreads, out);
     } else {
         if (kExponents) {
-            if (threadIdx.x < kBins) bins[threadIdx.x] = 0;
+            for (int b = threadIdx.x; b < kBins; b += kThreads) bins[b] = 0;
             __syncthreads();
         }
         Part mine = item.dtype == DSV4_F32    ? part_of<float, kExponents>(item, bins)
@@ -445,9 +489,6 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const __grid_constant__
         finish_item<kExponents>(job, number, next - item.first_chunk, mine, bins, shared_parts, out,
                                 job.exponents + slot * kBins);
     }
-    if (!job.advance) return;
-    __syncthreads();
-    if (arrive(job.arrived + kMostItems, gridDim.x) && threadIdx.x == 0) ++*job.step;
 }
 
 __device__ inline int64_t nanoseconds() {
@@ -455,6 +496,8 @@ __device__ inline int64_t nanoseconds() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
     return now;
 }
+
+__global__ void begin_kernel(int64_t* step) { ++*step; }
 
 __global__ void stamp_kernel(int64_t* ring, int64_t* step, int64_t steps, int64_t slots, int slot,
                              int begin) {
@@ -469,23 +512,30 @@ __global__ void stamp_kernel(int64_t* ring, int64_t* step, int64_t steps, int64_
 using namespace dsv4;
 
 // Statistics of `count` items (host memory, at most 96, chunks ascending, `chunks` in all) into row
-// *step of the ring. scratch holds 48 bytes a chunk, bin_scratch (with `exponents`) 256 uint32;
-// arrived 97 uint32, all 0 before and after.
+// *step - 1 of the ring. scratch holds 48 bytes a chunk, bin_scratch (with `exponents`) 256 uint32;
+// arrived 96 uint32, all 0 before and after.
 DSV4_EXPORT int dsv4_probe_stats(const dsv4_probe_item* items, int64_t count, int64_t chunks,
-                                 double* ring, uint32_t* exponents, int64_t* copies, int64_t* step,
-                                 int64_t steps, int64_t slots, int64_t width, void* scratch,
-                                 uint32_t* bin_scratch, uint32_t* arrived, int advance,
+                                 double* ring, uint32_t* exponents, int64_t* copies,
+                                 const int64_t* step, int64_t steps, int64_t slots, int64_t width,
+                                 void* scratch, uint32_t* bin_scratch, uint32_t* arrived,
                                  void* stream) {
     if (count < 1 || count > kMostItems || chunks < count || steps < 1) return kUnsupported;
-    if (advance && !step) return kUnsupported;
     Job job;
     job.ring = ring, job.exponents = exponents, job.copies = copies, job.step = step;
     job.scratch = (Part*)scratch, job.bin_scratch = bin_scratch, job.arrived = arrived;
-    job.steps = steps, job.slots = slots, job.width = width;
-    job.count = (int32_t)count, job.advance = advance;
-    for (int64_t i = 0; i < count; i++) job.items[i] = items[i];
+    job.slots = slots, job.width = width, job.steps = (uint32_t)steps, job.count = (int32_t)count;
+    for (int64_t i = 0; i < count; i++) {
+        job.items[i] = items[i];
+        job.first_chunks[i] = items[i].first_chunk;
+    }
     auto kernel = exponents ? stats_kernel<true> : stats_kernel<false>;
     return launch(kernel, dim3((unsigned)chunks), kThreads, 0, stream, job);
+}
+
+// The next step begins: ++*step.
+DSV4_EXPORT int dsv4_probe_begin(int64_t* step, void* stream) {
+    begin_kernel<<<1, 1, 0, (cudaStream_t)stream>>>(step);
+    return (int)cudaGetLastError();
 }
 
 // The GPU's clock in nanoseconds into slot `slot` of ring [steps, slots], once all before it in the

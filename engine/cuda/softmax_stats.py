@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, dense
+from dsv4_bench.engine.cuda.library import F, Library, N, P, dense
 
 PROBE_SOFTMAX = Library(
-    "probe_softmax",
-    {"probe_softmax": (P, I, P, P, P, N, P, P, N, P, P, N, I, N, N, N, F, P, P, P)},
+    "probe_softmax", {"probe_softmax": (P, P, P, P, N, P, P, N, P, P, N, N, N, N, F, P)}
 )
-_KEYS, _HEADS, _MOST_DIM = 16, 8, 512  # of a block, of a head; as in probe_softmax_sm90.cu
+_MOST_HEADS, MOST_SAMPLES, _WIDTH = 128, 8, 8  # as in probe_softmax_sm90.cu
 
-# What `softmax_stats` returns, in this order: means over sampled tokens and heads, but the sink's, which
-# is over all tokens; `row_sum` is the one that is furthest from 1.
-FIELDS = (
-    "sink_mass", "window_mass", "entry_mass", "entropy", "max_weight", "padding_mass", "row_sum",
-)  # fmt: skip
+# Of every sampled token, what `softmax_stats` returns: sums over the heads, the largest weight, and how
+# far the sum of a head's weights lies above 1 at most, and below. The sink's weight is summed over tokens
+# which the samples share among them, so that all of them together are in the sum over the samples.
+FIELDS = ("sinks", "window", "entries", "entropy", "largest", "over", "under")
 
 
 def softmax_stats(
     q: Tensor,
     lse: Tensor,
     sink: Tensor,
-    sample: Tensor,
+    sample: Sequence[int],
     pools: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None],
     scale: float,
 ) -> Tensor | None:
-    """FIELDS as float64 [7] on the device; None for what the kernel does not take.
+    """FIELDS as float64 [s, 7] on the device; None for what the kernel does not take.
 
-    q [n, h, hd]; lse [n, h]; sink [h]; sample [s] int64 tokens; pools: keys [r, hd] and index [n, k],
-    -1 for none, of the window and, if there are any, the entries. Nobody waits.
+    q [n, h, hd] bfloat16; lse [n, h]; sink [h]; sample: up to 8 tokens; pools: keys [r, hd] bfloat16 and
+    index [n, k], -1 for none, of the window and, if there are any, the entries. Nobody waits.
     """
-    keys = [pool[0] for pool in pools if pool is not None]
     n, heads, dim = q.shape
-    known = all(key.dtype == keys[0].dtype and key.dtype in DTYPES for key in keys)
-    if not known or q.dtype not in DTYPES or dim % 8 or dim > _MOST_DIM or not n:
+    keys = [pool[0] for pool in pools if pool is not None]
+    if any(tensor.dtype != torch.bfloat16 for tensor in (q, *keys)):
+        return None
+    if dim % 8 or heads > _MOST_HEADS or not 1 <= len(sample) <= MOST_SAMPLES:
         return None
     q, lse, sink = dense(q), dense(lse.float()), dense(sink.float())
     kept: list[Tensor] = []
@@ -48,19 +50,15 @@ def softmax_stats(
         rows, index = dense(pool[0]), dense(pool[1].int())
         kept += [rows, index]
         addresses.append((rows.data_ptr(), index.data_ptr(), index.shape[1]))
-    chunks = sum(-(-width // _KEYS) for _, _, width in addresses)
-    parts = q.new_empty((len(sample), heads, chunks + 1, 4), dtype=torch.float32)
-    groups = len(sample) * -(-heads // _HEADS)
-    arrived = torch.zeros(1 + groups, dtype=torch.int32, device=q.device)
-    out = q.new_empty(8, dtype=torch.float64)
+    out = q.new_empty((len(sample), _WIDTH), dtype=torch.float64)
+    tokens = (ctypes.c_int64 * len(sample))(*sample)
     PROBE_SOFTMAX.call(
         "probe_softmax",
         q,
-        *(q.data_ptr(), DTYPES[q.dtype], lse.data_ptr(), sink.data_ptr()),
-        *(sample.data_ptr(), len(sample)),
+        *(q.data_ptr(), lse.data_ptr(), sink.data_ptr()),
+        *(ctypes.addressof(tokens), len(sample)),
         *addresses[0],
         *addresses[1],
-        *(DTYPES[keys[0].dtype], n, heads, dim, scale),
-        *(parts.data_ptr(), arrived.data_ptr(), out.data_ptr()),
+        *(n, heads, dim, scale, out.data_ptr()),
     )
-    return out[: len(FIELDS)]
+    return out[:, : len(FIELDS)]

@@ -1,6 +1,6 @@
 """The fused statistics kernel: which part of a tensor to read, many of them in one launch, results in a ring.
 
-A result is a row of `FIELDS` float64, that of `probes.stats.Stats`; counts are exact below 2^53. Every
+A result is a row of `FIELDS` float64, what `probes.stats.Stats.of_row` reads; counts are exact below 2^53. Every
 tensor is read once, in chunks that depend on its shape alone, and the chunks are added in their order:
 the same values in the same layout give the same bits, whatever else is in the launch.
 """
@@ -25,7 +25,7 @@ BINS = 256  # one for every exponent of float32: 0 zero and subnormal, 255 infin
 MOST_ITEMS = 96  # of a launch, as in probes_sm90.cu
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dtype
 
-_CHUNK = 32768  # elements that a block reads at least
+_CHUNK = 8192  # elements that a block reads at least
 _MOST_CHUNKS = 1024  # of a tensor
 _MOST_ELEMENTS = 1 << 32  # counts have 32 bits
 _PART = 6  # doubles of scratch a chunk
@@ -35,7 +35,8 @@ _ITEM = struct.Struct("@PPqqqqiiiiiiii")
 PROBES = Library(
     "probes",
     {
-        "probe_stats": (P, N, N, P, P, P, P, N, N, N, P, P, P, I),
+        "probe_stats": (P, N, N, P, P, P, P, N, N, N, P, P, P),
+        "probe_begin": (P,),
         "probe_stamp": (P, P, N, N, I, I),
     },
 )
@@ -180,7 +181,7 @@ def available(device: torch.device, library: Library = PROBES) -> bool:
 @lru_cache
 def _counters(device: torch.device, stream: int) -> Tensor:
     """What blocks count themselves in with; a launch leaves it as it was, so a stream can share one."""
-    return torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
+    return torch.zeros(MOST_ITEMS, dtype=torch.int32, device=device)
 
 
 def packed(views: Sequence[View], first_slot: int = 0) -> bytearray:
@@ -209,7 +210,7 @@ class Ring:
     """Results of the last `steps` steps, `slots` in each, on `device`.
 
     values [steps, slots, FIELDS] float64; exponents [steps, slots, BINS] int32 if wanted; copies
-    [steps, width] int64, integers as they were. step [1] int64 counts the steps that are over: on the
+    [steps, width] int64, integers as they were. step [1] int64 counts the steps that have begun: on the
     device, so that a graph that is replayed writes the next row.
     """
 
@@ -227,7 +228,7 @@ class Ring:
         )
         self.copies = torch.zeros(steps, width, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.arrived = torch.zeros(MOST_ITEMS + 1, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(MOST_ITEMS, dtype=torch.int32, device=device)
         self._scratch: list[Tensor] = []
         self._seen = 0
         self._warm_up()
@@ -238,15 +239,17 @@ class Ring:
             nothing = View(self.values, None, 0, 1, 0, 1, kind=_VALUES)
             launch([nothing], self.values, 0, self.arrived, self.exponents, self.copies)
 
-    def launch(self, views: Sequence[View], first_slot: int = 0, advance: bool = False) -> None:
-        """Put the statistics of `views` into the present step, in one launch (of 96 views each).
+    def begin(self) -> None:
+        """What is launched from now on belongs to the next step. Captured, every replay begins one."""
+        PROBES.call("probe_begin", self.step, self.step.data_ptr())
 
-        `advance`: the step is over with this launch. Captured in a CUDA graph, every replay does it
-        anew; the tensors must then keep their memory, and so must this ring.
+    def launch(self, views: Sequence[View], first_slot: int = 0) -> None:
+        """Put the statistics of `views` into the step that was begun last, in one launch (of 96 views each).
+
+        Captured in a CUDA graph, every replay does it anew; the tensors must then keep their memory, and
+        so must this ring.
         """
-        nothing = View(self.step, None, 0, 1, 0, 1, kind=_VALUES)
-        views = views or [nothing] * advance
-        where = (self.arrived, self.exponents, self.copies, self.step, advance)
+        where = (self.arrived, self.exponents, self.copies, self.step)
         self._scratch += launch(views, self.values, first_slot, *where)
 
     def forget(self) -> None:
@@ -287,7 +290,6 @@ def launch(
     exponents: Tensor | None = None,
     copies: Tensor | None = None,
     step: Tensor | None = None,
-    advance: bool = False,
 ) -> list[Tensor]:
     """Statistics of `views` into values [steps, slots, FIELDS], from slot `first_slot` on.
 
@@ -318,7 +320,6 @@ def launch(
             scratch[-1 if bins is None else -2].data_ptr(),
             None if bins is None else bins.data_ptr(),
             arrived.data_ptr(),
-            int(advance and first + MOST_ITEMS >= len(views)),
         )
     return scratch
 
