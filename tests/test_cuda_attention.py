@@ -68,6 +68,14 @@ def test_widths(n: int, window: int, selected: int) -> None:
     judge("attention", *args, **params)
 
 
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193])
+def test_many_tokens_a_processor(width: int) -> None:
+    """One to four blocks of 64 keys a token, odd numbers of them, token after token."""
+    args, params = case(300, 64, width, 0)
+    judge("attention", *args[:3], None, None, **params)
+    judge("attention", *args, **params)
+
+
 @pytest.mark.parametrize("heads", [128, 64, 65, 16, 4, 1])
 def test_heads(heads: int) -> None:
     for n in (1, 40):
