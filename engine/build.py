@@ -190,24 +190,28 @@ class Build:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def _compile(self, work: Path, folder: Path) -> None:
-        """Run the compiler; on failure keep the folder as ``<folder>.failed`` and raise."""
+    def _run(self, work: Path) -> int:
+        """Run the compiler in `work`, what it says into build.log; its exit code."""
         with (work / "build.log").open("wb") as log:
-            done = subprocess.run(
+            return subprocess.run(
                 self.command(),
                 cwd=work,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "TMPDIR": str(work)},  # the compiler's own files fill our disk
-            )
-        if done.returncode == 0 and (work / f"{self.name}.so").exists():
+            ).returncode
+
+    def _compile(self, work: Path, folder: Path) -> None:
+        """Run the compiler; on failure keep the folder as ``<folder>.failed`` and raise."""
+        code = self._run(work)
+        if code == 0 and (work / f"{self.name}.so").exists():
             return
         failed = folder.with_name(f"{folder.name}.failed")
         text = (work / "build.log").read_text(errors="replace")
         _replace(work, failed)
         raise CannotAnswer(
-            f"building {self.name} failed (exit {done.returncode}):\n{_first_errors(text)}\n"
+            f"building {self.name} failed (exit {code}):\n{_first_errors(text)}\n"
             f"command: {shlex.join(self.command())}\nlog: {failed / 'build.log'}",
             "the compiler's folder is kept beside the log, with the sources it saw",
         )

@@ -97,6 +97,45 @@ def test_one_kernel_is_compiled_alone(tmp_path: Path) -> None:
     assert done.returncode == 1 and b"exports no sum_f3" in done.stderr
 
 
+@needs_compiler
+def test_a_warm_compiler_does_one_job_after_the_other(tmp_path: Path) -> None:
+    command = dsl_library.compiler()[0]
+    assert command is not None
+    warm = dsl_library.WarmCompiler(command)
+    try:
+        (tmp_path / "broken.py").write_text(
+            "def exports():\n    raise ValueError('no such layout')\n"
+        )
+        assert warm.run(["-c", "broken.py"], tmp_path) == 1
+        assert "no such layout" in (tmp_path / "build.log").read_text()
+        sources = [str(dsl_library.FOLDER / n) for n in dsl_library.dsl_build("linear").sources]
+        assert warm.run(["-c", "--kernel", "sum_f32", *sources], tmp_path) == 0
+        assert (tmp_path / "sum_f32.o").exists()
+        assert ptxas.resources((tmp_path / "build.log").read_text())  # what ptxas says is kept
+    finally:
+        warm.process.kill()
+        warm.process.wait()
+    assert warm.run(["-c", *sources], tmp_path) is None
+
+
+@needs_compiler
+def test_builds_use_the_warm_compiler_and_do_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSV4_CACHE", str(tmp_path))
+    asked = []
+
+    class Gone:
+        def run(self, words: list[str], folder: Path) -> None:
+            asked.append((words, folder.parent))
+
+    monkeypatch.setattr(dsl_library, "_warm", [Gone()])
+    assert LIBRARIES["linear"].path_of("sum_bf16").exists()
+    ((words, folder),) = asked
+    assert "--nvcc" in words and words[-2:] == ["linear_sm90.py", "codes.py"]
+    assert folder == tmp_path / "kernels"
+
+
 def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     impl = IMPLEMENTATIONS["linear"]["cutedsl"]
     monkeypatch.setattr(cuda.library, "_device_reason", lambda: "no CUDA device")

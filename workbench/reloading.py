@@ -143,6 +143,8 @@ class Reloader:
             raise DSV4Error("the session stands at no op", "`until SITE` goes to one")
         site = held.call.site
         files = sources(site.impl, self.plugins)
+        if "cutedsl" in site.impl.name.split("+"):
+            library.keep_warm()
         found = fingerprint(files)
         changed = self._seen.get(site.impl.name) != found
         if changed:

@@ -3,6 +3,7 @@
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC [--kernel NAME] -o OUT.so SOURCE.py [HELPER.py ...]
     python -m dsv4_bench.engine.dsl.compile --nvcc NVCC --version
     python -m dsv4_bench.engine.dsl.compile -c SOURCE.py [HELPER.py ...]     objects, without nvcc
+    python -m dsv4_bench.engine.dsl.compile --serve      many of these, with the DSL imported once
 
 Helpers are what SOURCE.py imports from this package; these files are used, not the installed ones.
 SOURCE.py has a generator `exports()`: name, host function, example arguments. Each, or NAME alone, becomes
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -65,14 +67,20 @@ def load(source: Path) -> Any:
     return module
 
 
-def compile_exports(source: Path, helpers: list[Path], wanted: str | None = None) -> list[str]:
-    """Write <name>.o and <name>.h into the current folder for each export, or `wanted`; their names."""
-    # The DSL reads these when it is imported; it knows no other way to compile for an absent GPU.
+def the_dsl() -> Any:
+    """The module cutlass.cute, set to compile for `ARCH`."""
+    # It reads these when it is imported, and knows no other way to compile for an absent GPU.
     os.environ.update(
         CUTE_DSL_ARCH=ARCH, CUTE_DSL_COMPILER_OPT="remarks{ptx}", CUTE_DSL_DISABLE_FILE_CACHING="1"
     )
     import cutlass.cute as cute
 
+    return cute
+
+
+def compile_exports(source: Path, helpers: list[Path], wanted: str | None = None) -> list[str]:
+    """Write <name>.o and <name>.h into the current folder for each export, or `wanted`; their names."""
+    cute = the_dsl()
     for helper in helpers:
         load(helper)
     names = []
@@ -110,16 +118,43 @@ def versions(nvcc: str) -> str:
     return "\n".join([*(f"{p} {metadata.version(p)}" for p in packages()), own, done.stdout])
 
 
-def main() -> int:
+def serve() -> int:
+    """Do what lines of standard input ask for, each in a fork of this process, until they end.
+
+    A line is JSON: `words` as on the command line, the `folder` to run in. What is said goes into the
+    folder's build.log, the exit code to standard output.
+    """
+    the_dsl()
+    for source in sorted(Path(__file__).parent.glob("*_sm90.py")):
+        load(source)  # for what it imports; a job reads its own copy
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.chdir(job["folder"])
+            os.environ["TMPDIR"] = job["folder"]
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open("build.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(1, 2)
+            return run(job["words"])
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    return 0
+
+
+def run(words: list[str] | None = None) -> int:
+    """The command with the arguments `words` (default: this process's)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nvcc")
     parser.add_argument("--version", action="store_true")
+    parser.add_argument("--serve", action="store_true")
     parser.add_argument("-c", dest="objects_only", action="store_true")
     parser.add_argument("--kernel")
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("helpers", type=Path, nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    if args.serve:
+        return serve()
     if args.nvcc is None and not args.objects_only:
         parser.error("--nvcc is needed")
     if args.version:
@@ -140,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -7,11 +7,14 @@ every other build. A machine without nvidia-cutlass-dsl uses those that were bui
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +42,59 @@ def compiler() -> tuple[str | None, str]:
     return shlex.join(words), ""
 
 
+class WarmCompiler:
+    """A process that has imported the DSL and compiles one source after the other; it ends with us."""
+
+    def __init__(self, command: str) -> None:
+        self.process = subprocess.Popen(
+            [*shlex.split(command), "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # it forks: no threads
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def run(self, words: list[str], folder: Path) -> int | None:
+        """The exit code of the compiler with the arguments `words` in `folder`; None if it is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(
+                json.dumps({"words": words, "folder": str(folder)}),
+                file=self.process.stdin,
+                flush=True,
+            )
+            return int(self.process.stdout.readline())
+        except (OSError, ValueError):
+            return None
+
+
+_warm: list[WarmCompiler] = []
+
+
+def keep_warm() -> None:
+    """Start a compiler that every later build here uses, if there is none yet and one can be."""
+    command = compiler()[0]
+    if command is not None and not _warm:
+        _warm.append(WarmCompiler(command))
+
+
+@dataclass(frozen=True)
+class DslBuild(build.Build):
+    """A build by the warm compiler, where there is one."""
+
+    def _run(self, work: Path) -> int:
+        _, _, _, *words = self.command()  # without python -m and the module
+        code = _warm[0].run(words, work) if _warm else None
+        return super()._run(work) if code is None else code
+
+
 @lru_cache
-def dsl_build(op: str, kernel: str = "") -> build.Build:
+def dsl_build(op: str, kernel: str = "") -> DslBuild:
     """The build of one kernel of ``engine/dsl/<op>_sm90.py``; without a name, what all of them come from."""
     files = (f"{op}_sm90.py", *HELPERS)
     flags = ("--kernel", kernel) if kernel else ()
-    return build.Build(f"{kernel or op}_dsl_sm90", files, flags, ARCH, compiler()[0], FOLDER)
+    return DslBuild(f"{kernel or op}_dsl_sm90", files, flags, ARCH, compiler()[0], FOLDER)
 
 
 def sources() -> list[str]:
