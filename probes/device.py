@@ -129,6 +129,9 @@ class Memory:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Addresses [first, last) that `tensor` can lie in."""
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
     if not tensor.numel():
         return (0, 0)
     span = sum(

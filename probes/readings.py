@@ -205,12 +205,11 @@ class Call:
         sampled: str = "",
     ) -> Reading:
         """A reading at this call's site; a tensor as value is fetched, now on the CPU, later elsewhere."""
+        if isinstance(value, Tensor) and value.is_cpu:
+            value = value.tolist()
         if isinstance(value, Tensor):
-            if value.is_cpu:
-                value = value.tolist()
-            else:
-                self.pending = True
-        if not isinstance(verdict, str) and not isinstance(value, Tensor):
+            self.pending = True
+        elif not isinstance(verdict, str):
             verdict = verdict(value)
         if sampled:
             detail = f"{detail}; {sampled}" if detail else sampled

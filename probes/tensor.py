@@ -40,24 +40,26 @@ class StatsProbe(Probe):
         return ()
 
     def explain(self, call: Call) -> Iterable[Reading]:
-        name = self.name
+        site = call.site
+        where = (site.path, self.name)
         for output in call.outputs:
             stats = call.stats(output)
             if stats is None:
                 continue
+            after = (site.layer, call.forward, "", output)
             inf = stats.inf
-            if expected_nonfinite(call.site, output):
-                inf = inf - stats.minus_inf
-            yield call.reading(name, "nan", stats.nan, "values", 0, _NONE, "", output)
-            yield call.reading(name, "inf", inf, "values", 0, _NONE, "", output)
+            if inf and expected_nonfinite(site, output):
+                inf -= stats.minus_inf
+            yield Reading(*where, "nan", stats.nan, "values", 0, _NONE(stats.nan), *after)
+            yield Reading(*where, "inf", inf, "values", 0, _NONE(inf), *after)
             if stats.zero:
                 zero = stats.zero / max(stats.finite + stats.nan + stats.inf, 1)
-                yield call.reading(name, "zero", zero, "share", None, "info", "", output)
+                yield Reading(*where, "zero", zero, "share", None, "info", *after)
             if stats.peaks > 1:
-                yield call.reading(name, "peaks", stats.peaks, "values", None, "info", "", output)
-            yield call.reading(name, "abs_max", stats.abs_max, "", None, "info", "", output)
-            yield call.reading(name, "rms", stats.rms, "", None, "info", "", output)
-            yield call.reading(name, "mean", stats.mean, "", None, "info", "", output)
+                yield Reading(*where, "peaks", stats.peaks, "values", None, "info", *after)
+            yield Reading(*where, "abs_max", stats.abs_max, "", None, "info", *after)
+            yield Reading(*where, "rms", stats.rms, "", None, "info", *after)
+            yield Reading(*where, "mean", stats.mean, "", None, "info", *after)
 
 
 @probe

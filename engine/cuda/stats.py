@@ -83,40 +83,54 @@ def moments_view(tensor: Tensor, index: Tensor | None = None) -> View | None:
         width = rows[0].numel() if len(rows) else 0
         wanted = index if index.dtype == torch.int64 else index.long()
         return _rows(rows, wanted.contiguous(), len(wanted), width, rows.stride(0))
-    axes = _collapsed(tensor)
+    layout = _layout(tensor.shape, tensor.stride())
+    if layout is None:
+        tensor = tensor.contiguous()
+        layout = _layout(tensor.shape, tensor.stride())
+        assert layout is not None
+    return View(tensor, None, *layout)
+
+
+def _rows(tensor: Tensor, index: Tensor, rows: int, cols: int, stride: int) -> View:
+    return View(tensor, index, rows, cols, cols, stride, _per_chunk(rows, cols))
+
+
+def _per_chunk(rows: int, cols: int) -> int:
+    return max(_CHUNK // max(cols, 1), -(-rows // _MOST_CHUNKS), 1)
+
+
+@lru_cache(4096)
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int, int, int] | None:
+    """rows, cols, last, stride, per_chunk of a View of everything; None if it must be copied first."""
+    axes = _collapsed(shape, strides)
     if axes is None:
-        tensor, axes = tensor.contiguous(), [(tensor.numel(), 1)]
+        return None
     if len(axes) == 2:
-        (rows_count, stride), (cols, _) = axes
-        return _rows(tensor, None, rows_count, cols, stride)
+        (rows, stride), (cols, _) = axes
+        return rows, cols, cols, stride, _per_chunk(rows, cols)
     total = axes[0][0]
     chunk = _CHUNK
     while chunk * _MOST_CHUNKS < total:
         chunk *= 2
     count = -(-total // chunk)
-    return View(tensor, None, count, chunk, total - (count - 1) * chunk if count else 0, chunk)
+    return count, chunk, total - (count - 1) * chunk if count else 0, chunk, 1
 
 
-def _rows(tensor: Tensor, index: Tensor | None, rows: int, cols: int, stride: int) -> View:
-    per_chunk = max(_CHUNK // max(cols, 1), -(-rows // _MOST_CHUNKS), 1)
-    return View(tensor, index, rows, cols, cols, stride, per_chunk)
-
-
-def _collapsed(tensor: Tensor) -> list[tuple[int, int]] | None:
-    """(size, stride) of the one or two axes that `tensor` comes to, the inner one of stride 1."""
-    if tensor.is_contiguous():
-        return [(tensor.numel(), 1)]
+def _collapsed(shape: torch.Size, strides: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """(size, stride) of the one or two axes that these come to, the inner one of stride 1."""
+    if 0 in shape:
+        return [(0, 1)]
     axes: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for size, stride in zip(shape, strides, strict=True):
         if size == 1:
             continue
         if axes and axes[-1][1] == size * stride:
             axes[-1] = (axes[-1][0] * size, stride)
         else:
             axes.append((size, stride))
-    if not axes or axes[-1][1] != 1:
-        return None
-    return axes if len(axes) <= 2 else None
+    if not axes:
+        return [(1, 1)]
+    return axes if axes[-1][1] == 1 and len(axes) <= 2 else None
 
 
 def sums_view(tensor: Tensor, axis: int | None) -> View | None:
