@@ -197,7 +197,9 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 origin = torch.cuda.current_stream()
                 try:
-                    fusions = Fusions(self.model.sites, self.fuse, self.model.dtype)
+                    fusions = Fusions(
+                        self.model.sites, self.fuse, self.model.dtype, self._covered()
+                    )
                     prefetches = Prefetches(self.model.sites, self.prefetch)
                     branches = Branches(
                         self.observer, self.clock, self.branches, fusions, prefetches

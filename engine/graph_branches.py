@@ -182,7 +182,7 @@ class Branches:
         if self.clock is not None:
             self.clock.stop(site)
         self._ran(_mark(stream, self._works, needs), reads, writes | _made(result))
-        self._kept.append((args, result))
+        self._kept.append((call.args, result))
         if self.observer is not None:
             self._observe(lambda observer: observer.after(site, args, result))
         return result

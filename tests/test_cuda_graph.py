@@ -17,7 +17,7 @@ import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda, demo
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
-from dsv4_bench.engine.cuda.fusion import _Chain, _launch
+from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
 from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
@@ -262,13 +262,14 @@ def test_fused_norm_rope_and_write_have_the_bits_of_the_three(
         slots = torch.tensor([7, -1, 2, 0, 19][:n], device="cuda")
         y = rope(norm(x), positions)
         if not cached:
-            chain = _Chain([norm, rope], [(x,), (x, positions)], [])
-            assert torch.equal(_launch(chain), y)
+            chain = Chain(KINDS[0], [], [norm, rope], [(x,), (x, positions)])
+            assert torch.equal(norm_rope(chain), y)
             continue
         wanted = torch.full((20, d), torch.nan, device="cuda", dtype=torch.bfloat16)
         found = wanted.clone()
         write(y, slots, wanted)
-        _launch(_Chain([norm, rope, write], [(x,), (x, positions), (x, slots, found)], []))
+        args = [(x,), (x, positions), (x, slots, found)]
+        norm_rope(Chain(KINDS[1], [], [norm, rope, write], args))
         assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
 
 

@@ -1,0 +1,150 @@
+"""Launches that do the work of several sites of a decode step, and which sites those are.
+
+The numbers are those of the sites one by one, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
+from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
+from dsv4_bench.engine.registry import Site
+
+NORM_ROPE = Library("norm_rope", {"norm_rope": (P, N, N, N, P, I, F, P, P, N, P, N, P, N)})
+_WIDEST = 512
+
+
+@dataclass
+class Chain:
+    """Sites that one launch runs, with their arguments and what they have returned; and those to come."""
+
+    kind: Kind
+    left: list[Site]
+    sites: list[Site] = field(default_factory=list)
+    args: list[tuple[Any, ...]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)  # of all but the last
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A site (path below its layer) and those that follow it, `later` layers on; `launch(chain)` runs all
+    and returns the last one's result."""
+
+    first: str
+    then: tuple[str, ...]
+    launch: Callable[[Chain], Any]
+    later: int = 0
+
+
+def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
+    """What `site`, of a model whose activations are `dtype`, returns when a later launch does its work."""
+    if (
+        site.op == "compressor"
+    ):  # rounded before its norm, which changes nothing if it is `dtype` already
+        ratio, width = site.params["ape"].shape
+        overlap = args[2].shape[1] == 2 * ratio
+        shape = len(args[4].lengths), width // 2 if overlap else width
+        return torch.empty(shape, dtype=dtype, device=args[0].device)
+    return torch.empty_like(args[0])
+
+
+def may_begin(site: Site, args: tuple[Any, ...]) -> bool:
+    """Whether a chain may begin with this call: a compressor only where every sequence gets a row."""
+    return site.op != "compressor" or (args[4].padded and args[4].is_decode)
+
+
+# ------------------------------------------------------------------------------ norm, rope, write
+
+
+def norm_rope(chain: Chain) -> Any:
+    """rms_norm and rope; and cache_write, which returns nothing, if the chain has it."""
+    norm, rope = chain.sites[:2]
+    (x,), (_, positions) = chain.args[:2]
+    slots = cache = None
+    if len(chain.sites) == 3:
+        _, slots, cache = chain.args[2]
+    weight = norm.params["weight"]
+    if not _fits(x, cache, weight):
+        return _one_by_one(chain.sites, chain.args)
+    y = torch.empty_like(x) if cache is None else cache
+    freqs = floats("rope", rope.params["freqs"])
+    heads = x.shape[1] if x.dim() == 3 else 1
+    NORM_ROPE.call(
+        "norm_rope",
+        x,
+        x.data_ptr(),
+        x.numel() // x.shape[-1],
+        heads,
+        x.shape[-1],
+        None if weight is None else weight.data_ptr(),
+        0 if weight is None else DTYPES[weight.dtype],
+        norm.params["eps"],
+        positions.data_ptr(),
+        freqs.data_ptr(),
+        freqs.numel(),
+        None if slots is None else slots.data_ptr(),
+        y.numel() // y.shape[-1],
+        y.data_ptr(),
+        x.shape[-1] if cache is None else cache.stride(0),
+    )
+    return y if cache is None else None
+
+
+def entry(chain: Chain) -> None:
+    """Pool, norm, rope and write of a compressor."""
+    pool, norm, rope, _ = chain.sites
+    first, (later,), (_, positions), (_, slots, entries) = chain.args
+    weight, ape = norm.params["weight"], pool.params["ape"]
+    if not (entry_fits(*first, ape=ape) and _fits(later, entries, weight)):
+        pooled = pool.run(first).to(later.dtype)
+        _one_by_one(chain.sites[1:], [(pooled,), *chain.args[2:]])
+        return
+    compressed_entry(
+        *first,
+        ape=ape,
+        weight=weight,
+        eps=norm.params["eps"],
+        positions=positions,
+        freqs=floats("rope", rope.params["freqs"]),
+        slots=slots,
+        entries=entries,
+    )
+
+
+def _fits(x: Tensor, cache: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether the kernels take these: bfloat16 in rows of whole vectors, cached as they are."""
+    rows = [x] if cache is None else [x, cache]
+    given = rows if weight is None else [*rows, weight]
+    return (
+        x.shape[-1] <= _WIDEST
+        and x.shape[-1] % 8 == 0
+        and all(tensor.is_cuda and tensor.is_contiguous() for tensor in given)
+        and all(tensor.data_ptr() % 32 == 0 for tensor in given)
+        and all(tensor.shape[-1] == x.shape[-1] for tensor in given)
+        and all(tensor.dtype == torch.bfloat16 for tensor in rows)
+    )
+
+
+def _one_by_one(sites: list[Site], args: list[tuple[Any, ...]]) -> Any:
+    """Each on the result of the one before."""
+    result: Any = args[0][0]
+    for site, given in zip(sites, args, strict=True):
+        result = site.run((result, *given[1:]))
+    return result
+
+
+# ------------------------------------------------------------------------------ which sites
+
+_COMPRESSORS = ("attn/compressor", "attn/index/compressor")
+KINDS = (
+    Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope),
+    Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
+    *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
+    *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
+)
