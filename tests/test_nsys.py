@@ -248,7 +248,7 @@ def test_without_nsys_the_command_for_another_machine_is_shown(call, monkeypatch
     monkeypatch.setattr(nsys.shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
     code, out, err = call("profile", "--layer", "12", "--nsys")
-    assert (code, out) == (3, "") and "nsys is not installed" in err
+    assert (code, out) == (3, "") and err.startswith("dsv4-bench: error: nsys is not installed")
     assert "--nvtx-capture=measure@dsv4" in err and "--under nsys" in err
     (tmp_path / "r.nsys-rep").touch()
     code, _, err = call("profile", "--import", tmp_path / "r.nsys-rep")

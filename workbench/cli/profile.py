@@ -189,7 +189,6 @@ def _under_profiler(args: argparse.Namespace) -> int:
 
     name = (args.layer or "sites").replace("-", "to")
     report = Path(f"dsv4-L{name}-{args.phase}.nsys-rep").absolute()
-    output.narrate(f"recording under nsys into {report.name}")
     printed = nsys.record(report, _child(args, "nsys"), cuda)
     document = _last_json(printed, "nsys")
     recording = _read_report(report)
@@ -216,7 +215,6 @@ def _ncu(args: argparse.Namespace, cuda: bool) -> int:
             "--ncu counts what GPU kernels do, and torch sees no CUDA device here",
             f"where there is one: {shlex.join(ncu.command(log, child))}",
         )
-    output.narrate(f"counting under ncu into {log.name}; every kernel is replayed, this takes long")
     rows = ncu.record(log, child)
     if args.json:
         output.print_json({"kernels": rows})

@@ -177,9 +177,10 @@ def recorded_report(recorded: dict[str, Any]) -> str:
     outside = recorded["kernels_outside"]
     lost = f", {outside} of them outside every site" if outside else ""
     header = ("site", "route", "calls", "host", "gpu", "gaps", "launch", "kernels")
+    shown = len(header) if recorded["kernels"] else 4  # the others are a GPU's
     return (
         f"nsys {recorded['nsys']}: {seen}{lost}; microseconds, medians over a site's calls\n\n"
-        f"{output.table(header, rows)}"
+        f"{output.table(header[:shown], [row[:shown] for row in rows])}"
     )
 
 

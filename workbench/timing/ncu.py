@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, ExitCode
+from dsv4_bench.workbench.cli import output
 from dsv4_bench.workbench.timing.recording import is_site
 
 _STALL = "smsp__average_warps_issue_stalled_"
@@ -47,6 +48,7 @@ def record(log: Path, child: Sequence[str]) -> list[dict[str, Any]]:
     words = command(log, child)
     if shutil.which("ncu") is None:
         raise CannotAnswer("ncu is not installed here", f"where it is: {shlex.join(words)}")
+    output.narrate(f"counting under ncu into {log.name}; every kernel is replayed, this takes long")
     done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]

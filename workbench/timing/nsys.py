@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, ExitCode
 from dsv4_bench.probes.nvtx import DOMAIN
+from dsv4_bench.workbench.cli import output
 
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 MEASURE = "measure"  # the range around what is recorded
@@ -38,6 +39,7 @@ def record(report: Path, child: Sequence[str], cuda: bool) -> str:
     words = command(report, child, cuda)
     if shutil.which("nsys") is None:
         raise CannotAnswer("nsys is not installed here", f"where it is: {shlex.join(words)}")
+    output.narrate(f"recording under nsys into {report.name}")
     public = {k: v for k, v in os.environ.items() if not any(word in k.upper() for word in _SECRET)}
     done = subprocess.run(words, capture_output=True, env=public, text=True)
     if done.returncode != 0:

@@ -9,6 +9,7 @@ from typing import Any
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 
 _FORMATS = {".png", ".svg", ".pdf"}
+_NAMED = 10  # sites with their names in the roofline
 
 
 def check_path(path: Path) -> None:
@@ -25,14 +26,19 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Write the three pictures as one file, its format by the name's ending."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(11, 12), layout="constrained")
-    roofline, layers, routes = figure.subplots(3, 1, height_ratios=(3, 2, 4))
+    layers = len(document["layers"])
+    rows = (4.5, 1.3 + 0.3 * layers, 5.0)  # inches
+    figure = Figure(figsize=(11, sum(rows)), layout="constrained")
+    roofline, by_layer, routes = figure.subplots(3, 1, height_ratios=rows)
     _roofline(roofline, document)
-    _by_layer(layers, document)
+    _by_layer(by_layer, document)
     _routes(routes, document)
-    kinds = ", ".join(f"L{n} {kind}" for n, kind in document["layers"].items())
+    kinds = ", ".join(f"L{n} {kind}" for n, kind in document["layers"].items()) or "no layer"
+    batch = f"{document['batch']} x " if document["batch"] > 1 else ""
     figure.suptitle(
-        f"{kinds}: {document['phase']}, {document['context']} tokens, {document['dtype']}"
+        f"{kinds}: {document['phase']}, {batch}{document['context']} tokens, {document['dtype']} on "
+        f"{document['ceilings']['device']}",
+        fontsize=11,
     )
     figure.savefig(path, dpi=120)
 
@@ -50,15 +56,31 @@ def _roofline(axes: Any, document: dict[str, Any]) -> None:
         names = [site["kernel"] if route == "kernel" else "reference" for site in sites]
         rates = [s["flops"] / s["seconds"][n] for s, n in zip(sites, names, strict=True)]
         axes.plot(intensity, rates, mark, label=route, alpha=0.8, fillstyle="none")
-    slowest = sorted(sites, key=lambda s: -s["seconds"][s["kernel"]])[:6]
-    for site in slowest:
-        place = site["flops"] / site["bytes"], site["flops"] / site["seconds"][site["kernel"]]
-        axes.annotate(_short(site), place, fontsize=7, xytext=(4, -8), textcoords="offset points")
     axes.set(
         xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second"
     )
     axes.set_title("roofline: each site against this machine's measured ceilings", fontsize=9)
     axes.legend(fontsize=8)
+    _name_slowest(axes, sites)
+
+
+def _name_slowest(axes: Any, sites: list[dict[str, Any]]) -> None:
+    """Names of the sites that take longest, in a column at the right, each with a line to its point."""
+
+    def rate(site: dict[str, Any]) -> float:
+        return float(site["flops"] / site["seconds"][site["kernel"]])
+
+    slowest = sorted(sites, key=lambda s: -s["seconds"][s["kernel"]])[:_NAMED]
+    for number, site in enumerate(sorted(slowest, key=rate, reverse=True)):
+        axes.annotate(
+            site["site"],
+            (site["flops"] / site["bytes"], rate(site)),
+            xytext=(1.02, 0.95 - 0.9 * number / _NAMED),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey", "relpos": (0, 0.5)},
+        )
 
 
 def _by_layer(axes: Any, document: dict[str, Any]) -> None:
@@ -80,14 +102,16 @@ def _by_layer(axes: Any, document: dict[str, Any]) -> None:
         )
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes.set_title("time by layer and op, kernel route (us)", fontsize=9)
-    axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(
+        fontsize=7, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.25 / len(layers) - 0.1)
+    )
     axes.invert_yaxis()
 
 
 def _routes(axes: Any, document: dict[str, Any]) -> None:
     """The slowest sites: reference, kernel and floor side by side."""
     sites = sorted(document["sites"], key=lambda s: -s["seconds"][s["kernel"]])[:16]
-    names = [_short(site) for site in sites]
+    names = [site["site"] for site in sites]
     places = range(len(sites))
     for offset, label, values in (
         (-0.27, "reference", [s["seconds"]["reference"] for s in sites]),
@@ -100,7 +124,3 @@ def _routes(axes: Any, document: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_title("slowest sites (us)", fontsize=9)
     axes.legend(fontsize=8)
-
-
-def _short(site: dict[str, Any]) -> str:
-    return str(site["site"])
