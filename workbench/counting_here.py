@@ -31,7 +31,7 @@ def count_here(debugger: Debugger, site: str, plugins: Sequence[str]) -> dict[st
     words = _words(debugger, site, plugins)
     reason = _missing(debugger)
     if reason:
-        raise CannotAnswer(f"ncu: {reason}", f"where there is: dsv4-bench {shlex.join(words)}")
+        raise CannotAnswer(f"ncu: {reason}", f"with a GPU and ncu: dsv4-bench {shlex.join(words)}")
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.json"
         tokens.write_text(json.dumps(debugger.tokens[: debugger.span[1]]))

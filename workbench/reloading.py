@@ -11,7 +11,8 @@ import inspect
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsv4_bench.workbench.debugger import Debugger
 from dsv4_bench.workbench.loading import load_plugins
 from dsv4_bench.workbench.records import Held
 from dsv4_bench.workbench.saving import fingerprint
+from dsv4_bench.workbench.shadow import Shadow
 from dsv4_bench.workbench.timing import history
 from dsv4_bench.workbench.timing.clock import make_clock
 from dsv4_bench.workbench.timing.sites import Effort, interleave, prepared
@@ -120,6 +122,18 @@ def _entry(attempt: dict[str, Any]) -> history.Entry:
     return history.Entry(*place, **measured, problem=attempt["error"])
 
 
+@contextmanager
+def _compared(shadow: Shadow, site: Site) -> Iterator[None]:
+    """Compare `site` with the reference, whatever the user has on."""
+    pattern = shadow.pattern
+    if not shadow.covers(site.path):
+        shadow.pattern = site.path
+    try:
+        yield
+    finally:
+        shadow.pattern = pattern
+
+
 class Reloader:
     """Hot reload of the op a session stands at; `history` has every attempt, oldest first.
 
@@ -165,7 +179,8 @@ class Reloader:
         attempt: dict[str, Any] = {"site": site.path, "implementation": site.impl.name, "error": ""}
         try:
             reload_code(debugger.model, self.plugins)
-            debugger.rerun_held()
+            with _compared(debugger.shadow, site):
+                debugger.rerun_held()
         except (Exception, SystemExit) as error:
             text = (
                 error.message

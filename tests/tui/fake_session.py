@@ -423,7 +423,7 @@ class FakeSession:
 
     def _do_ncu(self, site: str | None = None) -> Event:
         if not self.gpu:
-            hint = f"where there is: dsv4-bench profile demo --sites {site} --ncu --phase decode"
+            hint = f"with a GPU and ncu: dsv4-bench profile demo --sites {site} --ncu --phase decode"
             raise DSV4Error("ncu: this session runs on the CPU", hint)
         kernel = {
             "site": site, "kernel": "void dsv4::attention_kernel<float>", "seconds": 2.5e-5,

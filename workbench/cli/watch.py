@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     attempts: list[dict[str, Any]] = []
     with Session(options) as session:
         session.wait_open()
-        session.command(f"shadow {args.site}")
         try:
             for attempt in _attempts(session, args.site):
                 attempts.append(attempt)

@@ -35,7 +35,8 @@ def ratio(row: Event, base: Event | None) -> float | None:
 def head_lines(pattern: str, rows: Sequence[Event], base: int | None, width: int) -> list[Line]:
     """What is listed, and what the ratios are to."""
     runs = len({(row["when"], row["process"]) for row in rows})
-    lines: list[Line] = [[(pattern, BOLD), (f"  {len(rows)} times from {runs} runs", DIM)]]
+    counted = f"  {len(rows)} times from {runs} run{'' if runs == 1 else 's'}"
+    lines: list[Line] = [[(pattern, BOLD), (counted, DIM)]]
     if base is None:
         return [*lines, [("nothing was timed here yet: T times this layer", DIM)]]
     row = rows[base]

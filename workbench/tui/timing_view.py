@@ -105,16 +105,18 @@ def head_lines(timing: Timing, order: str, width: int) -> list[Line]:
     over = sum(row["verdict"] == "over" for row in rows)
     first, stop = timing["tokens"]
     what = f"{timing['group']} {timing['kind']}  tokens {first}–{stop - 1}  {timing['device']}"
-    line: Line = [
-        (what, BOLD),
-        (f"  all ops {fmt.seconds(kernel)}", PLAIN),
+    totals: Line = [
+        (f"all ops {fmt.seconds(kernel)}", PLAIN),
         (f"  reference {fmt.seconds(reference)}", DIM),
         (f"  floor {fmt.seconds(floor)}", DIM),
     ]
     if over:
-        line.append((f"  {fmt.ALARM} {over} over the limit", WARN))
-    lines: list[Line] = [line]
+        totals.append((f"  {fmt.ALARM} {over} over the limit", WARN))
+    room = width - len(what) - 2 >= sum(len(text) for text, _ in totals)
+    lines: list[Line] = (
+        [[(what, BOLD), ("  ", PLAIN), *totals]] if room else [[(what, BOLD)], totals]
+    )
     if kernel < floor:
         lines.append([(fmt.clip(FASTER_THAN_FLOOR, width), WARN)])
-    how = f"{ORDERS[order][0]}; medians of warm runs on the ops' own inputs"
+    how = f"{ORDERS[order][0]}; medians of runs on the ops' own inputs"
     return [*lines, [(fmt.clip(how, width), DIM)]]
