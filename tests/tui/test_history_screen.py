@@ -35,6 +35,7 @@ def test_ratios_are_to_the_same_op_under_the_same_conditions():
 def test_the_first_baseline_is_the_oldest_of_the_newest_implementation():
     rows = [row(None), row(1.0), row(3.0, implementation="reference"), row(2.0)]
     assert view.first_baseline(rows) == 3
+    assert view.first_baseline([*rows, row(4.0, checkpoint="another")]) == 3
     assert view.first_baseline([row(None)]) is None and view.first_baseline([]) is None
 
 

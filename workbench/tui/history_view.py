@@ -18,10 +18,17 @@ _SITE, _DEVICE = 28, 24
 
 
 def first_baseline(rows: Sequence[Event]) -> int | None:
-    """The oldest time of the newest row's implementation; None where nothing was timed."""
-    timed = [i for i, row in enumerate(rows) if row["seconds"] is not None]
-    same = [i for i in timed if rows[i]["implementation"] == rows[timed[0]]["implementation"]]
-    return same[-1] if same else None
+    """The oldest time that compares with the newest one, of its implementation; None without any."""
+    timed = [i for i, row in enumerate(rows) if row["seconds"]]
+    if not timed:
+        return None
+    newest = rows[timed[0]]
+    same = [
+        i
+        for i in timed
+        if rows[i]["implementation"] == newest["implementation"] and ratio(newest, rows[i])
+    ]
+    return same[-1]
 
 
 def ratio(row: Event, base: Event | None) -> float | None:
