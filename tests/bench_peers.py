@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +257,17 @@ def maker_of(label: str, name: str, build: Callable[..., Peer], groups: tuple[st
     return make
 
 
+def humming_products(found: Sequence[Case]) -> Iterator[peer_humming.Product]:
+    for case in found:
+        if match := re.fullmatch(NVFP4_DENSE, case.name):
+            n, k, rows = map(int, match.groups())
+            yield n, k, None, rows
+        elif match := re.fullmatch(NVFP4_EXPERTS, case.name):
+            pairs = 6 * int(match[1])
+            yield 4096, 4096, 256, pairs
+            yield 4096, 2048, 256, pairs
+
+
 def attach(found: Sequence[Case]) -> dict[str, str]:
     """Adds the peers of BUILT to the cases they can run. Returns those left out, with the reason."""
     left_out: dict[str, str] = {}
@@ -271,6 +282,8 @@ def attach(found: Sequence[Case]) -> dict[str, str]:
                 matched = True
         if not matched:
             left_out[label] = f"no case in this run is named {pattern}"
+    if peer_humming.installed():
+        peer_humming.prepare(humming_products(found))
     return left_out
 
 
