@@ -27,8 +27,10 @@ from dsv4_bench.engine.registry import Context, Function, implementation
 
 ARCH = "sm_90a"
 # No fast math: subnormals, NaN and infinity keep their meaning. -v leaves ptxas' report in the log.
+# -O1 is the host's half alone. Kernels of a source are optimised in eight threads: that of norm takes
+# 2.5 s instead of 3.4 on the host of an H200, and a fixed number makes the same code everywhere.
 FLAGS = (
-    *("-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "--shared"),
+    *("-gencode=arch=compute_90a,code=sm_90a", "-O1", "-split-compile=8", "-std=c++17", "--shared"),
     *("-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo", "-Xptxas=-v", "--cudart=static"),
 )
 
