@@ -230,6 +230,12 @@ BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
     ),
     (
         "flashinfer",
+        "cuBLAS tf32 + FlashInfer",
+        r"hc_pre (1|64)x4x4096",
+        lambda _, n: peer_flashinfer.pre_cublas(int(n)),
+    ),
+    (
+        "flashinfer",
         "FlashInfer",
         r"hc_post (\d+)x4x4096",
         lambda _, n: peer_flashinfer.post(int(n)),

@@ -1,9 +1,12 @@
-"""DeepGEMM (deepseek-ai) as a peer of the indexer's scores: fp8 keys in pages, one query a sequence.
+"""DeepGEMM (deepseek-ai) as a peer of the indexer's scores, and its product of mHC pre.
 
+Scores: fp8 keys in pages, one query a sequence.
 Its schedule, computed once a step and shared by all layers, is not in the time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from peer_library import BF16, CUDA, Peer, error, launch
@@ -41,7 +44,7 @@ def scores(batch: int, keys: int) -> Peer:
     return call, check
 
 
-def prenorm(x: Tensor, fn: Tensor, splits: int) -> tuple[Tensor, Tensor, object]:
+def prenorm(x: Tensor, fn: Tensor, splits: int) -> tuple[Tensor, Tensor, Callable[[], None]]:
     """x [n, 4 d] bf16 times fn [24, 4 d], and the squares of x summed: mix, sums and the call."""
     n, k = x.shape
     mix = torch.empty(splits, n, len(fn), device=CUDA)
