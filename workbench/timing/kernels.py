@@ -40,7 +40,8 @@ def kernels_of(call: Callable[[], Any], device: torch.device) -> Kernels:
 def _profiler(cuda: bool) -> Any:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every use writes two lines to stderr
     if cuda:
-        return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        return torch.profiler.profile(activities=activities, acc_events=True)  # else it warns
     return torch.autograd.profiler.profile()
 
 
