@@ -31,6 +31,9 @@ struct Moe {
     int64_t n, k, d, inner, count;
     float limit;
     int most;              // pairs of a piece
+    const float* beside;   // [n, d] that is added to y
+    void* out;             // [n, d] of out_dtype: y + beside; null: y itself is wanted
+    int out_dtype;
 
     __device__ int expert_of(int64_t pair) const {
         int expert = ids == nullptr ? 0 : ids[pair];
@@ -52,6 +55,11 @@ struct Moe {
     __device__ const bf16* x_of(int pair) const { return x + pair / k * d; }
     __device__ const bf16* hidden_of(int pair) const { return hidden + pair * inner; }
     __device__ float weight_of(int pair) const { return routing == nullptr ? 1.0f : routing[pair]; }
+    __device__ void store(int64_t i, float value) const {
+        if (out == nullptr) y[i] = value;
+        else if (out_dtype == DSV4_F32) ((float*)out)[i] = value + beside[i];
+        else ((bf16*)out)[i] = __float2bfloat16_rn(value + beside[i]);
+    }
 };
 
 // silu(min(gate, limit)) * clamp(up, -limit, limit) to a few units in the last place; NaN stays NaN.
@@ -63,10 +71,11 @@ __device__ inline float swiglu(float gate, float up, float limit) {
 
 __device__ inline float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-// 4, 8 or 16 bytes to shared memory, past the registers.
-template <int kBytes> __device__ inline void copy_small(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
-                 "n"(kBytes)
+// 4, 8 or 16 bytes to shared memory, past the registers; zeros instead if not valid.
+template <int kBytes>
+__device__ inline void copy_small(void* to, const void* from, bool valid = true) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from),
+                 "n"(kBytes), "r"(valid ? kBytes : 0)
                  : "memory");
 }
 
