@@ -30,6 +30,7 @@ from dsv4_bench.engine.errors import CannotAnswer
 
 _LOG = logging.getLogger(__name__)
 _ERROR_LINES = 8  # of the compiler's output shown in an error message
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 
@@ -208,7 +209,7 @@ class Build:
         if code == 0 and (work / f"{self.name}.so").exists():
             return
         failed = folder.with_name(f"{folder.name}.failed")
-        text = (work / "build.log").read_text(errors="replace")
+        text = (work / "build.log").read_text(errors="replace").replace(f"{work}/", "")
         _replace(work, failed)
         raise CannotAnswer(
             f"building {self.name} failed (exit {code}):\n{_first_errors(text)}\n"
@@ -219,8 +220,8 @@ class Build:
 
 def _first_errors(text: str) -> str:
     """The compiler's first error lines; its last lines if none is marked as an error."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    marks = ("error", "No space left", "cannot find", "undefined reference")
+    lines = [line for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    marks = ("error", "-->", "No space left", "cannot find", "undefined reference")
     marked = [line for line in lines if any(mark in line for mark in marks)]
     return "\n".join(marked[:_ERROR_LINES] or lines[-_ERROR_LINES:] or ["(no output)"])
 

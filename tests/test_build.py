@@ -130,6 +130,21 @@ def test_a_failed_build_shows_the_compilers_lines(tree):
     assert answer(recipe().library()) == 7
 
 
+def test_what_a_compiler_says_is_shown_without_colours_and_folders_of_ours(tree, tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit\n"
+        "printf '\\033[91merror:\\033[0m no such name\\n   --> %s/kernel.py:7\\n 7 | code\\n' $PWD; exit 3\n"
+    )
+    script.chmod(0o755)
+    with pytest.raises(CannotAnswer) as caught:
+        recipe(compiler=str(script)).library()
+    shown = caught.value.message.splitlines()
+    assert shown[0] == "building answer failed (exit 3):"
+    assert shown[1:3] == ["error: no such name", "   --> kernel.py:7"]
+    assert shown[3].startswith("command: ")
+
+
 BUILD_SCRIPT = """
 import sys
 from pathlib import Path
