@@ -76,7 +76,7 @@ class DecodeGraph:
         clock: Clock | None = None,
         branches: bool = True,
         fuse: bool = True,
-        prefetch: bool = True,
+        prefetch: bool = False,
     ) -> None:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())

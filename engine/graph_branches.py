@@ -171,7 +171,7 @@ class Branches:
         reads = storages(call.args)
         writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
         needs = self._needs(reads, writes)
-        self._prefetch(site, needs)
+        self._prefetch(call.sites, needs)
         stream = self._stream(needs, bool(_URGENT.search(site.path)))
         torch.cuda.set_stream(stream)
         if self.clock is not None:
@@ -181,15 +181,17 @@ class Branches:
         self.sites.append((site.path, first, self.nodes.count() - first))
         if self.clock is not None:
             self.clock.stop(site)
-        self._ran(_mark(stream, self._works, needs), reads, writes | _made(result))
-        self._kept.append((call.args, result))
+        self._ran(
+            _mark(stream, self._works, needs), reads, writes | _made(result) | storages(call.made)
+        )
+        self._kept.append((call.args, call.made, result))
         if self.observer is not None:
             self._observe(lambda observer: observer.after(site, args, result))
         return result
 
-    def _prefetch(self, site: Site, needs: list[_Work]) -> None:
-        """Ask for weights when `site` may begin, on a branch that only the end of the graph waits for."""
-        wanted = self.prefetches.beside(site)
+    def _prefetch(self, sites: list[Site], needs: list[_Work]) -> None:
+        """Ask for weights when `sites` may begin, on a branch that only the end of the graph waits for."""
+        wanted = [tensor for site in sites for tensor in self.prefetches.beside(site)]
         if not wanted:
             return
         self._ahead = self._ahead or torch.cuda.Stream()

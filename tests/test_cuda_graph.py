@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import ragged
 import torch
+from gpu_weights import RandomCheckpoint, filled_cache, layers_of
 from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda, demo
+from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda import fusion
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
 from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.cuda.step import CudaStep
@@ -33,6 +36,7 @@ reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
+PUT_OFF = "L0/attn/compressor/pool L0/attn/q_head_norm L1/attn/kv_rope"  # by launches of their own
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 
 
@@ -106,6 +110,54 @@ def test_graph_has_the_bits_of_the_same_step_op_by_op(
             assert torch.equal(ours.tensors()[name], tensor), name
 
 
+@pytest.fixture(scope="module")
+def flash() -> Transformer:
+    """Three layers of V4-Flash's widths with few experts: what launches for several sites take."""
+    config = replace(layers_of((4, 128, 0)), n_routed_experts=16)
+    model = Transformer(RandomCheckpoint(config), torch.bfloat16, "cuda")  # type: ignore[arg-type]
+    model.set_route(parse_route(["kernel"]))
+    return model
+
+
+def filled_alike(model: Transformer, batch: int) -> Cache:
+    torch.manual_seed(5)
+    return filled_cache(model, batch, 509, 256)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_of_real_sizes_have_the_bits_of_the_same_step_op_by_op(
+    flash: Transformer, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "JOINS", ())  # they round otherwise
+    ours, theirs = (filled_alike(flash, batch) for _ in range(2))
+    graph = DecodeGraph(flash, ours)
+    tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    step = fixed_step(flash, theirs, graph.step.limit, tokens)
+    for number in range(5):  # over the end of a window of 4, and of 128
+        ids = [100 * number + b for b in range(batch)]
+        tokens.copy_(torch.tensor(ids))
+        wanted = run_step(flash, theirs, step)
+        found = graph.forward(ids)
+        assert wanted.isfinite().all() and torch.equal(found, wanted), number
+    for layer, other in zip(ours.layers, theirs.layers, strict=True):
+        for name, tensor in other.tensors().items():
+            assert torch.equal(layer.tensors()[name], tensor), name
+    without = {path for path, _, nodes in graph.sites() if nodes == 0}
+    assert set(PUT_OFF.split()) <= without, without
+
+
+def test_linears_of_one_input_are_joined_within_rounding(flash: Transformer) -> None:
+    graph = DecodeGraph(flash, filled_alike(flash, 1), range(1))
+    without = {path for path, _, nodes in graph.sites() if nodes == 0}
+    assert {"L0/attn/wkv", "L0/attn/index/weights_proj", "L0/attn/compressor/wgate"} <= without
+    x = torch.randn(1, 4, 4096, device="cuda").bfloat16()
+    step = fixed_step(flash, filled_alike(flash, 1), graph.step.limit, graph.step.tokens)
+    step.advance()
+    with torch.inference_mode():
+        wanted = flash.layers[0](x, filled_alike(flash, 1).layers[0], step)
+    assert relative_l2(graph.run(x), wanted) < 0.02
+
+
 def test_prefetching_changes_no_bit_and_is_off_where_single_sites_are_looked_at(
     model: Transformer,
 ) -> None:
@@ -120,7 +172,7 @@ def test_prefetching_changes_no_bit_and_is_off_where_single_sites_are_looked_at(
 
     assert fetching(graphs[True]) and not fetching(graphs[False])
     for keys in ({"observer": Peaks()}, {"clock": Ticks()}, {"branches": False}):
-        assert not fetching(DecodeGraph(model, prefilled(model, ids), **keys))
+        assert not fetching(DecodeGraph(model, prefilled(model, ids), prefetch=True, **keys))
 
 
 def test_prefetched_memory_stays_as_it_is_whatever_its_size() -> None:

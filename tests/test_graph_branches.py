@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_launches import pretend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -212,14 +213,14 @@ def test_no_site_runs_beside_one_it_needs(
 ) -> None:
     observer = Peaks() if observed else None
     cache = prefilled(model, lengths)
-    for site in model.sites.values():
-        monkeypatch.setattr(site.stamp, "implementation", "sm90")  # what may be fused
+    ran = pretend(model, monkeypatch)
     for _ in range(2):  # the second replay comes after all of the first
         branches = Branches(observer, None, fusions=Fusions(model.sites, fused, model.dtype))
         capture(model, cache, launches, branches)
     without = [path for path, _, nodes in branches.sites if nodes == 0]
     later = {"L1/attn/kv_rope", "L1/attn/index/compressor/pool", "L2/attn/compressor/norm"}
     assert later & set(without) == (later if fused else set())
+    assert ran == ({"linears": 6} if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1

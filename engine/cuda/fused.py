@@ -1,6 +1,7 @@
 """Launches that do the work of several sites of a decode step, and which sites those are.
 
-The numbers are those of the sites one by one, to the last bit.
+The numbers are those of the sites one by one, to the last bit but for linears of one input, which add in
+another order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
+from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.registry import Site
 
 NORM_ROPE = Library("norm_rope", {"norm_rope": (P, N, N, N, P, I, F, P, P, N, P, N, P, N)})
@@ -42,6 +44,14 @@ class Kind:
     later: int = 0
 
 
+@dataclass(frozen=True)
+class Join:
+    """A linear, and others of the same layer that are given the same input: all of them run at the first."""
+
+    first: str
+    others: tuple[str, ...]
+
+
 def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
     """What `site`, of a model whose activations are `dtype`, returns when a later launch does its work."""
     if (
@@ -54,9 +64,23 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
     return torch.empty_like(args[0])
 
 
-def may_begin(site: Site, args: tuple[Any, ...]) -> bool:
-    """Whether a chain may begin with this call: a compressor only where every sequence gets a row."""
-    return site.op != "compressor" or (args[4].padded and args[4].is_decode)
+def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
+    """Whether a chain that begins with this call is one launch, as far as the call shows it."""
+    if site.op == "compressor":  # only where every sequence gets a row
+        return bool(args[4].padded and args[4].is_decode)
+    return True
+
+
+def together(sites: list[Site], x: Tensor) -> bool:
+    """Whether linears of x are one launch."""
+    params = [site.params for site in sites]
+    return joins_linears(x, [p["weight"] for p in params], [p["out_dtype"] for p in params])
+
+
+def joined(sites: list[Site], x: Tensor) -> list[Tensor]:
+    """The results of linears of x."""
+    params = [site.params for site in sites]
+    return linears(x, [p["weight"] for p in params], [p["out_dtype"] for p in params])
 
 
 # ------------------------------------------------------------------------------ norm, rope, write
@@ -147,4 +171,14 @@ KINDS = (
     Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
+)
+JOINS = (
+    Join(
+        "attn/wq_a",
+        (
+            "attn/wkv",
+            *(f"{c}/{leaf}" for c in _COMPRESSORS for leaf in ("wkv", "wgate")),
+            "attn/index/weights_proj",
+        ),
+    ),
 )

@@ -1,31 +1,43 @@
 """Which sites of a decode step share a launch while it is captured; fused.py has the launches.
 
 A capture asks before it runs a site. The first sites of a chain are put off: they return tensors that are
-not filled yet, which only the chain's own sites may be given, and its last site launches for all.
+not filled yet, which only the chain's own sites may be given, and its last site launches for all. Linears
+of one input all run at the first of them; the others' results are known when they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.fused import KINDS, Chain, Kind, may_begin, put_off
+from dsv4_bench.engine.cuda.fused import (
+    JOINS,
+    KINDS,
+    Chain,
+    Kind,
+    joined,
+    may_begin,
+    put_off,
+    together,
+)
 from dsv4_bench.engine.registry import Site
 
 
 @dataclass
 class Call:
-    """What to do for a site: `run` it, with launches that read `args` and write `writes` beside what the
-    site itself does; or nothing now, `result` is known."""
+    """What to do for a site: `run` it, for all of `sites`, with launches that read `args` and write `writes`
+    and, once they are made, `made` beside what the site itself does; or nothing now, `result` is known."""
 
+    sites: list[Site]
     args: tuple[Any, ...]
     run: Callable[[], Any] | None
     result: Any = None
     writes: tuple[Any, ...] = ()
+    made: list[Any] = field(default_factory=list)
 
 
 class Fusions:
@@ -41,6 +53,8 @@ class Fusions:
     ) -> None:
         self._sites, self._dtype, self._layers = sites, dtype, layers
         self._kinds = {kind.first: kind for kind in KINDS} if wanted else {}
+        self._joins = {join.first: join for join in JOINS} if wanted else {}
+        self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
         self._expected: dict[str, Chain] = {}  # by the path of the chain's next site
         self._unfilled: dict[int, Chain] = {}  # by address
 
@@ -52,8 +66,8 @@ class Fusions:
         if chain is None:
             chain = self._begin(site, args)
             if chain is None:
-                return Call(args, lambda: site.run(args))
-        elif not _follows(chain, args):
+                return self._alone(site, args)
+        elif not _follows(chain, site, args):
             raise RuntimeError(f"{site.path} does not read what {chain.sites[-1].path} returns")
         chain.sites.append(site)
         chain.args.append(args)
@@ -62,8 +76,36 @@ class Fusions:
             later = put_off(site, args, self._dtype)
             chain.results.append(later)
             self._unfilled |= dict.fromkeys(_addresses(later), chain)
-            return Call(args, None, later)
+            return Call([], args, None, later)
         return self._launched(chain)
+
+    def _alone(self, site: Site, args: tuple[Any, ...]) -> Call:
+        """A site of no chain, with the others of its join."""
+        x, result = self._known.pop(site.path, (None, None))
+        if x is not None and x is args[0]:
+            return Call([], args, None, result)
+        sites = self._joined(site, args)
+        if not sites:
+            return Call([site], args, lambda: site.run(args))
+
+        def run() -> Tensor:
+            first, *others = joined(sites, args[0])
+            self._known |= {s.path: (args[0], y) for s, y in zip(sites[1:], others, strict=True)}
+            call.made += others
+            return first
+
+        call = Call(sites, args, run)
+        return call
+
+    def _joined(self, site: Site, args: tuple[Any, ...]) -> list[Site]:
+        """`site` and the others that run with it; none if it runs alone."""
+        join = self._joins.get(site.path.partition("/")[2])
+        if join is None or site.layer is None:
+            return []
+        others = (self._sites.get(f"L{site.layer}/{name}") for name in join.others)
+        sites = [site, *(other for other in others if other is not None)]
+        kernels = all(s.stamp.implementation == "sm90" for s in sites)
+        return sites if kernels and len(sites) > 1 and together(sites, args[0]) else []
 
     def _launched(self, chain: Chain) -> Call:
         """The launch that runs all of `chain`."""
@@ -71,20 +113,24 @@ class Fusions:
         for address in inside:
             del self._unfilled[address]
         reads = [a for args in chain.args for a in args if not _addresses(a) & inside]
-        writes = []
+        writes = list(chain.results)  # those that others may read after the launch
         for site, args in zip(chain.sites, chain.args, strict=True):
             bound = site.spec.bind(args, {})
             writes += [bound[name] for name in site.spec.mutates]
-        return Call(tuple(reads), lambda: chain.kind.launch(chain), writes=tuple(writes))
+
+        def run() -> Any:
+            return chain.kind.launch(chain)
+
+        return Call(chain.sites, tuple(reads), run, writes=tuple(_tensors(writes)))
 
     def _begin(self, site: Site, args: tuple[Any, ...]) -> Chain | None:
         """The chain that `site` begins, if all of it runs on these kernels."""
         kind = self._kinds.get(site.path.partition("/")[2])
-        if kind is None or site.layer is None or not may_begin(site, args):
+        following = self._following(kind, site.layer) if kind and site.layer is not None else []
+        if kind is None or not following:
             return None
-        following = self._following(kind, site.layer)
         kernels = all(s.stamp.implementation == "sm90" for s in (site, *following))
-        return Chain(kind, following) if following and kernels else None
+        return Chain(kind, following) if kernels and may_begin(site, args, following) else None
 
     def _following(self, kind: Kind, layer: int) -> list[Site]:
         layer += kind.later
@@ -94,15 +140,19 @@ class Fusions:
         return [] if None in found else [site for site in found if site is not None]
 
 
-def _follows(chain: Chain, args: tuple[Any, ...]) -> bool:
-    """Whether a chain's site reads what the one before returned."""
-    return bool(_addresses(args) & _addresses(chain.results[-1]))
+def _follows(chain: Chain, site: Site, args: tuple[Any, ...]) -> bool:
+    """Whether a chain's site reads what the one before returned; the shared expert, what the first read."""
+    wanted = chain.args[0] if site.op == "shared_expert" else chain.results[-1]
+    return bool(_addresses(args) & _addresses(wanted))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in nested tuples and lists."""
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _addresses(value: Any) -> set[int]:
     """Of the memory behind tensors."""
-    if isinstance(value, Tensor):
-        return {value.untyped_storage().data_ptr()} - {0}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return set().union(*(_addresses(part) for part in value))
-    return set()
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value)} - {0}

@@ -39,7 +39,7 @@ PLAN = (
     Fetch("attn/wo_a", ("attn/wo_b",)),
     Fetch("attn/wo_b", ("ffn/hc_pre", "ffn/gate", "ffn/shared")),
     Fetch(
-        "ffn/sum",
+        "ffn/hc_post",
         (
             "attn/hc_pre",
             "attn/wq_a",

@@ -1,0 +1,34 @@
+"""Launches that serve several sites, pretended on the CPU by the ops' references, and how often each ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from dsv4_bench.engine.cuda import fused
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import OPS
+
+
+def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """All sites of `model` count as kernels, and all launches of fused.py but norm_rope's take everything."""
+    ran: Counter[str] = Counter()
+
+    def reference(op: str, *args: Any, **params: Any) -> Any:
+        return OPS[op].reference(*args, **params)
+
+    def linears(x: Tensor, weights: Any, out_dtypes: Any) -> tuple[Tensor, ...]:
+        ran["linears"] += 1
+        pairs = zip(weights, out_dtypes, strict=True)
+        return tuple(reference("linear", x, weight=w, out_dtype=t) for w, t in pairs)
+
+    for site in model.sites.values():
+        monkeypatch.setattr(site.stamp, "implementation", "sm90")
+    for name in ("joins_linears",):
+        monkeypatch.setattr(fused, name, lambda *_: True)
+    for function in (linears,):
+        monkeypatch.setattr(fused, function.__name__, function)
+    return ran
