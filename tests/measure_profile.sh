@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT [short]
-# Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder.
+# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT
+# Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder. Three minutes.
 set -uo pipefail
 mkdir -p "$1"
 out=$(realpath "$1")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bench=(python3 -m dsv4_bench.workbench)
-brief=(--context 511 --json --seconds 0.05)
 
 step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
     local seconds=$1 name=$2 started=$SECONDS
@@ -17,24 +16,33 @@ step() {  # step SECONDS NAME COMMAND...: its stdout becomes OUT/NAME.json
     tail -n 4 "$out/$name.err"
 }
 
-# Single layers first: `short` is done in about half a minute.
+layer() {  # layer NAME KIND ARGUMENT...: one layer's profile
+    local name=$1 kind=$2
+    shift 2
+    step 40 "$name" "${bench[@]}" profile "$work/$kind" --layer 0 --seconds 0.05 --json "$@"
+}
+
+counted() {  # the same ops under ncu, as OUT/ncu_NAME.json
+    local name=$1 kind=$2
+    shift 2
+    (cd "$work" && step 50 "ncu_$name" "${bench[@]}" profile "$work/$kind" --layer 0 --ncu --json "$@")
+}
+
 timeout 60 python3 tests/flash_layers.py "$work/csa" CSA &
 timeout 60 python3 tests/flash_layers.py "$work/hca" HCA
-step 40 hca "${bench[@]}" profile "$work/hca" --layer 0 --graph "${brief[@]}"
 wait
-step 40 csa "${bench[@]}" profile "$work/csa" --layer 0 --graph "${brief[@]}"
-(cd "$work" && step 60 ncu_hca "${bench[@]}" profile "$work/hca" --sites 'L0/ffn/*' --context 511 --ncu --json)
-step 30 demo "${bench[@]}" profile --layer 3 --graph --json --seconds 0.05 \
-    --trace "$out/demo_trace.json" --plot "$out/demo.png"
-if [[ ${2:-} != short ]]; then
-    timeout 100 python3 tests/flash_layers.py "$work/flash"
-    step 60 flash "${bench[@]}" profile "$work/flash" --layers 0-2 "${brief[@]}"
-    (cd "$work" && step 60 ncu_csa "${bench[@]}" profile "$work/csa" --layer 0 --context 511 --ncu --json)
-    step 40 batch "${bench[@]}" profile "$work/csa" --layer 0 --batch 32 "${brief[@]}"
-    (cd "$work" && step 60 ncu_batch "${bench[@]}" profile "$work/csa" --layer 0 --context 511 --batch 32 \
-        --ncu --json)
-    step 60 prefill "${bench[@]}" profile "$work/csa" --layer 0 --phase prefill "${brief[@]}"
-    step 30 reload_rows python3 tests/reload_times.py L3/attn/window_write csrc/cuda/rows_sm90.cu
-    step 30 reload_norm python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
+layer csa csa --context 511 --graph
+layer hca hca --context 511 --graph
+layer prefill csa --phase prefill --context 1024
+counted prefill csa --phase prefill --context 1024
+layer batch csa --batch 64 --context 511
+counted batch csa --batch 64 --context 511
+counted csa csa --context 511
+step 40 reload_norm python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
+step 40 reload_rows python3 tests/reload_times.py L3/attn/window_write csrc/cuda/rows_sm90.cu
+if python3 -c "import cutlass" 2>/dev/null; then
+    step 40 reload_dsl python3 tests/reload_times.py L3/attn/wq_b engine/dsl/linear_sm90.py
 fi
+step 30 demo "${bench[@]}" profile --layer 3 --graph --json --seconds 0.05 --plot "$out/demo.png"
 python3 tests/profile_summary.py "$out" >"$out/summary.json"
+step 60 builds python3 tests/build_times.py

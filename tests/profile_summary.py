@@ -58,7 +58,7 @@ def beside_ncu(document: Any, counted: Any) -> list[dict[str, Any]]:
             found.append(
                 {
                     "site": site["site"],
-                    "kernels": [kernel["kernel"][:60] for kernel in own],
+                    "kernels": {k["kernel"][:60]: 1e6 * (k["seconds"] or 0.0) for k in own},
                     "profile_us": 1e6 * seconds,
                     "ncu_us": 1e6 * total,
                     "ratio": seconds / total,

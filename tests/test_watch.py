@@ -12,6 +12,7 @@ from driver import Driver
 
 from dsv4_bench.engine import registry
 from dsv4_bench.engine.errors import DSV4Error
+from dsv4_bench.workbench import reloading
 from dsv4_bench.workbench.reloading import sources
 from dsv4_bench.workbench.saving import fingerprint
 
@@ -61,6 +62,39 @@ def test_every_save_is_one_attempt_with_hash_error_and_time(driver):
     assert right["hash"] != wrong["hash"] and min(right["seconds"], wrong["seconds"]) > 0
     save(driver.plugin, "1.0")
     assert driver.command("reload")["history"][2]["hash"] == right["hash"]
+
+
+def test_what_nobody_compares_is_compared_here(driver):
+    driver.command("shadow off")
+    save(driver.plugin, "1.01")
+    (attempt,) = driver.command("reload")["history"]
+    assert attempt["verdict"] == "over"
+    assert driver.debugger.shadow.pattern == ""
+
+
+def test_a_dsl_compiler_is_warm_before_the_first_save(make_checkpoint, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(reloading.dsl_library, "keep_warm", lambda: started.append(True))
+    plugin = save(tmp_path / "plugin.py", "1.0")
+    plugin.write_text(plugin.read_text().replace("watched", "cutedsl"))
+    route = ["reference", "*/hc_post=cutedsl"]
+    driver = Driver(
+        tmp_path,
+        checkpoint=str(make_checkpoint()),
+        plugins=[str(plugin)],
+        route=route,
+        tokens=[1, 2],
+    )
+    try:
+        driver.command("until L1/attn/norm")
+        driver.command("reload")
+        assert not started
+        driver.command(f"until {SITE}")
+        assert driver.command("reload")["history"][-1]["verdict"] == "ok"
+        assert started
+    finally:
+        driver.close()
+        registry.IMPLEMENTATIONS["hc_post"].pop("cutedsl", None)
 
 
 def test_what_flows_on_is_what_the_new_code_gave(driver):

@@ -20,7 +20,7 @@ import torch
 
 from dsv4_bench.engine import cpu_library, cuda
 from dsv4_bench.engine.build import csrc
-from dsv4_bench.engine.dsl import library
+from dsv4_bench.engine.dsl import library as dsl_library
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, Implementation, Site
@@ -55,7 +55,7 @@ def sources(impl: Implementation, plugins: Iterable[str] = ()) -> list[Path]:
 def _of_package(name: str) -> Iterable[Path]:
     """The sources of our own implementation `name`."""
     if name == "cutedsl":
-        return library.FOLDER.glob("*.py")
+        return dsl_library.FOLDER.glob("*.py")
     folders = (csrc() / _COMPILED[name], csrc() / "common")
     return (path for folder in folders for path in folder.iterdir() if path.is_file())
 
@@ -80,7 +80,7 @@ def reload_code(model: Transformer, plugins: Iterable[str] = ()) -> list[str]:
         ) from error
     cpu_library.reset()
     cuda.library.reset()
-    library.dsl_build.cache_clear()
+    dsl_library.reset()
     for table in IMPLEMENTATIONS.values():
         for impl in table.values():
             impl.__dict__.pop("hash", None)  # of the code that was
@@ -158,7 +158,7 @@ class Reloader:
         site = held.call.site
         files = sources(site.impl, self.plugins)
         if "cutedsl" in site.impl.name.split("+"):
-            library.keep_warm()
+            dsl_library.keep_warm()
         found = fingerprint(files)
         changed = self._seen.get(site.impl.name) != found
         if changed:

@@ -97,6 +97,11 @@ def dsl_build(op: str, kernel: str = "") -> DslBuild:
     return DslBuild(f"{kernel or op}_dsl_sm90", files, flags, ARCH, compiler()[0], FOLDER)
 
 
+def reset() -> None:
+    """Forget what was read of sources and compiler."""
+    dsl_build.cache_clear()
+
+
 def sources() -> list[str]:
     """The op of every DSL source there is."""
     return sorted(path.name.removesuffix("_sm90.py") for path in FOLDER.glob("*_sm90.py"))
