@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cuda import fused
@@ -20,6 +21,14 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
     def reference(op: str, *args: Any, **params: Any) -> Any:
         return OPS[op].reference(*args, **params)
 
+    def moe(
+        x: Tensor, *choice: Tensor, bank: Any, shared: Any, limit: float, dtype: torch.dtype
+    ) -> Tensor:
+        ran["moe"] += 1
+        routed = reference("experts", x, *choice, bank=bank, limit=limit)
+        both = routed, reference("shared_expert", x, expert=shared, limit=limit)
+        return reference("moe_sum", *both, dtype=dtype)
+
     def linears(x: Tensor, weights: Any, out_dtypes: Any) -> tuple[Tensor, ...]:
         ran["linears"] += 1
         pairs = zip(weights, out_dtypes, strict=True)
@@ -27,8 +36,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 
     for site in model.sites.values():
         monkeypatch.setattr(site.stamp, "implementation", "sm90")
-    for name in ("joins_linears",):
+    for name in ("moe_fits", "joins_linears"):
         monkeypatch.setattr(fused, name, lambda *_: True)
-    for function in (linears,):
+    for function in (moe, linears):
         monkeypatch.setattr(fused, function.__name__, function)
     return ran

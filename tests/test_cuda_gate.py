@@ -10,7 +10,7 @@ import torch
 from cuda_judge import kernel
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.gate import _arrived, _takes_few
+from dsv4_bench.engine.cuda.gate import _takes_few
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.ops.gate import gate
@@ -19,7 +19,7 @@ from dsv4_bench.probes.metrics import relative_error
 
 pytestmark = pytest.mark.gpu
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
-SIZES = [(256, 4096), (384, 7168), (33, 64), (1, 8), (513, 8192), (1024, 1032)]
+SIZES = [(256, 4096), (33, 64), (1, 8), (255, 1032), (16, 2048), (17, 3000)]
 
 
 def arguments(count: int, d: int, hashed: bool = False, seed: int = 3) -> dict[str, Any]:
@@ -69,8 +69,9 @@ def test_what_one_kernel_does_not_take() -> None:
     assert not _takes_few(x, weight) and not _takes_few(x[:0], weight)
     assert not _takes_few(x[:4].float(), weight)
     assert not _takes_few(x[:4], replace(weight, data=weight.data.float()))
-    wide = Weight("gate", "dense", torch.zeros(4, 8200, device=CUDA, dtype=BF16))
-    assert not _takes_few(torch.zeros(1, 8200, device=CUDA, dtype=BF16), wide)
+    for count, d in ((4, 4104), (257, 64)):
+        wide = Weight("gate", "dense", torch.zeros(count, d, device=CUDA, dtype=BF16))
+        assert not _takes_few(torch.zeros(1, d, device=CUDA, dtype=BF16), wide)
     odd = torch.zeros(2 * 128 + 1, device=CUDA, dtype=BF16)[1:].view(2, 128)
     assert not _takes_few(odd, weight)
 
@@ -91,7 +92,7 @@ def test_ties_nan_and_infinities() -> None:
     assert found["scores"][1].isnan().all() and not found["scores"][[0, 2]].isnan().any()
 
 
-def test_a_hundred_times_the_same_and_the_counter_comes_back() -> None:
+def test_a_hundred_times_the_same() -> None:
     """Two layers in turn, as in a decode step, in a graph and launch by launch."""
     layers = [arguments(256, 4096, seed=seed) for seed in (1, 2)]
     x, tokens = tokens_of(2, 4096)
@@ -108,4 +109,3 @@ def test_a_hundred_times_the_same_and_the_counter_comes_back() -> None:
         for outputs in (captured, again):
             for found, wanted in zip(outputs, first, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert all(int(_arrived(params["weight"])) == 0 for params in layers)

@@ -36,7 +36,7 @@ reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
-PUT_OFF = "L0/attn/compressor/pool L0/attn/q_head_norm L1/attn/kv_rope"  # by launches of their own
+PUT_OFF = "L0/attn/compressor/pool L0/attn/q_head_norm L1/attn/kv_rope L1/ffn/experts"  # by launches of their own
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 
 
@@ -351,7 +351,7 @@ class Peaks:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.layers: list[int] = []
+        self.looks = self.steps = 0
         self.values = torch.zeros(1024, device="cuda")
 
     def wants(self, site: Site) -> bool:
@@ -369,11 +369,14 @@ class Peaks:
             self.values[len(self.paths)].copy_(value.float().abs().max())
         self.paths.append(site.path)
 
-    def layer_done(self, layer: int) -> None:
-        self.layers.append(layer)
+    def due(self, site: Site) -> bool:
+        return site.op == "gate"
+
+    def look(self) -> None:
+        self.looks += 1
 
     def step_done(self) -> None:
-        self.layers.append(-1)
+        self.steps += 1
 
 
 class Ticks:
@@ -390,10 +393,13 @@ class Ticks:
     stop = start
 
 
-def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer) -> None:
+@pytest.mark.parametrize("clocked", [False, True])
+def test_observer_and_clock_see_every_site_and_change_nothing(
+    model: Transformer, clocked: bool
+) -> None:
     ids = texts(3)
     plain, eager = DecodeGraph(model, prefilled(model, ids)), prefilled(model, ids)
-    peaks, ticks = Peaks(), Ticks()
+    peaks, ticks = Peaks(), Ticks() if clocked else None
     seen = DecodeGraph(model, prefilled(model, ids), observer=peaks, clock=ticks)
     step = fixed_step(model, eager, seen.step.limit, torch.zeros_like(seen.step.tokens))
     for number in range(3):
@@ -408,8 +414,10 @@ def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer
             set_taps(model.sites.values(), None)
         assert expected.paths == peaks.paths
         assert torch.equal(expected.values, peaks.values)
-    assert peaks.layers == [*range(6), -1]
+    assert (peaks.looks, peaks.steps) == (2 * 6 + 1, 1)
     assert peaks.paths == [path for path, _, _ in seen.sites()]
+    if ticks is None:
+        return
     assert ticks.places == [path for path in peaks.paths for _ in range(2)]
     assert bool((ticks.counts[: len(ticks.places)] == 3).all())
 

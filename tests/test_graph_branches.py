@@ -152,14 +152,17 @@ class Peaks:
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self.layers: list[int] = []
+        self.looks = 0
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         self.values += [value.abs().max() for value in site.spec.name_outputs(result).values()]
 
-    def layer_done(self, layer: int) -> None:
+    def due(self, site: Site) -> bool:
+        return site.op == "attention"
+
+    def look(self) -> None:
         torch.stack([value.float() for value in self.values])
-        self.layers.append(layer)
+        self.looks += 1
 
     def step_done(self) -> None:
         pass
@@ -202,7 +205,9 @@ def capture(
 
 
 @pytest.mark.parametrize("lengths", [(125,), (125, 3, 60)])
-@pytest.mark.parametrize("observed, fused", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "observed, fused", [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_no_site_runs_beside_one_it_needs(
     model: Transformer,
     launches: Launches,
@@ -215,17 +220,19 @@ def test_no_site_runs_beside_one_it_needs(
     cache = prefilled(model, lengths)
     ran = pretend(model, monkeypatch)
     for _ in range(2):  # the second replay comes after all of the first
-        branches = Branches(observer, None, fusions=Fusions(model.sites, fused, model.dtype))
+        fusions = Fusions(model.sites, fused, model.dtype, observed=observed)
+        branches = Branches(observer, None, fusions=fusions)
         capture(model, cache, launches, branches)
     without = [path for path, _, nodes in branches.sites if nodes == 0]
     later = {"L1/attn/kv_rope", "L1/attn/index/compressor/pool", "L2/attn/compressor/norm"}
-    assert later & set(without) == (later if fused else set())
-    assert ran == ({"linears": 6} if fused else {})
+    assert later & set(without) == (later if fused and not observed else set())
+    put_off = {} if observed else {"moe": 6}
+    assert ran == ({"linears": 6, **put_off} if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1
     assert branches.origin.seen == everything  # all is joined
-    assert observer is None or observer.layers == [0, 1, 2] * 2
+    assert observer is None or observer.looks == 2 * (2 * 3 + 1)  # behind core, layers and head
 
 
 def test_independent_sites_do_run_side_by_side(model: Transformer, launches: Launches) -> None:

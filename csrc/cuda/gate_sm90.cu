@@ -1,7 +1,8 @@
 // Op gate: sqrt(softplus(x W^T)), the best k experts or those of a token's id, their weights.
 //
-// Up to four tokens: one kernel, whose last block chooses. More: a matrix product (op linear), then a
-// kernel that chooses.
+// Up to four tokens: one kernel, a cluster that holds the matrix before the tokens are there; its blocks
+// send their scores to the first one, which chooses. More: a matrix product (op linear), then a kernel
+// that chooses.
 
 #include <assert.h>
 
@@ -10,7 +11,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 256;
 
 // log(1 + e^x), and x itself where float32 cannot tell them apart, as torch does.
 __device__ float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
@@ -104,15 +105,15 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(float* scores, int count
 
 // ---------------------------------------------------------------- few tokens
 
-constexpr int kRows = 2;                              // of the matrix, a block
-constexpr int kRowThreads = kThreads / kRows;         // that share one
-constexpr int kHeld = 8, kWidest = kHeld * 8 * kRowThreads;  // vectors a thread, columns
+constexpr int kBlocks = 16;                          // of the cluster
+constexpr int kFewThreads = 512, kRows = kFewThreads / 32;  // one row of the matrix a warp
+constexpr int kFewTokens = 4, kMostExperts = kBlocks * kRows;
+constexpr int kWidest = 4096;                        // columns
 
 struct Few {
     const bf16 *x, *weight;  // [n, d], [count, d]
     int n, d, count;
-    float* scores;      // [n, count]
-    unsigned* arrived;  // blocks that are done: 0 before and after
+    float* scores;  // [n, count]
 };
 
 // The product of eight bf16 with eight others.
@@ -124,72 +125,63 @@ __device__ float dot(const uint4& a, const uint4& b) {
     return sum;
 }
 
-// Whether this is the last block to come here; then it sees what the others wrote before.
-__device__ bool last_to_arrive(unsigned* arrived) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    return last;
+// Writes to the same variable of the cluster's first block.
+__device__ void send_to_first(float* at, float value) {
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, 0;\n"
+                 "st.shared::cluster.f32 [remote], %1;\n}" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(at)),
+                 "f"(value)
+                 : "memory");
 }
 
-// Each block multiplies two rows of the matrix, held in registers before the activations are there, with
-// T tokens; the last one chooses, one warp a token.
-template <int kEach, int T>
-__global__ void __launch_bounds__(kThreads, 2) gate_few_kernel(const Few p, const Choice to) {
-    __shared__ float partial[kWarps][T], plain[T][32 * kEach];
+__global__ void __launch_bounds__(kFewThreads, 2) gate_few_kernel(const Few p, const Choice to) {
+    extern __shared__ __align__(16) uint4 matrix[];  // [kRows][d / 8], then tokens [n][d / 8]
+    __shared__ float plain[kFewTokens][kMostExperts], bias[kMostExperts];
+    constexpr int kEach = kMostExperts / 32;
     let_next_start();
-    const int row = threadIdx.x / kRowThreads, first = threadIdx.x % kRowThreads * 8;
-    const int expert = blockIdx.x * kRows + row;
-    uint4 held[kHeld];
-#pragma unroll
-    for (int h = 0; h < kHeld; h++)
-        if (const int at = first + h * 8 * kRowThreads; at < p.d)
-            held[h] = load_stream(p.weight + min(expert, p.count - 1) * (int64_t)p.d + at);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = p.d / 8;
+    const int expert = blockIdx.z * kRows + warp;
+    uint4 *row = matrix + warp * vectors, *x = matrix + kRows * vectors;
+    for (int v = lane; v < vectors; v += 32)
+        copy_async(row + v, p.weight + expert * (int64_t)p.d + v * 8, expert < p.count);
+    commit_copies();
+    if (to.bias != nullptr && threadIdx.x < p.count) bias[threadIdx.x] = to.bias[threadIdx.x];
+    cluster_barrier();  // all blocks have begun, so that the first one can be written to
     wait_for_previous();
-#pragma unroll
-    for (int t = 0; t < T; t++) {
-        uint4 x[kHeld];
-#pragma unroll
-        for (int h = 0; h < kHeld; h++)
-            if (const int at = first + h * 8 * kRowThreads; at < p.d && t < p.n)
-                x[h] = *(const uint4*)(p.x + t * (int64_t)p.d + at);
-        float sum = 0;
-#pragma unroll
-        for (int h = 0; h < kHeld; h++)
-            if (first + h * 8 * kRowThreads < p.d && t < p.n) sum += dot(held[h], x[h]);
-        sum = warp_sum(sum);
-        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][t] = sum;
-    }
+    for (int i = threadIdx.x; i < p.n * vectors; i += kFewThreads) x[i] = ((const uint4*)p.x)[i];
+    wait_for_copies<0>();
     __syncthreads();
-    if (threadIdx.x < kRows * T) {
-        const int t = threadIdx.x % T, r = threadIdx.x / T, e = blockIdx.x * kRows + r;
-        float total = 0;
-        for (int w = 0; w < kWarps / kRows; w++) total += partial[r * (kWarps / kRows) + w][t];
-        if (t < p.n && e < p.count) p.scores[t * (int64_t)p.count + e] = score_of(total);
+    for (int t = 0; t < p.n; t++) {
+        float sum = 0;
+#pragma unroll 4
+        for (int v = lane; v < vectors; v += 32) sum += dot(row[v], x[t * vectors + v]);
+        const float score = score_of(warp_sum(sum));
+        if (lane == 0 && expert < p.count) {
+            p.scores[t * (int64_t)p.count + expert] = score;
+            send_to_first(&plain[t][expert], score);
+        }
     }
-    if (!last_to_arrive(p.arrived)) return;
-    const int t = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (t >= T || t >= p.n) return;
+    cluster_barrier();
+    if (blockIdx.z > 0 || warp >= p.n) return;
     uint32_t left[kEach];
 #pragma unroll
     for (int j = 0; j < kEach; j++) {
         const int e = lane + 32 * j;
-        const float score = e < p.count ? __ldcg(p.scores + t * (int64_t)p.count + e) : 0;
-        plain[t][e] = score;
-        left[j] = e < p.count ? to.rank(score, e) : 0;
+        const float score = e < p.count ? plain[warp][e] : 0;
+        left[j] = e < p.count ? ordered(to.bias == nullptr ? score : score + bias[e]) : 0;
     }
-    __syncwarp();
-    choose<kEach>(to, t, p.count, plain[t], left);
+    choose<kEach>(to, warp, p.count, plain[warp], left);
 }
 
-template <int kEach> int gate_few(const Few& p, const Choice& to, void* stream) {
-    auto kernel = p.n == 1 ? gate_few_kernel<kEach, 1> : gate_few_kernel<kEach, 4>;
-    return launch(kernel, dim3(ceil_div(p.count, kRows)), kThreads, 0, stream, p, to);
+int gate_few(const Few& p, const Choice& to, void* stream) {
+    const size_t shared = (kRows + p.n) * p.d * sizeof(bf16);
+    static const int allowed = (int)cudaFuncSetAttribute(
+        gate_few_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (allowed != cudaSuccess) return allowed;
+    const int status = allow_shared(gate_few_kernel, (kRows + kFewTokens) * kWidest * sizeof(bf16));
+    if (status != cudaSuccess) return status;
+    return launch_clusters(kBlocks, gate_few_kernel, dim3(1, 1, kBlocks), kFewThreads, shared, stream,
+                           p, to);
 }
 
 // with_each(count, [&](auto each) { constexpr int kEach = each; }): enough of them for `count` experts.
@@ -216,15 +208,16 @@ DSV4_EXPORT int dsv4_gate(float* scores, int64_t n, int64_t count, const float* 
     });
 }
 
-// The same from x [n, d] bfloat16, n <= 4, and weight [count, d] bfloat16, both at multiples of 16 bytes.
-// arrived: a counter that is 0; one launch at a time may have it.
+// The same from x [n, d] bfloat16, n <= 4, and weight [count, d] bfloat16, both at multiples of 16 bytes;
+// d <= 4096, count <= 256.
 DSV4_EXPORT int dsv4_gate_few(const void* x, int64_t n, int64_t d, const void* weight, int64_t count,
-                              float* scores, unsigned* arrived, const float* bias,
-                              const void* tid2eid, int tid2eid_bytes, int64_t vocabulary,
-                              const int64_t* tokens, int64_t k, float scale, float* routing,
-                              int32_t* chosen, void* stream) {
-    if (count > 1024 || k > 32 || k > count || n > 4 || d % 8 || d > kWidest) return kUnsupported;
+                              float* scores, const float* bias, const void* tid2eid,
+                              int tid2eid_bytes, int64_t vocabulary, const int64_t* tokens,
+                              int64_t k, float scale, float* routing, int32_t* chosen,
+                              void* stream) {
+    if (count > kMostExperts || k > 32 || k > count || n > kFewTokens || d % 8 || d > kWidest)
+        return kUnsupported;
     Choice to = {bias, tid2eid, tid2eid_bytes, vocabulary, tokens, (int)k, scale, routing, chosen};
-    Few p = {(const bf16*)x, (const bf16*)weight, (int)n, (int)d, (int)count, scores, arrived};
-    return with_each(count, [&](auto each) { return gate_few<each>(p, to, stream); });
+    return gate_few({(const bf16*)x, (const bf16*)weight, (int)n, (int)d, (int)count, scores}, to,
+                    stream);
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
+from dsv4_bench.engine.cuda.experts import moe, moe_fits
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.registry import Site
@@ -61,6 +62,8 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         overlap = args[2].shape[1] == 2 * ratio
         shape = len(args[4].lengths), width // 2 if overlap else width
         return torch.empty(shape, dtype=dtype, device=args[0].device)
+    if site.op in ("experts", "shared_expert"):
+        return torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device)
     return torch.empty_like(args[0])
 
 
@@ -68,6 +71,10 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
     """Whether a chain that begins with this call is one launch, as far as the call shows it."""
     if site.op == "compressor":  # only where every sequence gets a row
         return bool(args[4].padded and args[4].is_decode)
+    if site.op == "experts":
+        params, shared = site.params, following[0].params
+        fits = moe_fits(params["bank"], shared["expert"], len(args[0]))
+        return fits and params["limit"] == shared["limit"]
     return True
 
 
@@ -163,6 +170,16 @@ def _one_by_one(sites: list[Site], args: list[tuple[Any, ...]]) -> Any:
     return result
 
 
+# ------------------------------------------------------------------------------ the others
+
+
+def feed_forward(chain: Chain) -> Tensor:
+    """Routed experts, shared expert and their sum."""
+    routed, shared, total = (site.params for site in chain.sites)
+    both = {"bank": routed["bank"], "shared": shared["expert"], "limit": routed["limit"]}
+    return moe(*chain.args[0], **both, dtype=total["dtype"])
+
+
 # ------------------------------------------------------------------------------ which sites
 
 _COMPRESSORS = ("attn/compressor", "attn/index/compressor")
@@ -171,6 +188,7 @@ KINDS = (
     Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
+    Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward),
 )
 JOINS = (
     Join(

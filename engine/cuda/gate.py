@@ -5,8 +5,6 @@ Contract is that of the reference in `ops`. Nothing here synchronises with the G
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
 _CHOICE = (P, P, I, N, P, N, F, P, P)  # struct Choice of gate_sm90.cu
-GATE = Library("gate", {"gate": (P, N, N, *_CHOICE), "gate_few": (P, N, N, P, N, P, P, *_CHOICE)})
-_FEW, _WIDEST = 4, 8192  # tokens and columns of the one kernel
+GATE = Library("gate", {"gate": (P, N, N, *_CHOICE), "gate_few": (P, N, N, P, N, P, *_CHOICE)})
+_FEW, _MOST, _WIDEST = 4, 256, 4096  # tokens, experts and columns of the one kernel
 
 
 @sm90("gate", GATE)
@@ -66,9 +64,8 @@ def gate(
         chosen.data_ptr(),
     )
     if few:
-        matrix, arrived = weight.data.data_ptr(), _arrived(weight).data_ptr()
-        there = scores.data_ptr()
-        GATE.call("gate_few", x, x.data_ptr(), n, d, matrix, count, there, arrived, *choice)
+        matrix, there = weight.data.data_ptr(), scores.data_ptr()
+        GATE.call("gate_few", x, x.data_ptr(), n, d, matrix, count, there, *choice)
     else:
         GATE.call(op, x, scores.data_ptr(), n, count, *choice)
     return routing, chosen, scores
@@ -81,21 +78,8 @@ def _takes_few(x: Tensor, weight: Weight) -> bool:
         0 < len(x) <= _FEW
         and x.shape[1] == packed.k <= _WIDEST
         and packed.k % 8 == 0
+        and packed.n <= _MOST
         and weight.format == "dense"
         and all(t.dtype == torch.bfloat16 and t.device == x.device for t in given)
         and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given)
     )
-
-
-# By id(weight): how many blocks have arrived, 0 between launches. One launch at a time a weight.
-_ARRIVED: dict[int, tuple[Tensor, weakref.ref[Weight]]] = {}
-
-
-def _arrived(weight: Weight) -> Tensor:
-    key = id(weight)
-    entry = _ARRIVED.get(key)
-    if entry is None or entry[1]() is not weight:
-        counter = torch.tensor([0], dtype=torch.int32).to(weight.data.device)
-        entry = counter, weakref.ref(weight, lambda _: _ARRIVED.pop(key, None))
-        _ARRIVED[key] = entry
-    return entry[0]
