@@ -33,7 +33,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16", "f32", "f16"]
-ROWS = [0, 1, 2, 7, 8, 9, 16, 17, 63, 64, 65]
+ROWS = [0, 1, 2, 3, 4, 7, 8, 9, 16, 17, 63, 64, 65]
 # Relative L2 to float64 rounded once: float32 sums (the matrix unit keeps a bit less), bf16 flips.
 LIMIT = {torch.float32: 3e-6, BF16: 1e-3}
 
@@ -124,7 +124,7 @@ def test_linear_at_ragged_shapes(kind, dtype):
 )
 def test_linear_at_model_shapes(kind, n, k):
     weight = random_weight(kind, n, k)
-    for m in (1, 2, 8, 16, 64, 65):
+    for m in (1, 2, 4, 8, 16, 64, 65):
         x = torch.randn(m, k, device=CUDA).to(BF16)
         x[:, 5] *= 300  # an outlier channel
         got = kernel("linear", x, weight=weight, out_dtype=None)

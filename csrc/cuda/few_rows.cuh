@@ -1,9 +1,9 @@
 // linear for one to four activation rows: the stream of weights from memory sets the pace.
 //
-// A block holds its columns of the activations in shared memory, and every warp multiplies its tiles
-// of 16 weight rows out of its own ring. `split` warps share a tile's columns, and so do the blocks of
-// a cluster; the sums meet in the end. Several blocks fit on a multiprocessor: while some work, those of
-// the next kernel fill their rings.
+// Every warp multiplies its tiles of 16 weight rows out of its own ring. `split` warps of a block share
+// a tile's columns, every split-th stage each, and each holds its own columns of the activations in
+// shared memory; the sums meet in the end. Two blocks fit on a multiprocessor: while one works, that of
+// the next kernel begins to fill its rings.
 #pragma once
 
 #include "gemv.cuh"
@@ -12,126 +12,177 @@
 
 namespace dsv4 {
 
-// How blocks are made. kDepth: stages of a ring; kResident: blocks that a multiprocessor has room for.
-template <class Policy> struct FewShape {
-    static constexpr int kWarps = 8, kDepth = 5, kResident = 2;
-    static constexpr int kThreads = kWarps * 32;
-    static constexpr size_t kSlots = kWarps * kDepth * sizeof(Slot<Policy>);
+// How blocks are made. kDepth: stages of a ring, kEarly of them asked for before the activations;
+// kResident: blocks that a multiprocessor has room for.
+struct FewShape {
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kResident = 2;
 };
 constexpr int kFewRows = 4;
 constexpr size_t kFewShared = 226 * 1024;  // bytes, of all resident blocks
 
 // ---------------------------------------------------------------- how the work is divided
 
-// `split` warps and `parts` blocks share a tile's columns. A block goes over `rounds` tiles at each of
-// its kWarps / split places, and over `stages` of `all` stages of their columns.
-template <class Policy> struct FewPlan : FewShape<Policy> {
-    using Shape = FewShape<Policy>;
+// A block goes over `rounds` tiles at each of its kWarps / split places, and a warp over `own` of the
+// `all` stages of their columns.
+template <class Policy> struct FewPlan : FewShape {
     static constexpr int kMostRounds = 8;
-    int split, parts, rounds, stages, all, vectors, rows;  // vectors: of a row that a block holds
+    int split, rounds, all, own, rows;
     int64_t blocks;
 
-    __host__ __device__ int places() const { return Shape::kWarps / split; }
+    __host__ __device__ int places() const { return kWarps / split; }
     __host__ __device__ int tiles() const { return places() * rounds; }
+    __host__ __device__ int vectors() const { return own * Policy::kChunk; }  // of a warp's activation row
 
     // `tiles` of the matrix, `group` of them in a group.
-    FewPlan(int64_t tiles, int64_t group, int all, int rows, int split, int parts)
-        : split(split), parts(parts), stages((int)ceil_div(ceil_div(all, parts), split) * split),
-          all(all), vectors(stages * Policy::kChunk), rows(rows) {
-        const int64_t needed = ceil_div(tiles * parts, (int64_t)kProcessors * places());
+    FewPlan(int64_t tiles, int64_t group, int all, int rows, int split)
+        : split(split), all(all), own((int)ceil_div(all, split)), rows(rows) {
+        const int64_t needed = ceil_div(tiles, (int64_t)kProcessors * places());
         rounds = (int)(needed < kMostRounds ? needed : kMostRounds);
         while (rounds > 1 && group % this->tiles()) rounds--;
         blocks = ceil_div(tiles, (int64_t)this->tiles());
     }
     size_t bytes() const {
-        return Shape::kSlots + (size_t)rows * vectors * sizeof(uint4) +
-               Shape::kWarps * rounds * rows * 16 * sizeof(float);
+        return kWarps * (kDepth * sizeof(Slot<Policy>) + (size_t)rows * vectors() * sizeof(uint4) +
+                         (size_t)rounds * rows * 16 * sizeof(float));
     }
     // In stages of one warp.
     double cost() const {
         if (bytes() > kFewShared) return 1e30;
-        const double waves = (double)ceil_div(blocks * parts, (int64_t)kProcessors);
-        const bool alone = bytes() > kFewShared / Shape::kResident - 1024;
-        const bool scattered = split < Shape::kWarps && all > 8;  // 128 bytes here and there
-        return waves * rounds * (stages / split + 0.25) * (alone ? 1.5 : 1) * (scattered ? 1.5 : 1) +
-               (parts > 1 ? 1.5 : 0);
+        const double waves = (double)ceil_div(blocks, (int64_t)kProcessors);
+        const bool alone = bytes() > kFewShared / kResident - 1024;
+        const bool scattered = split < kWarps && all > 8;  // 128 bytes here and there
+        return waves * rounds * (own + 0.25) * (alone ? 1.5 : 1) * (scattered ? 1.5 : 1);
     }
     static FewPlan best(int64_t tiles, int64_t group, int all, int rows) {
-        FewPlan best(tiles, group, all, rows, Shape::kWarps, 1);
-        for (int parts = 1; parts <= kMostBlocks; parts *= 2)
-            for (int split = Shape::kWarps; split >= 1; split /= 2) {
-                const FewPlan plan(tiles, group, all, rows, split, parts);
-                if (group % plan.places() == 0 && plan.cost() < best.cost()) best = plan;
-            }
+        FewPlan best(tiles, group, all, rows, kWarps);
+        for (int split = kWarps / 2; split >= 1; split /= 2) {
+            const FewPlan plan(tiles, group, all, rows, split);
+            if (group % plan.places() == 0 && plan.cost() < best.cost()) best = plan;
+        }
         return best;
     }
 };
 
 // ---------------------------------------------------------------- activations
 
-// Activation rows of a block in shared memory, `vectors` of eight columns each: fp16 times a power of
-// two (gemv.cuh), or bf16 where the weights are.
-template <class Policy> struct Activations {
+// A warp's own columns of the activation rows in shared memory, `vectors` of eight columns a row: fp16
+// times a power of two for each row (gemv.cuh), or bf16 where the weights are. Vector v of stage i lies
+// in the order that the steps of the matrix unit take: [stage][step][vector of a chunk][member].
+template <class Policy> struct OwnColumns {
     static constexpr bool kHalf = !std::is_same_v<Policy, Bf16>;
+    static constexpr int kStage = Policy::kChunk;        // vectors of a stage
     static constexpr int kVectors = Policy::kChunk / 8;  // of a chunk
-    static constexpr int kWarps = FewShape<Policy>::kWarps;
+    static constexpr int kBatch = 4;                     // vectors that a thread loads at once
+    using Batch = uint4[kBatch];
     uint4* at;
-    uint32_t* peak;  // [rows] float bits of the largest finite magnitude
-    int rows, vectors;
+    int rows, vectors, exponent = 0;  // thread r: row r's
 
-    // Where vector v of row r lies: no two of the eight threads that read together share a bank.
-    __device__ static int swizzled(int r, int v) {
-        return v ^ r % 2 * (kVectors == 2 ? 1 : 4);
+    // Of vector v of row r; the eight threads that read together share no bank.
+    __device__ static int place(int r, int v) {
+        const int chunk = v / kVectors % kStageChunks, inner = v % kVectors;
+        const int ordered = chunk % 2 * (4 * kVectors) + inner * 4 + chunk / 2;
+        return v / kStage * kStage + (ordered ^ r % 2 * 4);
     }
-    __device__ const uint4& vector(int r, int v) const { return at[r * vectors + swizzled(r, v)]; }
 
-    // From bf16 rows `stride` apart: `columns` elements, zeros behind them. All threads of the block,
-    // with a barrier at the end.
-    __device__ void fill(const bf16* x, int64_t stride, int columns) {
-        constexpr int kKept = 4;  // vectors a thread; what is more is read twice
-        const int present = min(columns / 8, vectors), warp = threadIdx.x / 32;
-        const int each = (vectors + 31) / 32, units = rows * each;  // a warp's
-        auto place = [&](int unit, int& r, int& v) {
-            r = unit / each, v = unit % each * 32 + threadIdx.x % 32;
-        };
-        auto load = [&](int unit) {
-            int r, v;
-            place(unit, r, v);
-            return unit < units && v < present ? *(const uint4*)(x + r * stride + v * 8)
-                                               : make_uint4(0, 0, 0, 0);
-        };
-        auto raise = [&](const uint4& value, int unit) {
-            if (unit >= units) return;
-            const uint32_t most = __reduce_max_sync(~0u, largest_of(value));
-            if (threadIdx.x % 32 == 0) atomicMax(&peak[unit / each], most);
-        };
-        auto store = [&](int unit, const uint4& value) {
-            int r, v;
-            place(unit, r, v);
-            if (unit < units && v < vectors) at[r * vectors + swizzled(r, v)] = ordered(value, r);
-        };
-        uint4 kept[kKept];
+    // From bf16 rows `stride` apart with `columns` elements: every step-th stage from `first` on, zeros
+    // behind the last column. Calls between() once the first loads are under way. One warp.
+    template <class Between>
+    __device__ void fill(const bf16* x, int64_t stride, int columns, int first, int step,
+                         Between between) {
+        const int lane = threadIdx.x % 32, present = columns / 8;
+        auto load = [&](int r, int base, Batch& batch) {
 #pragma unroll
-        for (int i = 0; i < kKept; i++) kept[i] = load(warp + i * kWarps);
-        if constexpr (kHalf) {
+            for (int i = 0; i < kBatch; i++) {
+                const int v = base + i * 32 + lane;
+                const int from = (first + v / kStage * step) * kStage + v % kStage;
+                batch[i] = r < rows && v < vectors && from < present
+                               ? *(const uint4*)(x + r * stride + from * 8)
+                               : make_uint4(0, 0, 0, 0);
+            }
+        };
+        Batch kept, next;
+        load(0, 0, kept);
+        between();
+#pragma unroll 1
+        for (int r = 0; r < rows; r++) {
+            load(r + 1, 0, next);
+            int e = 0;
+            if constexpr (kHalf) {
+                uint32_t most = largest(kept);
+#pragma unroll 1
+                for (int base = kBatch * 32; base < vectors; base += kBatch * 32) {
+                    Batch more;
+                    load(r, base, more);
+                    most = max(most, largest(more));
+                }
+                e = HalfRows::exponent_of(__reduce_max_sync(~0u, most));
+                if (lane == r) exponent = e;
+            }
+#pragma unroll 1
+            for (int base = 0; base < vectors; base += kBatch * 32) {
+                if (base > 0) load(r, base, kept);
 #pragma unroll
-            for (int i = 0; i < kKept; i++) raise(kept[i], warp + i * kWarps);
-            for (int u = warp + kKept * kWarps; u < units; u += kWarps) raise(load(u), u);
-            __syncthreads();
+                for (int i = 0; i < kBatch; i++) {
+                    const int v = base + i * 32 + lane;
+                    if (v < vectors) at[r * vectors + place(r, v)] = stored(kept[i], e);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; i++) kept[i] = next[i];
         }
-#pragma unroll
-        for (int i = 0; i < kKept; i++) store(warp + i * kWarps, kept[i]);
-        for (int u = warp + kKept * kWarps; u < units; u += kWarps) store(u, load(u));
-        __syncthreads();
+        __syncwarp();
     }
-
-    __device__ uint4 ordered(const uint4& v, int r) const {
-        if constexpr (kHalf) return to_halves<Half<Policy>::kPermuted>(v, HalfRows::exponent_of(peak[r]));
+    __device__ static uint32_t largest(const Batch& batch) {
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) most = max(most, largest_of(batch[i]));
+        return most;
+    }
+    __device__ static uint4 stored(const uint4& v, int e) {
+        if constexpr (kHalf) return to_halves<Half<Policy>::kPermuted>(v, e);
         else return v;
     }
-    __device__ float restored(float sum, int r) const {
-        if constexpr (kHalf) return HalfRows::undo(sum, HalfRows::exponent_of(peak[r]));
+    // All threads of the warp.
+    __device__ float restored(float sum, int row) const {
+        if constexpr (kHalf) return HalfRows::undo(sum, __shfl_sync(~0u, exponent, row));
         else return sum;
+    }
+};
+
+// Second operands of a stage's products: columns are activation rows, or, with a scale for each block
+// of 4-bit codes, blocks (TileSums). Only some threads have a part in them; the others hold zeros.
+template <class Policy> struct Columns {
+    static constexpr int kVectors = Policy::kChunk / 8;
+    static constexpr bool kFourBits = kScaleWords<Policy> > 0;
+    static constexpr int kCount = kVectors == 1 ? 2 : 4;  // vectors of a thread
+    uint32_t at[2];  // shared addresses in stage 0
+    int mine;
+    uint4 vector[kCount] = {};
+
+    __device__ Columns(const OwnColumns<Policy>& x, const Lane& lane) {
+        const uint32_t base = (uint32_t)__cvta_generic_to_shared(x.at);
+        if constexpr (kFourBits) {
+            mine = x.rows > 0 && lane.group / 2 == lane.member;
+            at[0] = base + (lane.group % 2 * (2 * kVectors) + lane.member) * 16;
+            at[1] = at[0] + 64;
+        } else {
+            mine = lane.group < x.rows;
+            const int r = mine ? lane.group : 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                at[i] = base + (r * x.vectors + ((4 * i + lane.member) ^ r % 2 * 4)) * 16;
+        }
+    }
+    // Those of the warp's i-th stage; [step][vector] of a chunk, of half a chunk for 4-bit codes.
+    __device__ void load(int i) {
+        const uint32_t skip = i * Policy::kChunk * 16;
+#pragma unroll
+        for (int v = 0; v < kCount; v++)
+            asm volatile(
+                "{\n.reg .pred mine;\nsetp.ne.s32 mine, %5, 0;\n"
+                "@mine ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                : "+r"(vector[v].x), "+r"(vector[v].y), "+r"(vector[v].z), "+r"(vector[v].w)
+                : "r"(at[v % 2] + skip + v / 2 * 64 * kVectors), "r"(mine));
     }
 };
 
@@ -144,59 +195,56 @@ template <class Policy> struct TileSums {
     float sum[4] = {};
     Lane lane;
 
-    // The columns of a stage begin at vector `first`. `scale` is the stage's, where it has one.
-    __device__ void add(const Piece<Policy>& piece, const Activations<Policy>& x, int first,
-                        float scale) {
-        first += lane.member * kVectors;
-        if constexpr (kFourBits) add_scaled_columns(piece, x, first);
-        else add_rows(piece, x, first, scale);
+    // `scale` is the stage's, where it has one.
+    __device__ void add(const Piece<Policy>& piece, const Columns<Policy>& x, float scale) {
+        if constexpr (kFourBits) add_scaled_columns(piece, x);
+        else add_rows(piece, x, scale);
     }
 
     // One row. A block of 4-bit codes is not multiplied by its scale: seven of the eight columns of the
     // second operand are free, so each of the eight blocks of a step gets a column to itself (column
-    // 2 m + p: half p of member m's chunk), and its scale multiplies the sum.
-    __device__ void add_scaled_columns(const Piece<Policy>& piece, const Activations<Policy>& x,
-                                       int first) {
-        const bool mine[2] = {lane.group == 2 * lane.member, lane.group == 2 * lane.member + 1};
+    // 2 m + p: half p of member m's chunk), and its scale multiplies the sum. c[p] is right in the
+    // columns of halves p only; the others are not used.
+    __device__ void add_scaled_columns(const Piece<Policy>& piece, const Columns<Policy>& x) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            float c[4] = {};
+            float c[2][4] = {};
             const uint4 &low = piece.codes[s][0], &high = piece.codes[s][1];
             const uint32_t words[2][4] = {{low.x, low.y, low.z, low.w},
                                           {high.x, high.y, high.z, high.w}};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                uint4 b = make_uint4(0, 0, 0, 0);
-                if (mine[i / 2]) b = x.vector(0, first + s * 4 * kVectors + i);
+                const uint4& b = x.vector[2 * s + i % 2];
                 uint32_t a[2][4];
                 Half<Policy>::operand(words[0][i], a[0]);
                 Half<Policy>::operand(words[1][i], a[1]);
-                mma_half(c, a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-                mma_half(c, a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+                mma_half(c[i / 2], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                mma_half(c[i / 2], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
             }
-            const float2 s0 = Half<Policy>::scales(piece.scales[s][0]);
-            const float2 s1 = Half<Policy>::scales(piece.scales[s][1]);
-            sum[0] += c[0] * s0.x + c[1] * s0.y;
-            sum[2] += c[2] * s1.x + c[3] * s1.y;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float2 scales = piece.scale(s, h);
+                sum[2 * h] += c[0][2 * h] * scales.x;
+                sum[2 * h] += c[1][2 * h + 1] * scales.y;
+            }
         }
     }
 
     // Column t of the second operand: activation row t.
-    __device__ void add_rows(const Piece<Policy>& piece, const Activations<Policy>& x, int first,
-                             float scale) {
+    __device__ void add_rows(const Piece<Policy>& piece, const Columns<Policy>& x, float scale) {
         float c[2][4] = {};  // one a step
 #pragma unroll
         for (int i = 0; i < 2 * kVectors; i++) {
             const int s = i / kVectors, v = i % kVectors;
-            uint4 b = make_uint4(0, 0, 0, 0);
-            if (lane.group < x.rows) b = x.vector(lane.group, first + s * 4 * kVectors + v);
-            const uint4 &low = piece.codes[s][0], &high = piece.codes[s][1];
+            const uint4 &low = piece.codes[s][0], &high = piece.codes[s][1], &b = x.vector[i];
             if constexpr (Policy::kBlockScale) {
-                uint32_t a[2][4];
-                halves(v == 1 ? low.z : low.x, v == 1 ? low.w : low.y, a[0]);
-                halves(v == 1 ? high.z : high.x, v == 1 ? high.w : high.y, a[1]);
-                mma_half(c[s], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-                mma_half(c[s], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+                uint32_t a[2][2][2];  // [half of eight columns][row / 8]
+                Half<Policy>::operand(v == 0 ? low.x : low.z, a[0][0]);
+                Half<Policy>::operand(v == 0 ? high.x : high.z, a[0][1]);
+                Half<Policy>::operand(v == 0 ? low.y : low.w, a[1][0]);
+                Half<Policy>::operand(v == 0 ? high.y : high.w, a[1][1]);
+                mma_half(c[s], a[0][0][0], a[0][1][0], a[0][0][1], a[0][1][1], b.x, b.y);
+                mma_half(c[s], a[1][0][0], a[1][1][0], a[1][0][1], a[1][1][1], b.z, b.w);
             } else {
                 mma(c[s], low.x, high.x, low.y, high.y, b.x, b.y);
                 mma(c[s], low.z, high.z, low.w, high.w, b.z, b.w);
@@ -205,16 +253,9 @@ template <class Policy> struct TileSums {
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] += (c[0][i] + c[1][i]) * scale;
     }
-    __device__ static void halves(uint32_t low, uint32_t high, uint32_t (&a)[4]) {
-        uint32_t pair[2];
-        Half<Policy>::operand(low, pair);
-        a[0] = pair[0], a[1] = pair[1];
-        Half<Policy>::operand(high, pair);
-        a[2] = pair[0], a[3] = pair[1];
-    }
 
     // Writes the sums to `to` [rows][16]. One warp.
-    __device__ void keep(float* to, const Activations<Policy>& x) {
+    __device__ void keep(float* to, const OwnColumns<Policy>& x) {
         if constexpr (kFourBits) {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
@@ -225,7 +266,8 @@ template <class Policy> struct TileSums {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = 2 * lane.member + i % 2;
-            if (row < x.rows) to[row * 16 + lane.group + i / 2 * 8] = x.restored(sum[i], row);
+            const float total = x.restored(sum[i], row);
+            if (row < x.rows) to[row * 16 + lane.group + i / 2 * 8] = total;
         }
     }
 };
@@ -236,69 +278,71 @@ template <class Policy> struct TileSums {
 template <class Policy> constexpr float kFewFactor = Half<Policy>::kFactor;
 template <> inline constexpr float kFewFactor<Bf16> = 1;
 
-// Adds up what warps and blocks of a cluster left, [tile][split][rows][16], and writes it: each block
-// a part of it.
-template <class Y, class Plan>
-__device__ void write_few_sums(const Product& p, const Plan& plan, const float* sums, float factor) {
-    if (plan.parts > 1) cluster_barrier();
-    else __syncthreads();
-    const int rows = plan.rows, values = plan.tiles() * rows * 16;
-    for (int i = blockIdx.z * blockDim.x + threadIdx.x; i < values; i += plan.parts * blockDim.x) {
+// Adds up what warps left, [tile][split][rows][16], and writes it. All threads of the block.
+template <class Y, class Policy>
+__device__ void write_few_sums(const Product& p, const FewPlan<Policy>& plan, const float* sums) {
+    __syncthreads();
+    const int rows = plan.rows;
+    for (int i = threadIdx.x; i < plan.tiles() * rows * 16; i += blockDim.x) {
         const int tile = i / (rows * 16), row = i / 16 % rows;
         const int64_t n = (blockIdx.x * (int64_t)plan.tiles() + tile) * 16 + i % 16;
         if (n >= p.w.n) continue;
         float total = 0;
-        for (int c = 0; c < plan.parts; c++)
-            for (int s = 0; s < plan.split; s++) {
-                const float* at = sums + ((tile * plan.split + s) * rows + row) * 16 + i % 16;
-                total += plan.parts == 1 ? *at : load_from_block(at, c);
-            }
-        total *= factor;
+#pragma unroll
+        for (int s = 0; s < FewShape::kWarps; s++)
+            if (s < plan.split) total += sums[((tile * plan.split + s) * rows + row) * 16 + i % 16];
+        total *= kFewFactor<Policy>;
         ((Y*)p.y)[row * p.y_stride + n] = from_float<Y>(total * p.w.global_scale);
     }
-    if (plan.parts > 1) cluster_barrier();  // the sums are read before their block ends
 }
 
 // All tiles of a block are in one group.
 template <class Policy, class Y>
-__global__ void __launch_bounds__(FewShape<Policy>::kThreads, FewShape<Policy>::kResident)
+__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
     few_kernel(const Product p, const FewPlan<Policy> plan) {
-    using Shape = FewShape<Policy>;
+    using Shape = FewShape;
     extern __shared__ __align__(16) char memory[];
-    __shared__ uint32_t peaks[kFewRows];
     let_next_start();
     auto* slots = (Slot<Policy>*)memory;
     auto* vectors = (uint4*)(slots + Shape::kWarps * Shape::kDepth);
-    auto* sums = (float*)(vectors + plan.rows * plan.vectors);
+    auto* sums = (float*)(vectors + Shape::kWarps * plan.rows * plan.vectors());
     const int warp = threadIdx.x / 32, place = warp / plan.split, s = warp % plan.split;
     const int64_t tile0 = blockIdx.x * (int64_t)plan.tiles();
     const int left = max((int)((p.w.n + 15) / 16 - tile0) - place, 0);  // tiles: the last block's
-    const int begin = blockIdx.z * plan.stages, end = min(begin + plan.stages, plan.all);
     const Strip strip{(tile0 + place) * 16, plan.places() * 16,
-                      min(plan.rounds, (left + plan.places() - 1) / plan.places()), begin + s, end,
+                      min(plan.rounds, (left + plan.places() - 1) / plan.places()), s, plan.all,
                       plan.split};
-    if (threadIdx.x < kFewRows) peaks[threadIdx.x] = 0;
-    Ring<Policy, Shape::kDepth> ring(p.w, slots + warp * Shape::kDepth, strip);
+    slots += warp * Shape::kDepth;
+    Ring<Policy, Shape::kDepth> ring(p.w, slots, strip);
+#pragma unroll 1
+    for (int i = 0; i < Shape::kEarly; i++) ring.fill();
     StageScales<Policy> scales(p.w, strip);
-    __syncthreads();
     wait_for_previous();
 
-    const int64_t column = (int64_t)begin * kStageChunks * Policy::kChunk;
-    const bool any = tile0 * 16 < p.w.n;
-    Activations<Policy> x{vectors, peaks, any ? plan.rows : 0, plan.vectors};
-    x.fill((const bf16*)p.x + tile0 * 16 / p.per_group * p.w.k + column, p.x_stride,
-           (int)(p.w.k - column));
+    // Loads queue up behind the copies of a block: those of the activations come before most of them.
+    const int rows = tile0 * 16 < p.w.n ? plan.rows : 0;
+    OwnColumns<Policy> x{vectors + warp * plan.rows * plan.vectors(), rows, plan.vectors()};
+    x.fill((const bf16*)p.x + tile0 * 16 / p.per_group * p.w.k, p.x_stride, (int)p.w.k, s, plan.split,
+           [&] {
+#pragma unroll 1
+               for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
+           });
+    Columns<Policy> columns(x, Lane());
+    const int own = strip.stages();
     for (int t = 0; t < strip.tiles; t++) {
         TileSums<Policy> tile;
-        for (int stage = strip.first; stage < strip.last; stage += strip.step) {
-            const Piece<Policy> piece(ring.oldest(), tile.lane);
+        for (int i = 0; i < own; i++) {
+            const Piece<Policy> piece(*(const Slot<Policy>*)((const char*)slots + ring.oldest()),
+                                      tile.lane);
             __syncwarp();
             ring.fill();
-            tile.add(piece, x, (stage - begin) * Policy::kChunk, scales.next());
+            columns.load(i);
+            tile.add(piece, columns, scales.of(i));
         }
         tile.keep(sums + ((t * plan.places() + place) * plan.split + s) * plan.rows * 16, x);
+        scales.next_tile();
     }
-    write_few_sums<Y>(p, plan, sums, kFewFactor<Policy>);
+    write_few_sums<Y>(p, plan, sums);
 }
 
 // kUnsupported for more rows than the kernel takes, if a tile would span groups, or if rows of scales do
@@ -316,9 +360,8 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const int status = allow_shared(kernel, plan.bytes());
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.
-    const bool fill = plan.parts == 1 && plan.blocks < kProcessors;
-    return launch_clusters(plan.parts, kernel, dim3(fill ? kProcessors : plan.blocks, 1, plan.parts),
-                           plan.kThreads, plan.bytes(), stream, p, plan);
+    const int64_t blocks = plan.blocks < kProcessors ? kProcessors : plan.blocks;
+    return launch(kernel, dim3(blocks), plan.kThreads, plan.bytes(), stream, p, plan);
 }
 
 }  // namespace dsv4

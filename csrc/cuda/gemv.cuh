@@ -53,8 +53,11 @@ template <class Stored> struct Half<Fp8<Stored>> {
     static constexpr float kFactor = 1;
 
     __device__ static void operand(uint32_t codes, uint32_t (&a)[2]) {
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(a[0]) : "h"((uint16_t)codes));
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(a[1]) : "h"((uint16_t)(codes >> 16)));
+        // The instruction takes either half of a register: no shift.
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+            "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+            : "=r"(a[0]), "=r"(a[1])
+            : "r"(codes));
     }
 };
 

@@ -1,8 +1,7 @@
 // Ops linear and grouped_linear.
 //
-// bf16 activations use the matrix unit: up to four rows with rings of weights (few_rows.cuh), where that
-// is faster than loads to registers (gemv.cuh for one row of FP8, stream.cuh for up to 16 rows), more in
-// tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through float32
+// bf16 activations use the matrix unit: up to four rows with rings of weights (few_rows.cuh), up to 16
+// with loads to registers (stream.cuh), more in tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through float32
 // multiply-adds, one weight row a warp.
 
 #include "elements.cuh"
@@ -85,32 +84,6 @@ __global__ void __launch_bounds__(kWarps * 32, 2) skinny_kernel(const Product p,
     write_sums<Y>(p, sums, split, token0, Policy::kFactor);
 }
 
-// The same with T activation rows staged in shared memory; all of them in one group.
-template <class Policy, int T, class Y>
-__global__ void __launch_bounds__(kWarps * 32, 2) gemv_kernel(const Product p, int split) {
-    extern __shared__ __align__(16) char memory[];
-    __shared__ float sums[kWarps][16][T + 1];
-    let_next_start();
-    Part part(p, split, steps_of<Policy>(p.w.k));
-    Gemv<Policy, T> rows(p.w, part.row0, part.first, part.last);
-    wait_for_previous();
-
-    HalfRows x(memory, T, rows.staged_vectors(part.block_last - part.block_first));
-    int64_t column = part.block_first * (int64_t)(4 * Policy::kChunk);
-    int64_t group = blockIdx.x * (int64_t)(kWarps / split) * 16 / p.per_group;
-    const bf16* first = (const bf16*)p.x + group * p.w.k + column;
-    stage_rows<Half<Policy>::kPermuted>(
-        x, T, p.w.k - column, [&](int t) { return t < p.m ? first + t * p.x_stride : nullptr; });
-    float out[T][2];
-    rows.run(x, part.first, part.block_first, out);
-    if (rows.lane.member == 0)
-#pragma unroll
-        for (int i = 0; i < 2 * T; i++)
-            sums[threadIdx.x / 32][rows.lane.group + i % 2 * 8][i / 2] =
-                x.restore(out[i / 2][i % 2], i / 2);
-    write_sums<Y>(p, sums, split, 0, Half<Policy>::kFactor);
-}
-
 // Warps that share a tile, at most kWarps in a block and then up to kMostBlocks blocks: enough that a
 // warp has few steps and that small matrices fill the GPU.
 constexpr int kEnoughWarps = 2048;  // of 132 multiprocessors' 2112
@@ -132,30 +105,8 @@ template <class Policy, int NT, class Y> int skinny(const Product& p, void* stre
                            p, split.warps);
 }
 
-// kUnsupported if the activations do not fit in shared memory or a block would span groups.
-template <class Policy, int T, class Y> int gemv(const Product& p, void* stream) {
-    int steps = steps_of<Policy>(p.w.k);
-    Split split(ceil_div(p.w.n, 16), steps);
-    int64_t rows = 16 * kWarps / split.warps;
-    int most = (int)ceil_div(steps, split.warps * split.blocks) * split.warps;
-    size_t shared = HalfRows::bytes(T, Gemv<Policy, T>::staged_vectors(most));
-    if (shared > 100 * 1024 || (p.per_group < p.w.n && p.per_group % rows)) return kUnsupported;
-    auto kernel = gemv_kernel<Policy, T, Y>;
-    int status = allow_shared(kernel, shared);
-    if (status != cudaSuccess) return status;
-    return launch_clusters(split.blocks, kernel, dim3(ceil_div(p.w.n, rows), 1, split.blocks),
-                           kWarps * 32, shared, stream, p, split.warps);
-}
-
-// Blocks that load to registers begin with a wait for memory each, so they lose where there are more of
-// them than fit at once. For one row of 4-bit codes, decoding takes as long as either way of reading.
-constexpr int64_t kManyWeightRows = 8192;
-
 template <class Policy, class Y> int up_to_16_rows(const Product& p, void* stream) {
-    const bool rings = std::is_same_v<Policy, Bf16> || p.m > 1 || p.w.n >= kManyWeightRows;
-    int status = rings ? few_rows<Policy, Y>(p, stream) : kUnsupported;
-    if constexpr (Policy::kBlockScale)
-        if (status == kUnsupported && p.m == 1) status = gemv<Policy, 1, Y>(p, stream);
+    const int status = few_rows<Policy, Y>(p, stream);
     if (status != kUnsupported) return status;
     return p.m <= 8 ? skinny<Policy, 1, Y>(p, stream) : skinny<Policy, 2, Y>(p, stream);
 }

@@ -2,11 +2,11 @@
 //
 // A stage is 128 bytes of each of 16 weight rows, two steps of the matrix unit. Each warp copies the
 // stages of its own tiles, or its own columns of them, and waits for nobody. Weights and scales do not
-// depend on the kernel before, so the rings fill while that one still runs. The 128 bytes of a row stay
-// together in shared memory: a copy whose 32-byte sectors are torn apart takes twice as long.
+// depend on the kernel before, so the rings begin to fill while that one still runs. The 128 bytes of a
+// row stay together in shared memory: a copy whose 32-byte sectors are torn apart takes twice as long.
 #pragma once
 
-#include "stream.cuh"
+#include "gemv.cuh"
 
 namespace dsv4 {
 
@@ -18,11 +18,12 @@ template <> inline constexpr int kScaleWords<Nvfp4> = 4;
 template <> inline constexpr int kScaleWords<Mxfp4> = 2;
 
 template <class Policy> struct Slot {
+    static constexpr int kWords = kScaleWords<Policy>;
     uint4 codes[16][8];  // rows of chunks, see place()
-    uint32_t scales[kScaleWords<Policy> ? 16 * kScaleWords<Policy> : 4];
+    uint32_t scales[kWords ? 16 * kWords : 4];
 
     // Where a chunk of a row lies: no two of the eight threads that read together share a bank.
-    __device__ static int place(int row, int chunk) { return chunk ^ row % 2 * 4; }
+    __device__ static int place(int row, int chunk) { return chunk ^ row % 2; }
 };
 
 // What one warp reads: every step-th of the stages [first, last) of `tiles` row tiles, each `distance`
@@ -30,133 +31,167 @@ template <class Policy> struct Slot {
 struct Strip {
     int64_t row;
     int distance, tiles, first, last, step;
-    __device__ int stages() const { return (last - first + step - 1) / step; }
+    __device__ int stages() const {
+        return first < last ? (last - first + step - 1) / step : 0;
+    }
 };
 
-template <class Policy, int kDepth> struct Ring {
-    Slot<Policy>* slots;
-    const char* codes;   // this thread's chunk of the next stage, in the first of its four rows
-    const char* scales;  // and its word of scales
-    int64_t code_pitch, scale_pitch;
-    int left;  // rows from the next stage's tile to the end of the matrix
-    int tiles, distance, first, last, step, stage, chunks, slot = 0;
+// pointer + count * bytes by the multiplier, as the integer unit has more to do.
+__device__ inline const char* advanced(const char* pointer, uint32_t count, uint32_t bytes) {
+    const char* result;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(pointer));
+    return result;
+}
 
+template <class Policy, int kDepth> struct Ring {
     static constexpr int kWords = kScaleWords<Policy>;
+    static constexpr int kScaleRows = kWords ? 32 / kWords : 1;  // that a warp copies words of at once
+    static constexpr uint32_t kBytes = kDepth * sizeof(Slot<Policy>);
+
+    uint32_t to_codes, to_scales;    // shared addresses of this thread's first copies in slot 0
+    uint32_t offset = 0;             // of the next slot
+    const char *codes, *scales;      // this thread's chunk and word of scales of the next stage
+    uint32_t code_pitch, scale_pitch;
+    int left;  // rows from the next stage's tile to the end of the matrix
+    int tiles, distance, first, last, step, stage, chunks;
 
     __device__ Ring(const dsv4_weight& w, Slot<Policy>* slots, const Strip& strip)
-        : slots(slots), code_pitch(w.k / Policy::kChunk * 16),
-          scale_pitch(w.k / Policy::kChunk * kWords / 2), left((int)(w.n - strip.row)),
-          tiles(strip.first < strip.last ? strip.tiles : 0), distance(strip.distance),
-          first(strip.first), last(strip.last), step(strip.step), stage(strip.first),
-          chunks(w.k / Policy::kChunk) {
-        const int lane = threadIdx.x % 32;
-        codes = (const char*)w.data + (strip.row + lane / 8) * code_pitch + stage * 128 +
-                lane % 8 * 16;
-        if constexpr (kWords > 0)
+        : code_pitch(w.k / Policy::kChunk * 16), scale_pitch(w.k / Policy::kChunk * kWords / 2),
+          left((int)(w.n - strip.row)), tiles(strip.first < strip.last ? strip.tiles : 0),
+          distance(strip.distance), first(strip.first), last(strip.last), step(strip.step),
+          stage(strip.first), chunks(w.k / Policy::kChunk) {
+        const int lane = threadIdx.x % 32, row = lane / 8, chunk = lane % 8;
+        codes = (const char*)w.data + (strip.row + row) * code_pitch + stage * 128 + chunk * 16;
+        to_codes = address(&slots->codes[row][Slot<Policy>::place(row, chunk)]);
+        if constexpr (kWords > 0) {
             scales = (const char*)w.scale + (strip.row + lane / kWords) * scale_pitch +
                      (stage * kWords + lane % kWords) * 4;
-#pragma unroll 1
-        for (int i = 0; i < kDepth; i++) fill();
+            to_scales = address(&slots->scales[lane]);
+        }
     }
 
     // Starts the copies of the next stage, if there is one, into the next slot.
     __device__ void fill() {
         if (tiles > 0) {
-            const int lane = threadIdx.x % 32, row = lane / 8, chunk = lane % 8;
-            const bool inside = stage * kStageChunks + chunk < chunks;
-            uint4* to = &slots[slot].codes[row][Slot<Policy>::place(row, chunk)];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                copy_async(to + j * 32, codes + j * 4 * code_pitch, inside && row + 4 * j < left);
+            const int lane = threadIdx.x % 32;
+            if (left >= 16 && chunks % kStageChunks == 0) copy_whole();
+            else copy_part(stage * kStageChunks + lane % 8 < chunks ? left - lane / 8 : 0);
             if constexpr (kWords > 0) {
                 const bool here = stage * kWords + lane % kWords < (int)scale_pitch / 4;
 #pragma unroll
                 for (int j = 0; j < kWords / 2; j++)
-                    copy_word(&slots[slot].scales[j * 32 + lane], scales + j * 8 * scale_pitch,
-                              here && lane / kWords + 8 * j < left);
+                    copy_word(to_scales + offset + j * 128, advanced(scales, scale_pitch, j * kScaleRows),
+                              here && lane / kWords + j * kScaleRows < left);
             }
-            advance(step);
-            stage += step;
-            if (stage >= last) next_tile();
+            go(step);
         }
         commit_copies();
-        slot = slot + 1 == kDepth ? 0 : slot + 1;
+        offset = offset + sizeof(Slot<Policy>) == kBytes ? 0 : offset + sizeof(Slot<Policy>);
     }
 
-    __device__ void advance(int stages) {
-        codes += stages * 128;
-        if constexpr (kWords > 0) scales += stages * kWords * 4;
-    }
-
-    __device__ void next_tile() {
-        advance(first - stage);
-        stage = first;
-        tiles--;
-        left -= distance;
-        codes += distance * code_pitch;
-        if constexpr (kWords > 0) scales += distance * scale_pitch;
-    }
-
-    // The oldest stage, once it is there; then fill() may reuse its slot after a __syncwarp().
-    __device__ const Slot<Policy>& oldest() const {
+    // Waits for the oldest stage, and returns where its slot begins after slot 0; then fill() may reuse
+    // it after a __syncwarp().
+    __device__ uint32_t oldest() const {
         wait_for_copies<kDepth - 1>();
         __syncwarp();
-        return slots[slot];
+        return offset;
     }
 
-    __device__ static void copy_word(void* to, const void* from, bool valid) {
-        uint32_t target = (uint32_t)__cvta_generic_to_shared(to);
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(from),
+  private:
+    __device__ static uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+    __device__ void copy_whole() {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_codes + offset + j * 512),
+                         "l"(advanced(codes, code_pitch, 4 * j))
+                         : "memory");
+    }
+    // `rows`: from this thread's first one to the end of the matrix.
+    __device__ void copy_part(int rows) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_codes + offset + j * 512),
+                         "l"(advanced(codes, code_pitch, 4 * j)), "r"(4 * j < rows ? 16 : 0)
+                         : "memory");
+    }
+    __device__ static void copy_word(uint32_t to, const void* from, bool valid) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                      "r"(valid ? 4 : 0)
                      : "memory");
     }
+
+    __device__ void go(int stages) {
+        codes = advanced(codes, stages, 128);
+        if constexpr (kWords > 0) scales = advanced(scales, stages, kWords * 4);
+        stage += stages;
+        if (stage < last) return;
+        const int64_t back = first - stage;
+        codes += back * 128 + distance * (int64_t)code_pitch;
+        if constexpr (kWords > 0) scales += back * kWords * 4 + distance * (int64_t)scale_pitch;
+        stage = first;
+        left -= distance;
+        tiles--;
+    }
 };
 
-// A thread's part of a stage, out of shared memory: [step][row / 8].
+// A thread's part of a stage, out of shared memory: [step][row / 8]. Its chunks are 2 member and
+// 2 member + 1, so that their scales lie together.
 template <class Policy> struct Piece {
-    using Scale = typename Policy::Scale;
+    static constexpr int kWords = kScaleWords<Policy>;
     uint4 codes[2][2];
-    Scale scales[2][2];
+    uint32_t scales[2];  // [row / 8]: of both chunks
 
     __device__ Piece(const Slot<Policy>& slot, const Lane& lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int row = lane.group + i % 2 * 8, chunk = i / 2 * 4 + lane.member;
+            const int row = lane.group + i % 2 * 8, chunk = 2 * lane.member + i / 2;
             codes[i / 2][i % 2] = slot.codes[row][Slot<Policy>::place(row, chunk)];
-            if constexpr (kScaleWords<Policy> > 0)
-                scales[i / 2][i % 2] = ((const Scale*)slot.scales)[row * kStageChunks + chunk];
         }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int at = (lane.group + 8 * h) * 4 + lane.member;
+            if constexpr (kWords == 4) scales[h] = slot.scales[at];
+            if constexpr (kWords == 2) scales[h] = ((const uint16_t*)slot.scales)[at];
+        }
+    }
+    // The scales of both halves of the chunk of a step.
+    __device__ float2 scale(int step, int h) const {
+        return Half<Policy>::scales((typename Policy::Scale)(scales[h] >> step * 4 * kWords));
     }
 };
 
-// The scale of each stage in turn, where a block of 128 x 128 has one: then each thread holds that of
-// one stage to come.
+// The scale of each stage, where a block of 128 x 128 has one: each thread holds that of one of the
+// warp's stages, and of the next tile's.
 template <class Policy> struct StageScales {
     const dsv4_weight& w;
     const Strip& strip;
     float now, later;
-    int number = 0;  // of the next stage
+    int tile = 0;
+
     __device__ StageScales(const dsv4_weight& w, const Strip& strip) : w(w), strip(strip) {
-        now = load(threadIdx.x % 32);
-        later = load(32 + threadIdx.x % 32);
+        now = load(0, threadIdx.x % 32);
+        later = load(1, threadIdx.x % 32);
     }
-    __device__ float load(int number) const {
+    __device__ float load(int tile, int i) const {
         if constexpr (!Policy::kBlockScale) return 1;
         else {
-            const int stages = strip.stages(), tile = stages > 0 ? number / stages : strip.tiles;
-            if (tile >= strip.tiles) return 0;
+            const int stage = strip.first + i * strip.step;
+            if (tile >= strip.tiles || stage >= strip.last) return 0;
             return Policy::load_scale(Policy::scale_row(w, strip.row + tile * strip.distance),
-                                      (strip.first + number % stages * strip.step) * kStageChunks);
+                                      stage * kStageChunks);
         }
     }
-    __device__ float next() {
+    // Of the warp's i-th stage of the tile; i goes from 0 up.
+    __device__ float of(int i) {
         if constexpr (!Policy::kBlockScale) return 1;
-        const float scale = __shfl_sync(~0u, now, number % 32);
-        if (++number % 32 == 0) {
-            now = later;
-            later = load(number + 32 + threadIdx.x % 32);
-        }
-        return scale;
+        if (i % 32 == 0 && i > 0) now = load(tile, i + threadIdx.x % 32);
+        return __shfl_sync(~0u, now, i % 32);
+    }
+    __device__ void next_tile() {
+        now = later;
+        tile++;
+        later = load(tile + 1, threadIdx.x % 32);
     }
 };
 
