@@ -58,10 +58,9 @@ class DecodeGraph:
     `layers` None: everything from token ids to logits, called with `forward`; a range: these layers
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
-    depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
-    that follow one another are one launch, see cuda/fusion.py. With `prefetch` and `branches`, under the
-    same condition (a site's time shall be its own), weights come into the L2 cache ahead of time, see
-    cuda/prefetch.py.
+    depend on each other run side by side; with `fuse`, and without a clock, some share a launch, see
+    cuda/fusion.py. With `prefetch` and `branches`, and nobody who looks at single sites, weights come
+    into the L2 cache ahead of time, see cuda/prefetch.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """
@@ -81,8 +80,8 @@ class DecodeGraph:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
-        unseen = observer is None and clock is None
-        self.fuse, self.prefetch = fuse and unseen, prefetch and branches and unseen
+        self.fuse = fuse and clock is None
+        self.prefetch = prefetch and branches and observer is None and clock is None
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
         self._warm = -1  # Site.switches when every site had run
@@ -197,8 +196,9 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 origin = torch.cuda.current_stream()
                 try:
+                    observed = self.observer is not None
                     fusions = Fusions(
-                        self.model.sites, self.fuse, self.model.dtype, self._covered()
+                        self.model.sites, self.fuse, self.model.dtype, self._covered(), observed
                     )
                     prefetches = Prefetches(self.model.sites, self.prefetch)
                     branches = Branches(

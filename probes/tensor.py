@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from dsv4_bench.engine.registry import Site
 from dsv4_bench.probes.base import Probe, probe
@@ -41,25 +42,26 @@ class StatsProbe(Probe):
 
     def explain(self, call: Call) -> Iterable[Reading]:
         site = call.site
-        where = (site.path, self.name)
         for output in call.outputs:
             stats = call.stats(output)
             if stats is None:
                 continue
-            after = (site.layer, call.forward, "", output)
+            reading = partial(
+                Reading, site.path, self.name, layer=site.layer, forward=call.forward, output=output
+            )
             inf = stats.inf
             if inf and expected_nonfinite(site, output):
                 inf -= stats.minus_inf
-            yield Reading(*where, "nan", stats.nan, "values", 0, _NONE(stats.nan), *after)
-            yield Reading(*where, "inf", inf, "values", 0, _NONE(inf), *after)
+            yield reading("nan", stats.nan, "values", 0, _NONE(stats.nan))
+            yield reading("inf", inf, "values", 0, _NONE(inf))
             if stats.zero:
                 zero = stats.zero / max(stats.finite + stats.nan + stats.inf, 1)
-                yield Reading(*where, "zero", zero, "share", None, "info", *after)
+                yield reading("zero", zero, "share")
             if stats.peaks > 1:
-                yield Reading(*where, "peaks", stats.peaks, "values", None, "info", *after)
-            yield Reading(*where, "abs_max", stats.abs_max, "", None, "info", *after)
-            yield Reading(*where, "rms", stats.rms, "", None, "info", *after)
-            yield Reading(*where, "mean", stats.mean, "", None, "info", *after)
+                yield reading("peaks", stats.peaks, "values")
+            yield reading("abs_max", stats.abs_max)
+            yield reading("rms", stats.rms)
+            yield reading("mean", stats.mean)
 
 
 @probe

@@ -12,7 +12,7 @@ constexpr int kHeads = 16;                        // of a tile, the rows of a ma
 constexpr int kTiles = 4;                         // at a time, a warp each
 constexpr int kShares = kBlocks * kWarps / kTiles;  // of the keys
 constexpr int kKeys = 8;                          // of a group, its columns
-constexpr int kGroups = 5;                        // that a warp has under way
+constexpr int kGroups = 5, kSteps = 4;            // that a warp has under way, and of a row's elements
 constexpr int kMostHeads = 128, kMostSamples = 8;
 constexpr int kFields = 8;                        // of a result
 
@@ -54,10 +54,6 @@ __device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint3
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ inline uint4 load_or_zero(const bf16* from, bool exists) {
-    return exists ? *(const uint4*)from : uint4{};
-}
-
 // What a lane of a warp knows: heads `head` and head + 8, keys 2 * t and 2 * t + 1 of a group. In
 // which order a product's terms come is free, so a lane takes eight neighbours of a row at once.
 struct Tile {
@@ -73,46 +69,78 @@ struct Tile {
 
     __device__ bool has(int row) const { return head + 8 * row < job.heads; }
 
-    // The row of its pool for key lane / 4 of a group; null for none.
+    // Where the row of key lane / 4 of a group begins in its pool; null for none.
     __device__ const bf16* key(int group, int last) const {
         bool in_window = group < of_window;
         const Pool& pool = in_window ? job.window : job.entries;
         int64_t at = (int64_t)(in_window ? group : group - of_window) * kKeys + lane / 4;
-        if (group >= last || at >= pool.width) return nullptr;
-        int row = pool.index[token * pool.width + at];
-        return row < 0 ? nullptr : pool.keys + (int64_t)row * job.dim;
+        bool exists = group < last && at < pool.width;
+        // What does not exist is read from somewhere else, so that no load waits for a branch.
+        int row = *(exists ? pool.index + token * pool.width + at : (const int32_t*)job.lse);
+        return exists && row >= 0 ? pool.keys + (int64_t)row * job.dim : nullptr;
+    }
+
+    // Adds the products of 32 * kSteps elements from `from` on, eight a lane and step; with kSteps = 1
+    // those past the end of a row are 0.
+    template <int kSteps>
+    __device__ void multiply_at(float (&logits)[kGroups][4], const bf16* const (&queries)[2],
+                                const bf16* const (&keys)[kGroups], int from) const {
+        const bool inside = kSteps > 1 || from + 8 * t < job.dim;
+        const int at = inside ? from + 8 * t : 0;
+        uint4 a[kSteps][2], b[kSteps][kGroups];
+#pragma unroll
+        for (int s = 0; s < kSteps; s++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) a[s][i] = *(const uint4*)(queries[i] + at + 32 * s);
+#pragma unroll
+            for (int j = 0; j < kGroups; j++) b[s][j] = *(const uint4*)(keys[j] + at + 32 * s);
+        }
+        if (!inside) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) a[0][i] = {};
+#pragma unroll
+            for (int j = 0; j < kGroups; j++) b[0][j] = {};
+        }
+#pragma unroll
+        for (int s = 0; s < kSteps; s++)
+#pragma unroll
+            for (int j = 0; j < kGroups; j++) {
+                uint4 low = a[s][0], high = a[s][1], key = b[s][j];
+                multiply(logits[j], low.x, high.x, low.y, high.y, key.x, key.y);
+                multiply(logits[j], low.z, high.z, low.w, high.w, key.z, key.w);
+            }
     }
 
     // The groups [first, last), kGroups of them at most.
     __device__ void weigh(int first, int last) {
-        const bf16 *keys[kGroups], *query = job.q + (token * job.heads + head) * job.dim;
+        const bf16 *keys[kGroups], *queries[2];
         float logits[kGroups][4] = {};
+        uint32_t exist[kGroups];  // bit 4 * key
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            queries[i] = job.q + (token * job.heads + (has(i) ? head + 8 * i : 0)) * job.dim;
 #pragma unroll
         for (int j = 0; j < kGroups; j++) keys[j] = key(first + j, last);
-#pragma unroll 2
-        for (int from = 0; from < job.dim; from += 32) {
-            int at = from + 8 * t;
-            uint4 a = load_or_zero(query + at, has(0) && at < job.dim), b[kGroups];
-            uint4 c = load_or_zero(query + 8 * job.dim + at, has(1) && at < job.dim);
 #pragma unroll
-            for (int j = 0; j < kGroups; j++)
-                b[j] = load_or_zero(keys[j] + at, keys[j] && at < job.dim);
-#pragma unroll
-            for (int j = 0; j < kGroups; j++) {
-                multiply(logits[j], a.x, c.x, a.y, c.y, b[j].x, b[j].y);
-                multiply(logits[j], a.z, c.z, a.w, c.w, b[j].z, b[j].w);
-            }
+        for (int j = 0; j < kGroups; j++) {
+            exist[j] = __ballot_sync(~0u, keys[j] != nullptr);
+            if (!keys[j]) keys[j] = queries[0];
         }
+        int from = 0;
+#pragma unroll 1
+        for (; from + 32 * kSteps <= job.dim; from += 32 * kSteps)
+            multiply_at<kSteps>(logits, queries, keys, from);
+#pragma unroll 1
+        for (; from < job.dim; from += 32) multiply_at<1>(logits, queries, keys, from);
         float lse[2];
 #pragma unroll
         for (int row = 0; row < 2; row++)
             lse[row] = has(row) ? job.lse[token * job.heads + head + 8 * row] : 0;
 #pragma unroll
         for (int j = 0; j < kGroups; j++) {
-            uint32_t exist = __ballot_sync(~0u, keys[j] != nullptr);  // bit 4 * key
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (!(exist >> 4 * (2 * t + i % 2) & 1)) continue;
+                if (!(exist[j] >> 4 * (2 * t + i % 2) & 1)) continue;
                 Masses& mine = of[i / 2];
                 float log_weight = logits[j][i] * job.scale - lse[i / 2];
                 float weight = expf(log_weight);
@@ -205,7 +233,7 @@ __device__ inline void conclude(const Job& job, int64_t token, Shared& s) {
         for (int f = 0; f < kFields; f++) out[f] = totals[f];
 }
 
-__global__ void __launch_bounds__(kThreads, 2) softmax_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ Job job) {
     __shared__ Shared s;
     const int warp = threadIdx.x / 32, part = warp / kTiles;
     const int64_t token = job.sample[blockIdx.x];

@@ -58,6 +58,25 @@ struct Job {
     dsv4_probe_item items[kMostItems];
 };
 
+// Where the results of an item go: in the row of the step. Its number is under way while the item is
+// read, and waited for where an address is wanted.
+struct Place {
+    const Job& job;
+    const dsv4_probe_item& item;
+    int64_t begun = 1;
+
+    __device__ Place(const Job& job, const dsv4_probe_item& item) : job(job), item(item) {
+        // threadIdx.y is 0: what the compiler knew to be the same in all threads, it would wait for here.
+        if (job.step)
+            asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(begun) : "l"(job.step + threadIdx.y));
+    }
+    __device__ int64_t row() const { return (uint32_t)(max(begun, (int64_t)1) - 1) % job.steps; }
+    __device__ int64_t slot() const { return row() * job.slots + item.slot; }
+    __device__ double* fields() const { return job.ring + slot() * kFields; }
+    __device__ uint32_t* bins() const { return job.exponents + slot() * kBins; }
+    __device__ int64_t* copies() const { return job.copies + row() * job.width + item.last; }
+};
+
 // ---------------------------------------------------------------- a thread's elements
 
 // Eight neighbours as they lie in memory, 16 bits or 32 each.
@@ -68,6 +87,7 @@ template <class T> struct Group {
 #pragma unroll
         for (int i = 0; i < kGroup / kSize; i++) parts[i] = load_vector<T, kSize>(from + i * kSize);
     }
+    __device__ T& at(int i) { return parts[i / kSize].at[i % kSize]; }
     __device__ float value(int i) const { return to_float(parts[i / kSize].at[i % kSize]); }
 };
 
@@ -210,11 +230,7 @@ template <class T> struct Chunk {
                     groups[f].load(data + (int64_t)(g + f * kThreads) * kGroup);
                 const float2 range = range_of(groups);
                 if (range.y < INFINITY) {
-                    mine.add_all(groups, range.x, range.y);
-                    if (kExponents)
-#pragma unroll
-                        for (int i = 0; i < kFlight * kGroup; i++)
-                            count_exponent(groups[i / kGroup].value(i % kGroup), bins);
+                    add<kExponents>(mine, groups, range, bins);
                     g = last + kThreads;
                     continue;
                 }
@@ -228,21 +244,32 @@ template <class T> struct Chunk {
     __device__ void read_group(Thread& mine, uint32_t g, uint32_t* bins) const {
         int count;
         const T* from = find(g, count);
-        Group<T> group;
+        Group<T> groups[1];
         if (count == kGroup && (uintptr_t)from % 16 == 0) {
-            group.load(from);
+            groups[0].load(from);
+            const float2 range = range_of(groups);
+            if (range.y < INFINITY) return add<kExponents>(mine, groups, range, bins);
         } else {
 #pragma unroll
-            for (int i = 0; i < kGroup; i++)
-                group.parts[i / Group<T>::kSize].at[i % Group<T>::kSize] =
-                    i < count ? from[i] : T();
+            for (int i = 0; i < kGroup; i++) groups[0].at(i) = i < count ? from[i] : T();
         }
 #pragma unroll
         for (int i = 0; i < kGroup; i++) {
             if (i >= count) break;
-            mine.add_any(i, group.value(i));
-            if (kExponents) count_exponent(group.value(i), bins);
+            mine.add_any(i, groups[0].value(i));
+            if (kExponents) count_exponent(groups[0].value(i), bins);
         }
+    }
+
+    // Finite groups.
+    template <bool kExponents, int N>
+    static __device__ void add(Thread& mine, const Group<T> (&groups)[N], float2 range,
+                               uint32_t* bins) {
+        mine.add_all(groups, range.x, range.y);
+        if (kExponents)
+#pragma unroll
+            for (int i = 0; i < N * kGroup; i++)
+                count_exponent(groups[i / kGroup].value(i % kGroup), bins);
     }
 
     static __device__ void count_exponent(float x, uint32_t* bins) {
@@ -292,14 +319,16 @@ __device__ inline void write_moments(const Part& p, double* out) {
     out[4] = p.zero, out[5] = p.peaks, out[6] = p.peak, out[7] = p.squares, out[8] = p.sum;
 }
 
-// Count this block in; true in all threads of the one that comes last, which sees what all wrote.
+// Count this block in; true in all threads of the one that comes last, which sees what all others'
+// first threads wrote.
 __device__ inline bool arrive(uint32_t* counter, uint32_t expected) {
     __shared__ uint32_t before;
     if (threadIdx.x == 0) {
-        __threadfence();
-        before = atomicAdd(counter, 1u);
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                     : "=r"(before)
+                     : "l"(counter)
+                     : "memory");
         if (before + 1 == expected) *counter = 0;
-        __threadfence();
     }
     __syncthreads();
     return before + 1 == expected;
@@ -327,11 +356,11 @@ __device__ inline void add_part(Part& a, const Part& b) {
 // Writes the chunk's part; the block that comes last adds all parts of the item, in their order.
 template <bool kExponents>
 __device__ inline void finish_item(const Job& job, int number, int chunks, const Part& mine,
-                                   uint32_t* bins, Part* shared, double* out, uint32_t* bins_out) {
+                                   uint32_t* bins, Part* shared, const Place& place) {
     if (chunks == 1) {
-        if (threadIdx.x == 0) write_moments(mine, out);
+        if (threadIdx.x == 0) write_moments(mine, place.fields());
         if (kExponents)
-            for (int b = threadIdx.x; b < kBins; b += kThreads) bins_out[b] = bins[b];
+            for (int b = threadIdx.x; b < kBins; b += kThreads) place.bins()[b] = bins[b];
         return;
     }
     int first = job.first_chunks[number], chunk = blockIdx.x - first;
@@ -346,14 +375,23 @@ __device__ inline void finish_item(const Job& job, int number, int chunks, const
     }
     if (!arrive(job.arrived + number, chunks)) return;
     Part total;
-    for (int c = threadIdx.x; c < chunks; c += kThreads) add_part(total, load_part(parts + c));
+    constexpr int kMany = 3;  // loads under way
+#pragma unroll 1
+    for (int c = threadIdx.x; c < chunks; c += kMany * kThreads) {
+        Part found[kMany];
+#pragma unroll
+        for (int i = 0; i < kMany; i++)
+            if (c + i * kThreads < chunks) found[i] = load_part(parts + c + i * kThreads);
+#pragma unroll
+        for (int i = 0; i < kMany; i++) add_part(total, found[i]);
+    }
     total = merge_block(total, shared);
-    if (threadIdx.x == 0) write_moments(total, out);
+    if (threadIdx.x == 0) write_moments(total, place.fields());
     if (kExponents)
         for (int b = threadIdx.x; b < kBins; b += kThreads) {
             uint32_t sum = 0;
             for (int c = 0; c < chunks; c++) sum += __ldcg(all_bins + (int64_t)c * kBins + b);
-            bins_out[b] = sum;
+            place.bins()[b] = sum;
         }
 }
 
@@ -381,7 +419,7 @@ __device__ inline Spread merge_warp(Spread s) {
 
 // Sums along an axis: how many, how many of them NaN, and of the others the lowest, the highest, the
 // total. One block takes all of them.
-__device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, double* out) {
+__device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, const Place& place) {
     Spread mine;
     const uint32_t cols = (uint32_t)item.cols, count = (uint32_t)item.rows * cols;
     for (uint32_t s = threadIdx.x; s < count; s += kThreads) {
@@ -402,6 +440,7 @@ __device__ inline void write_sums(const dsv4_probe_item& item, Spread* shared, d
     if (threadIdx.x >= 32) return;
     mine = merge_warp(threadIdx.x < kWarps ? shared[threadIdx.x] : Spread());
     if (threadIdx.x > 0) return;
+    double* out = place.fields();
     for (int f = 0; f < kFields; f++) out[f] = 0;
     out[0] = count, out[1] = mine.nan, out[6] = mine.low, out[7] = mine.high, out[8] = mine.total;
 }
@@ -468,15 +507,13 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     int next = number + 1 < job.count ? job.first_chunks[number + 1] : gridDim.x;
     let_next_start();
     wait_for_previous();
-    int64_t row = job.step ? (uint32_t)(max(__ldcg(job.step), (int64_t)1) - 1) % job.steps : 0;
-    int64_t slot = row * job.slots + item.slot;
-    double* out = job.ring + slot * kFields;
+    const Place place(job, item);
     if (item.kind == kValues) {
-        copy_values(item, job.copies + row * job.width + item.last);
+        copy_values(item, place.copies());
     } else if (item.kind == kEmpty) {
-        count_empty_of(item, job.copies + row * job.width + item.last);
+        count_empty_of(item, place.copies());
     } else if (item.kind == kSums) {
-        write_sums(item, shared_spreads, out);
+        write_sums(item, shared_spreads, place);
     } else {
         if (kExponents) {
             for (int b = threadIdx.x; b < kBins; b += kThreads) bins[b] = 0;
@@ -486,8 +523,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
                     : item.dtype == DSV4_BF16 ? part_of<bf16, kExponents>(item, bins)
                                               : part_of<__half, kExponents>(item, bins);
         mine = merge_block(mine, shared_parts);
-        finish_item<kExponents>(job, number, next - item.first_chunk, mine, bins, shared_parts, out,
-                                job.exponents + slot * kBins);
+        finish_item<kExponents>(job, number, next - item.first_chunk, mine, bins, shared_parts, place);
     }
 }
 

@@ -42,7 +42,8 @@ class Call:
 
 class Fusions:
     """Which of `sites`, of a model whose activations are `dtype`, become one launch; with `wanted` False
-    none do. `layers` are those that will be captured; None for all."""
+    none do. `layers` are those that will be captured; None for all. `observed`: somebody looks at what
+    every site returns, so that none is put off."""
 
     def __init__(
         self,
@@ -50,9 +51,10 @@ class Fusions:
         wanted: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         layers: range | None = None,
+        observed: bool = False,
     ) -> None:
         self._sites, self._dtype, self._layers = sites, dtype, layers
-        self._kinds = {kind.first: kind for kind in KINDS} if wanted else {}
+        self._kinds = {kind.first: kind for kind in KINDS} if wanted and not observed else {}
         self._joins = {join.first: join for join in JOINS} if wanted else {}
         self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
         self._expected: dict[str, Chain] = {}  # by the path of the chain's next site
