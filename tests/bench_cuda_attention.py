@@ -12,7 +12,8 @@ from bench_peers import peers_of
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine.cuda.hyper import hc_post_pre
+from dsv4_bench.engine.cuda.hyper import hc_post, hc_post_pre, hc_post_pre_norm, hc_pre
+from dsv4_bench.engine.cuda.rows import rms_norm
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.engine.step import Step
 
@@ -72,9 +73,41 @@ def fused(n: int, d: int) -> Case:
         params, (inputs, _none) = pre()[1], post()
         return lambda: hc_post_pre(*inputs, **params)
 
+    def apart(_: int) -> Call:
+        params, (inputs, _none) = pre()[1], post()
+        return lambda: hc_pre(hc_post(*inputs), **params)
+
     values, weights = 2 * n * d * (1 + 4 + 4 + 1), 4 * 24 * 4 * d
     flops = 2 * n * 4 * d * (5 + 24 + 2)
-    return Case("hc_post_pre", f"{n}x4x{d}", values + weights, flops, make)
+    peers = {"two_launches": apart}
+    return Case("hc_post_pre", f"{n}x4x{d}", values + weights, flops, make, peers)
+
+
+def fused_with_norm(n: int, d: int) -> Case:
+    """The same with the RMS norm of u."""
+    pre, post = hyper(n, d)
+
+    def inputs() -> tuple[Any, ...]:
+        return post()[0], pre()[1], torch.rand(d, device="cuda").bfloat16()
+
+    def make(_: int) -> Call:
+        args, params, weight = inputs()
+        return lambda: hc_post_pre_norm(*args, weight=weight, weight_eps=1e-6, **params)
+
+    def apart(_: int) -> Call:
+        args, params, weight = inputs()
+
+        def call() -> Any:
+            x = hc_post(*args)
+            u, *gates = hc_pre(x, **params)
+            return x, u, gates, rms_norm(u, weight=weight, eps=1e-6)
+
+        return call
+
+    values, weights = 2 * n * d * (1 + 4 + 4 + 1 + 1), 4 * 24 * 4 * d + 2 * d
+    flops = 2 * n * 4 * d * (5 + 24 + 2)
+    peers = {"three_launches": apart}
+    return Case("hc_post_pre_norm", f"{n}x4x{d}", values + weights, flops, make, peers)
 
 
 def hyper_cases() -> Iterator[Case]:
@@ -89,6 +122,8 @@ def hyper_cases() -> Iterator[Case]:
         yield case("hc_pre", f"{n}x4x4096", pre, least, aim, DeepGEMM_FlashInfer=peer)
         yield case("hc_post", f"{n}x4x4096", post, post_least, post_aim, FlashInfer=post_peer)
         yield fused(n, 4096)
+    for n in (1, 8, 64):
+        yield fused_with_norm(n, 4096)
     for n in (1, 1024):
         pre, post = hyper(n, 7168)
         yield case("hc_pre", f"{n}x4x7168", pre)
@@ -146,6 +181,7 @@ def attention_cases() -> Iterator[Case]:
 
 def index_cases() -> Iterator[Case]:
     for batch, entries, peer in (
+        (1, 1024, None),
         (1, 16384, 3.9),
         (1, 262144, 12.9),
         (8, 16384, 8.0),
@@ -158,8 +194,11 @@ def index_cases() -> Iterator[Case]:
             keys, q, weights = randn(batch, entries, 128), randn(batch, 64, 128), randn(batch, 64)
             return (q, keys, weights, step), {"scale": 0.01, "ratio": 4}
 
-        yield case("index_score", f"{batch} of {entries}", score, DeepGEMM_fp8=peer)
+        published = {"DeepGEMM_fp8": peer} if peer else {}
+        yield case("index_score", f"{batch} of {entries}", score, **published)
     for n, total, equal, peer in (
+        (1, 1024, False, None),
+        (1, 4096, False, None),
         (1, 16384, False, 4.9),
         (1, 16384, True, 16.1),
         (1, 262144, False, 8.3),
@@ -173,7 +212,8 @@ def index_cases() -> Iterator[Case]:
             return (scores * 0 if equal else scores, visible), {"k": 512}
 
         shape = f"{n} of {total} {'equal' if equal else 'random'}"
-        yield case("index_topk", shape, topk, None, None, 8, SGLang=peer)
+        published = {"SGLang": peer} if peer else {}
+        yield case("index_topk", shape, topk, None, None, 8, **published)
 
 
 def compressor_cases() -> Iterator[Case]:

@@ -14,7 +14,7 @@ from cuda_judge import kernel
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.compressor import compressed_entry
-from dsv4_bench.engine.cuda.hyper import hc_post_pre
+from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.kv_entry import pack
 from dsv4_bench.engine.step import Step
@@ -35,7 +35,10 @@ def hyper() -> None:
         kernel("hc_head", x, base=randn(4, dtype=f32), **head, **constants)
         kernel("hc_post", y, x, got["post"], got["comb"])
         pre["base"] = randn(24, dtype=f32)
-        hc_post_pre(y, x, got["post"], got["comb"], iters=20, **pre, **constants)
+        args = y, x, got["post"], got["comb"]
+        hc_post_pre(*args, iters=20, **pre, **constants)
+        norm = {"weight": randn(d, dtype=dtype), "weight_eps": 1e-6}
+        hc_post_pre_norm(*args, iters=20, **pre, **constants, **norm)
 
 
 def attention() -> None:
@@ -84,7 +87,8 @@ def indexer() -> None:
     keys = randn(2, decode.entries(4) + 3, 128)
     args = randn(2, 64, 128), keys, randn(2, 64), decode
     kernel("index_score", *args, scale=0.1, ratio=4)
-    for total in (40001, 3000):  # a cluster and one block; random, and what the bound does not help
+    # A cluster a row, or many blocks; random, and what the bound does not help.
+    for total in (40001, 12000, 3000, 700):
         whole = torch.tensor([total]).cuda()
         for score in (torch.randn(total), (torch.arange(total) ** 3 // 9).float()):
             kernel("index_topk", score[None].cuda(), whole, k=512)

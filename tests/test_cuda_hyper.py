@@ -9,7 +9,7 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.hyper import hc_post_pre
+from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,3 +106,26 @@ def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
     got = dict(zip(wanted, hc_post_pre(y, x, *gates, **params), strict=True))
     for name, value in wanted.items():
         assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
+    """Streams and gates as without the norm; the norm within its rounding of float64."""
+    x, y = streams(n, 4096, torch.bfloat16), torch.randn(n, 4096, device="cuda").bfloat16()
+    params = {**parameters(4096), "iters": 20}
+    gates = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
+    weight = torch.randn(4096, device="cuda").to(dtype)
+    plain = hc_post_pre(y, x, *gates, **params)
+    for eps in (1e-6, 0.3):
+        *rest, normed = hc_post_pre_norm(y, x, *gates, weight=weight, weight_eps=eps, **params)
+        assert all(map(torch.equal, rest, plain))
+        u = plain[1].double()
+        truth = u * (u.square().mean(1, keepdim=True) + eps).rsqrt() * weight.double()
+        worst = ((normed.double() - truth).abs() / truth.abs().clamp_min(1e-30)).max().item()
+        assert worst <= 1.001 * 2**-8, worst
+        outs = torch.empty_like(x), *(torch.empty_like(gate) for gate in gates)
+        norm = {"weight": weight, "weight_eps": eps, "outs": outs}
+        again = hc_post_pre_norm(y, x, *gates, **norm, **params)
+        assert all(map(torch.equal, again, (*rest, normed)))
+        assert all(again[i] is out for i, out in zip((0, 2, 3), outs, strict=True))

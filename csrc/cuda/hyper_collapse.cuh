@@ -6,6 +6,7 @@
 #include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hyper_math.cuh"
+#include "tensor_map.cuh"
 
 namespace dsv4 {
 
@@ -14,26 +15,36 @@ namespace dsv4 {
 // add up to float32, and the streams are read from memory once, into a ring of shared-memory stages.
 // For each tile it sends its share of token t's sums to CTA t, which gates them and sends the four
 // pre weights back to all; then every CTA collapses its columns. Warps have roles, so that all of this
-// goes on at once: workers multiply, one tile after another; movers read tiles, send sums, collapse;
-// one warp gates. Columns are permuted alike in both operands, to make loads 16 bytes.
+// goes on at once: workers multiply, add up and send, one tile after another; movers read tiles and
+// collapse them; one warp gates. Columns are permuted alike in both operands, to make loads 16 bytes.
 
 constexpr int kCluster = 16;
-constexpr int kSlots = 4;       // exchange buffers; three tiles are under way at once
 constexpr int kCombTiles = 16;  // tiles whose Sinkhorn one warp does at once, one token two lanes
+constexpr int kLine = 128;      // bytes of a stream that lie together, 64 columns
+// Named barriers: of the workers, of the movers, and four that follow one another, of both.
+constexpr int kOfWorkers = 1, kOfMovers = 2, kOfBoth = 3, kBoths = 4;
 
 struct Streams {
-    const bf16* x;  // [n, 4, d]; what was before the sublayer, if `sublayer` is set
+    CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
     int n;
+    int rows;  // that a box of the map has
     const float* fn;
     HyperParameters p;
     bf16* u;
     float *post, *comb;
     // Its output, to be mixed in first, and where the new streams go.
     struct Sublayer {
-        const bf16* y;             // [n, d]
+        CUtensorMap y_map;         // of y [n, d]
         const float *post, *comb;  // [n, 4], [n, 4, 4]
         bf16* x;                   // [n, 4, d]
     } sublayer;
+    // Of u, by the movers that have it, where every cluster has one tile; no y: none.
+    struct Norm {
+        const void* weight;  // [d]
+        int weight_dtype;
+        float eps;
+        bf16* y;  // [n, d]
+    } norm;
 };
 
 // Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Warps: workers. Terms: of bfloat16 a weight.
@@ -41,19 +52,23 @@ struct Streams {
 // place, as hc_post makes them.
 template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages, bool Expands = false>
 struct Collapse {
-    static constexpr bool kExpands = Expands;
-    static constexpr int kFirstReads = Expands ? 2 : Stages - 1;
-    static_assert(!Expands || Stages == 4);  // there are two stages of Sublayer
     static constexpr int kTile = Tile, kStages = Stages, kWorkers = Warps;
-    static constexpr int kMovers = Warps == 16 ? 7 : 3, kMoving = 32 * kMovers, kThreads = 32 * (Warps + kMovers + 1);
+    static constexpr int kMovers = Groups > 4 ? 3 : 7, kMoving = 32 * kMovers;
+    static constexpr int kThreads = 32 * (Warps + kMovers + 1);
+    // Tiles that are expanded before one is collapsed; of the rest of the ring, y is on its way too.
+    static constexpr int kAhead = Expands ? 2 : 0, kReads = Stages - kAhead;
     // Of a thread that works and of another: together no more than equal shares of 64 Ki.
-    static constexpr int kWorkRegisters = Warps == 16 ? 88 : 224, kMoveRegisters = Warps == 16 ? 64 : 56;
+    static constexpr int kWorkRegisters = Warps == 16 ? 88 : Groups > 4 ? 232 : 152;
+    static constexpr int kMoveRegisters = Warps == 16 ? 64 : Groups > 4 ? 40 : 104;
+    static constexpr int kAtOnce = kMoveRegisters > 64 ? 3 : kMoveRegisters == 64 ? 2 : 1;  // that a mover collapses
     static constexpr int kSlice = Groups * Warps * 8;  // columns of a stream a CTA
     static constexpr int kWidth = kCluster * kSlice;   // d
     static constexpr int kMix = 8 * Blocks;
     static constexpr int kSums = kMix + 4;  // the mixes, the sum of squares, three of nothing
     static constexpr int kRows = Blocks == 1 ? kStreams : kMixes;  // of fn
-    static constexpr int kPitch = 2 * kStreams * kSlice + 64;  // bytes a token; 64 spread the banks
+    static constexpr int kBox = Tile * kStreams * kLine;  // bytes of 64 columns
+    static constexpr int kBoxes = kSlice / 64;
+    static constexpr int kSlots = Stages;  // exchange buffers: a tile without a stage has been gated
     struct Partial {  // sums over the columns of one warp
         alignas(16) float mix[Tile][kMix];
         float square[Tile + 8];  // 8 spread the banks
@@ -64,13 +79,14 @@ struct Collapse {
     };
     struct Nothing {};
     struct Shared {
-        alignas(128) char x[Stages][Tile * kPitch];
-        std::conditional_t<Expands, Sublayer, Nothing> sublayer[2];
+        alignas(1024) char x[Stages][kBoxes * kBox];
+        std::conditional_t<Expands, Sublayer, Nothing> sublayer[kReads];
         Partial partial[2][Warps];
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        uint64_t loaded[Stages], expanded[Stages], multiplied[2], taken[2], summed[kSlots], gated[kSlots];
+        alignas(16) float squares[Expands ? Tile : 1][kCluster];  // sums over the columns of u of every CTA
+        uint64_t loaded[Stages], summed[kSlots], gated[kSlots], normed;
     };
     static_assert(sizeof(Shared) <= 227 << 10);
 
@@ -93,16 +109,10 @@ struct Collapse {
         if (threadIdx.x != 0) return;
         for (int i = 0; i < Stages; i++) {
             barrier_init(&s.loaded[i], 1);
-            barrier_init(&s.expanded[i], kMovers);
-        }
-        for (int i = 0; i < kSlots; i++) {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
         }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&s.multiplied[i], kWorkers);
-            barrier_init(&s.taken[i], kMovers);
-        }
+        barrier_init(&s.normed, 1);
         fence_barrier_init();
         for (int i = 0; i < kSlots; i++) {
             barrier_expect(&s.summed[i], sizeof(s.sums[0]));
@@ -150,77 +160,77 @@ struct Collapse {
     // A mover's index among all movers.
     static __device__ int mover() { return thread() - 32 * kWorkers; }
 
-    // Movers start to read tile i of this cluster, if there is one: a warp a token, a lane a stream.
-    __device__ void start_read(int i) {
-        constexpr uint32_t kBytes = 2 * kSlice;
-        constexpr uint32_t kToken = kStreams * kBytes + (Expands ? kBytes + 4 * (kStreams + kCombs) : 0);
-        if (i >= tiles()) return;
-        const int stage = i % Stages, left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
+    // Where column `column` of a stream lies in a stage, as the copy engine swizzles it.
+    static __device__ int place(int row, int stream, int column) {
+        const int line = row * kStreams + stream;
+        return column / 64 * kBox + line * kLine + (column % 64 / 8 ^ line % 8) * 16 + column % 8 * 2;
+    }
+
+    // One mover starts to read tile i of the cluster's `count`, if there is one.
+    __device__ void start_read(int i, int count) {
+        if (i >= count || mover() != 0) return;
+        const int stage = i % Stages, token = token_at(i, 0);
+        const int tokens = in.n - token < Tile ? in.n - token : Tile;
         uint64_t* loaded = &s.loaded[stage];
-        if (mover() == 0) {
-            barrier_expect(loaded, tokens * kToken);
-            if constexpr (Expands) {
-                const int64_t token = token_at(i, 0);
-                Sublayer& to = s.sublayer[i % 2];
-                bulk_load(to.post, in.sublayer.post + token * kStreams, tokens * 4 * kStreams, loaded);
-                bulk_load(to.comb, in.sublayer.comb + token * kCombs, tokens * 4 * kCombs, loaded);
-            }
+        constexpr int kGates = 4 * (kStreams + kCombs);
+        barrier_expect(loaded, in.rows * kSlice * 2 * (kStreams + Expands) + (Expands ? tokens * kGates : 0));
+#pragma unroll
+        for (int box = 0; box < kBoxes; box++)
+            load_box(s.x[stage] + box * kBox, &in.x_map, rank * kSlice + 64 * box, 0, token, loaded);
+        if constexpr (Expands) {
+            Sublayer& to = s.sublayer[i % kReads];
+            load_box(to.y, &in.sublayer.y_map, rank * kSlice, token, 0, loaded);
+            bulk_load(to.post, in.sublayer.post + (int64_t)token * kStreams, tokens * 4 * kStreams, loaded);
+            bulk_load(to.comb, in.sublayer.comb + (int64_t)token * kCombs, tokens * 4 * kCombs, loaded);
         }
-        for (int row = warp - kWorkers; row < tokens; row += kMovers) {
-            const int64_t token = token_at(i, row);
-            if (lane < kStreams)
-                bulk_load(s.x[stage] + row * kPitch + lane * kBytes,
-                          in.x + (token * kStreams + lane) * kWidth + rank * kSlice, kBytes, loaded);
-            if constexpr (Expands)
-                if (lane == kStreams)
-                    bulk_load(s.sublayer[i % 2].y + row * kBytes,
-                              in.sublayer.y + token * kWidth + rank * kSlice, kBytes, loaded);
-        }
-        __syncwarp();
     }
 
     // Movers: the streams of tile i after the sublayer, in place and to memory.
     __device__ void expand(int i) {
-        const Sublayer& from = s.sublayer[i % 2];
+        const Sublayer& from = s.sublayer[i % kReads];
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
 #pragma unroll 1
         for (int k = mover(); k < Tile * kSlice / 4; k += kMoving) {
             const int row = k / (kSlice / 4), column = k % (kSlice / 4) * 4, token = token_at(i, row);
             if (token >= in.n) continue;
             using Four = Vector<bf16, 4>;
-            char* x = s.x[i % Stages] + row * kPitch + 2 * column;
+            char* x = s.x[i % Stages];
             bf16* out = in.sublayer.x + (int64_t)token * kStreams * kWidth + rank * kSlice + column;
             Four y = *(const Four*)(from.y + 2 * (row * kSlice + column)), old[kStreams];
 #pragma unroll
-            for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + 2 * j * kSlice);
-#pragma unroll 2
+            for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + place(row, j, column));
+#pragma unroll
             for (int stream = 0; stream < kStreams; stream++) {
                 float value[4];
                 expand_streams(y, old, from.post[row][stream], from.comb[row] + stream, value);
                 uint2 v = {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3])};
-                *(uint2*)(x + 2 * stream * kSlice) = v;
+                *(uint2*)(x + place(row, stream, column)) = v;
                 store8(out + stream * kWidth, v.x, v.y);
             }
         }
         fence_async_proxy();  // the copy engine writes there next
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.expanded[i % Stages]);
+        named_barrier_arrive(kOfBoth + i % kBoths, kMoving + 32 * Warps);
     }
 
     // A worker's columns of tile i times fn, into s.partial[i % 2].
     __device__ void multiply(int i) {
         const int id = Warps == 16 ? thread() : threadIdx.x;
         const int warp = id / 32, lane = id % 32, r = lane / 4, t = lane % 4;
+        constexpr int kShare = Warps / kStreams;
+        const int stream = warp / kShare, first = warp % kShare * Groups;  // of its groups
         float acc[Blocks][4] = {};
         float square[2] = {};
-        barrier_wait(&(Expands ? s.expanded : s.loaded)[i % Stages], i / Stages % 2);
-        if (i >= 2) barrier_wait(&s.taken[i % 2], (i / 2 - 1) % 2);
+        if constexpr (Expands) named_barrier(kOfBoth + i % kBoths, kMoving + 32 * Warps);
+        else barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        const uint32_t line = r * kStreams + stream;
+        const uint32_t chunk = 16 * (t ^ line % 8);
+        const char* x = s.x[i % Stages] + line * kLine;
 #pragma unroll
         for (int g = 0; g < Groups; g++) {
-            const char* from = s.x[i % Stages] + r * kPitch + 2 * ((warp * Groups + g) * 32 + 8 * t);
-            if (Groups > 4 && g % 3 == 2) named_barrier(2, 32 * kWorkers);  // else registers run out
+            if (Groups > 4 && g % 3 == 2) named_barrier(kOfWorkers, 32 * Warps);  // else registers run out
+            const char* from = x + (first + g) / 2 * kBox + (chunk ^ (first + g) % 2 * 64);
             uint4 low = *(const uint4*)from, high = {};
-            if (Tile == 16) high = *(const uint4*)(from + 8 * kPitch);
+            if (Tile == 16) high = *(const uint4*)(from + 8 * kStreams * kLine);
 #pragma unroll
             for (int term = Terms - 1; term >= 0; term--)
 #pragma unroll
@@ -250,39 +260,29 @@ struct Collapse {
                                                                     acc[block][2 * half + 1]};
             if (t == 0) partial.square[row] = square[half];
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.multiplied[i % 2]);
+        named_barrier(kOfWorkers, 32 * Warps);
     }
 
-    // Movers: the CTA's sums of tile i, those of token `row` to CTA `row`. Four threads add up four.
+    // Workers: the CTA's sums of tile i, those of token `row` to CTA `row`.
     __device__ void send_sums(int i) {
         constexpr int kParts = kSums / 4;
-        const int slot = i % kSlots, quarter = threadIdx.x % 4;
+        static_assert(Tile * kParts <= 32 * Warps);
+        const int slot = i % kSlots, k = thread(), row = k / kParts, part = k % kParts;
+        if (k >= Tile * kParts) return;
         const Partial* partial = s.partial[i % 2];
-        barrier_wait(&s.multiplied[i % 2], i / 2 % 2);
-#pragma unroll 1
-        for (int k = mover() / 4; k < Tile * kParts; k += kMoving / 4) {
-            int row = k / kParts, part = k % kParts;
-            float sum[4] = {};
-#pragma unroll
-            for (int w = quarter; w < Warps; w += 4) {
-                float4 v = {partial[w].square[row], 0, 0, 0};
-                if (part < kMix / 4) v = *(const float4*)(partial[w].mix[row] + 4 * part);
-                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        float4 sum = {};
+        if (part < kMix / 4) {
+#pragma unroll 4
+            for (int w = 0; w < Warps; w++) {
+                float4 v = *(const float4*)(partial[w].mix[row] + 4 * part);
+                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
+        } else {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                sum[j] += __shfl_xor_sync(~0u, sum[j], 1);
-                sum[j] += __shfl_xor_sync(~0u, sum[j], 2);
-            }
-            uint32_t to = shared_address(&s.sums[slot][rank][4 * part]);
-            uint32_t barrier = shared_address(&s.summed[slot]);
-            if (quarter == 0)
-                remote_store(remote_address(to, row), float4{sum[0], sum[1], sum[2], sum[3]},
-                             remote_address(barrier, row));
+            for (int w = 0; w < Warps; w++) sum.x += partial[w].square[row];
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.taken[i % 2]);
+        remote_store(remote_address(shared_address(&s.sums[slot][rank][4 * part]), row), sum,
+                     remote_address(shared_address(&s.summed[slot]), row));
     }
 
     // One warp: the gates of this CTA's token of tile i; pre goes to all CTAs.
@@ -344,88 +344,167 @@ struct Collapse {
         if (rank < Tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
     }
 
+    // Eight columns of the streams, weighted with pre.
+    static __device__ uint4 mix(const uint4 (&v)[kStreams], float4 pre) {
+        const float weights[kStreams] = {pre.x, pre.y, pre.z, pre.w};
+        float value[8] = {};
+#pragma unroll
+        for (int stream = 0; stream < kStreams; stream++) {
+            const uint32_t words[4] = {v[stream].x, v[stream].y, v[stream].z, v[stream].w};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                value[2 * w] += weights[stream] * low_bf16(words[w]);
+                value[2 * w + 1] += weights[stream] * high_bf16(words[w]);
+            }
+        }
+        return {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
+                pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7])};
+    }
+
     // Movers: u of tile i, this CTA's columns.
     __device__ void collapse(int i) {
+        constexpr int kItems = Tile * kSlice / 8;  // eight columns of a token each
         const int slot = i % kSlots;
+        const char* x = s.x[i % Stages];
+        barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
         barrier_wait(&s.gated[slot], i / kSlots % 2);
 #pragma unroll 1
-        for (int k = mover(); k < Tile * kSlice / 8; k += kMoving) {
-            int row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
-            int token = token_at(i, row);
-            if (token >= in.n) continue;
-            float4 pre4 = s.pre[slot][row];
-            float pre[kStreams] = {pre4.x, pre4.y, pre4.z, pre4.w};
-            float value[8] = {};
+        for (int first = mover(); first < kItems; first += kAtOnce * kMoving) {
+            uint4 v[kAtOnce][kStreams];
 #pragma unroll
-            for (int stream = 0; stream < kStreams; stream++) {
-                uint4 v = *(const uint4*)(s.x[i % Stages] + row * kPitch +
-                                          2 * (stream * kSlice + column));
-                uint32_t words[4] = {v.x, v.y, v.z, v.w};
+            for (int j = 0; j < kAtOnce; j++) {
+                const int k = first + j * kMoving, row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
+                if (k < kItems)
 #pragma unroll
-                for (int w = 0; w < 4; w++) {
-                    value[2 * w] += pre[stream] * low_bf16(words[w]);
-                    value[2 * w + 1] += pre[stream] * high_bf16(words[w]);
+                    for (int stream = 0; stream < kStreams; stream++)
+                        v[j][stream] = *(const uint4*)(x + place(row, stream, column));
+            }
+#pragma unroll
+            for (int j = 0; j < kAtOnce; j++) {
+                const int k = first + j * kMoving, row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
+                const int token = token_at(i, row);
+                if (k < kItems && token < in.n) {
+                    const uint4 u = v[j][0] = mix(v[j], s.pre[slot][row]);
+                    store16(in.u + (int64_t)token * kWidth + rank * kSlice + column, u.x, u.y, u.z, u.w);
                 }
             }
-            store16(in.u + (int64_t)token * kWidth + rank * kSlice + column,
-                    pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
-                    pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7]));
+            if constexpr (Expands)
+                if (in.norm.y) normalise(i, v);
         }
         if (mover() == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
+    }
+
+    template <class T> static __device__ void load_floats(const T* from, float (&to)[8]) {
+        const auto v = *(const Vector<T, 8>*)from;
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = to_float(v.at[i]);
+    }
+
+    // Movers: the RMS norm of u, of which each thread has eight columns of some tokens in v[...][0]; a
+    // warp has this CTA's columns of a token. Adds up as rms_norm does.
+    __device__ void normalise(int i, const uint4 (&v)[kAtOnce][kStreams]) {
+        static_assert(kSlice == 256 && Tile * 32 <= kAtOnce * kMoving);
+        const int left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
+        const int column = rank * kSlice + 8 * lane;
+        float weight[8];
+        if (in.norm.weight_dtype == DSV4_BF16) load_floats((const bf16*)in.norm.weight + column, weight);
+        else load_floats((const float*)in.norm.weight + column, weight);
+        if (mover() == 0) barrier_expect(&s.normed, tokens * kCluster * sizeof(float));
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int row = warp - kWorkers + j * kMovers;
+            if (row >= tokens) break;
+            const uint32_t words[4] = {v[j][0].x, v[j][0].y, v[j][0].z, v[j][0].w};
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                sum += low_bf16(words[w]) * low_bf16(words[w]);
+                sum += high_bf16(words[w]) * high_bf16(words[w]);
+            }
+            sum = warp_sum(sum);
+            if (lane < kCluster)
+                remote_store(remote_address(shared_address(&s.squares[row][rank]), lane), __float_as_uint(sum),
+                             remote_address(shared_address(&s.normed), lane));
+        }
+        barrier_wait(&s.normed, 0);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int row = warp - kWorkers + j * kMovers;
+            if (row >= tokens) break;
+            float total = 0;
+#pragma unroll
+            for (int cta = 0; cta < kCluster; cta++) total += s.squares[row][cta];
+            const float factor = 1 / sqrtf(total / (float)kWidth + in.norm.eps);
+            const uint32_t words[4] = {v[j][0].x, v[j][0].y, v[j][0].z, v[j][0].w};
+            uint32_t y[4];
+#pragma unroll
+            for (int w = 0; w < 4; w++)
+                y[w] = pack_bf16(low_bf16(words[w]) * factor * weight[2 * w],
+                                 high_bf16(words[w]) * factor * weight[2 * w + 1]);
+            store16(in.norm.y + (int64_t)token_at(i, row) * kWidth + column, y[0], y[1], y[2], y[3]);
+        }
     }
 
     // Movers: all tiles of this cluster.
     __device__ void move(int count) {
         if constexpr (Expands) {
-            expand(0);
-            named_barrier(1, kMoving);
-            start_read(kFirstReads);
+            for (int i = 0; i < kAhead && i < count; i++) {
+                expand(i);
+                named_barrier(kOfMovers, kMoving);  // nobody needs y of tile i any more
+                start_read(i + kReads, count);
+            }
         }
 #pragma unroll 1
-        for (int i = 0; i <= count; i++) {
-            if constexpr (Expands)
-                if (i + 1 < count) expand(i + 1);
-            if (i < count) send_sums(i);
-            if (i > 0) collapse(i - 1);
-            named_barrier(1, kMoving);  // nobody needs tile i - 1 any more
-            start_read(i - 1 + Stages);
+        for (int i = 0; i < count; i++) {
+            if constexpr (Expands) {
+                if (i + kAhead < count) expand(i + kAhead);
+            }
+            collapse(i);
+            named_barrier(kOfMovers, kMoving);  // nobody needs tile i any more
+            start_read(i + Stages, count);
         }
     }
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const Streams in) {
-    extern __shared__ char memory[];
+__global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_constant__ Streams in) {
+    extern __shared__ __align__(1024) char memory[];
     C c(in, *reinterpret_cast<typename C::Shared*>(memory));
     let_next_start();
     c.init_barriers();
+    if (C::mover() == 0) prefetch_map(&in.x_map);
     __syncthreads();
-    cluster_arrive();
+    cluster_arrive_relaxed();
     if (C::thread() < 32 * C::kWorkers) {
         more_registers<C::kWorkRegisters>();
         c.load_weights();  // while the kernel before may still run
+        const int count = c.tiles();
         wait_for_previous();
         cluster_wait();
-        const int count = c.tiles();
 #pragma unroll 1
-        for (int i = 0; i < count; i++) c.multiply(i);
+        for (int i = 0; i < count; i++) {
+            c.multiply(i);
+            c.send_sums(i);
+        }
         return;
     }
     fewer_registers<C::kMoveRegisters>();
+    const int count = c.tiles();
     wait_for_previous();
     if (C::mover() < C::kMoving) {
-        for (int i = 0; i < C::kFirstReads; i++) c.start_read(i);
+#pragma unroll 1
+        for (int i = 0; i < C::kReads; i++) c.start_read(i, count);
         cluster_wait();
-        c.move(c.tiles());
+        c.move(count);
     } else {
         cluster_wait();
-        const int count = c.tiles();
         for (int i = 0; i < count; i++) c.gate(i, count);
     }
 }
 
-// Launches as many clusters as fit at once; kUnsupported where none does.
-template <class C> int collapse(Streams in, void* stream) {
+// Collapses x [n, 4, d], after mixing in y [n, d] where C expands. Launches as many clusters as fit at
+// once; kUnsupported where none does.
+template <class C> int collapse(const void* x, const void* y, Streams in, void* stream) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -447,7 +526,13 @@ template <class C> int collapse(Streams in, void* stream) {
         return most;
     }();
     if (clusters == 0) return kUnsupported;
+    in.rows = in.n < C::kTile ? in.n : C::kTile;
+    int status = encode_map(&in.x_map, x, {C::kWidth, kStreams, in.n}, {64, kStreams, in.rows}, true);
+    if (status == cudaSuccess && y)
+        status = encode_map(&in.sublayer.y_map, y, {C::kWidth, in.n, 1}, {C::kSlice, in.rows, 1}, false);
+    if (status != cudaSuccess) return status;
     int64_t tiles = ceil_div(in.n, C::kTile);
+    if (in.norm.y && tiles > clusters) return kUnsupported;
     config.gridDim = (unsigned)(kCluster * (tiles < clusters ? tiles : clusters));
     return (int)cudaLaunchKernelEx(&config, collapse_kernel<C>, in);
 }

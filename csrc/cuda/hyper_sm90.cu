@@ -5,14 +5,14 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kAnyThreads = 256;
 
 // One block a token. M mixes: 24 for hc_pre, 4 for hc_head, which has no post and comb.
 template <class T, int M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kAnyThreads)
     collapse_any_kernel(const T* x, int64_t d, const float* fn, HyperParameters p, T* u,
                         float* post, float* comb) {
-    __shared__ float partial[kThreads / 32][M + 1];
+    __shared__ float partial[kAnyThreads / 32][M + 1];
     __shared__ float mix[M + 1];
     __shared__ float pre[kStreams];
     let_next_start();
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t token = blockIdx.x, width = kStreams * d;
     x += token * width;
     float sum[M + 1] = {};  // the last is the sum of squares
-    for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < width; i += kAnyThreads) {
         float value = to_float(x[i]);
 #pragma unroll
         for (int m = 0; m < M; m++) sum[m] += value * fn[m * width + i];
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x <= M) {
         float total = 0;
-        for (int warp = 0; warp < kThreads / 32; warp++) total += partial[warp][threadIdx.x];
+        for (int warp = 0; warp < kAnyThreads / 32; warp++) total += partial[warp][threadIdx.x];
         mix[threadIdx.x] = total;
     }
     __syncthreads();
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     __syncthreads();
-    if (M == kMixes && threadIdx.x == kThreads - 1) {
+    if (M == kMixes && threadIdx.x == kAnyThreads - 1) {
         float c[kStreams][kStreams];
 #pragma unroll
         for (int i = 0; i < kCombs; i++) {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kCombs; i++) comb[token * kCombs + i] = c[i / kStreams][i % kStreams];
     }
-    for (int64_t i = threadIdx.x; i < d; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < d; i += kAnyThreads) {
         float value = 0;
         for (int k = 0; k < kStreams; k++) value += pre[k] * to_float(x[k * d + i]);
         u[token * d + i] = from_float<T>(value);
@@ -71,7 +71,7 @@ int collapse_any(const void* x, int dtype, int64_t n, int64_t d, const float* fn
                  HyperParameters p, void* u, float* post, float* comb, void* stream) {
     return with_dtype(dtype, [&](auto tag) {
         using T = type_of<decltype(tag)>;
-        return launch(collapse_any_kernel<T, M>, dim3(n), kThreads, 0, stream, (const T*)x, d, fn,
+        return launch(collapse_any_kernel<T, M>, dim3(n), kAnyThreads, 0, stream, (const T*)x, d, fn,
                       p, (T*)u, post, comb);
     });
 }
@@ -87,26 +87,29 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
                             float norm_eps, void* u, float* post, float* comb, void* stream) {
     if (n == 0) return cudaSuccess;
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
-    Streams in = {(const bf16*)x, (int)n, fn, p, (bf16*)u, post, comb, {}};
+    Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = post, .comb = comb};
     int status = kUnsupported;
-    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 2, 16, 2, 3, 5>>(in, stream);
-    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 2, 3, 6>>(in, stream);
+    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 8, 2, 3, 5>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 2, 3, 6>>(x, nullptr, in, stream);
     if (status != kUnsupported) return status;
     return collapse_any<kMixes>(x, dtype, n, d, fn, p, u, post, comb, stream);
 }
 
 // hc_post, then hc_pre of its result, in one kernel: y [n, d], x [n, 4, d] of bfloat16, post and comb as
-// hc_pre made them for x -> new_x [n, 4, d], u, new_post, new_comb. Only d 4096.
+// hc_pre made them for x -> new_x [n, 4, d], u, new_post, new_comb; and, where `normed` is not null,
+// u's RMS norm with weight norm_weight [d]. Only d 4096, and 64 tokens to be normed.
 DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post, const float* comb,
                                  int64_t n, int64_t d, const float* fn, const float* scale,
                                  const float* base, int64_t iters, float eps, float norm_eps,
                                  void* new_x, void* u, float* new_post, float* new_comb,
+                                 const void* weight, int weight_dtype, float weight_eps, void* normed,
                                  void* stream) {
     if (n == 0) return cudaSuccess;
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
-    Streams in = {(const bf16*)x, (int)n, fn, p, (bf16*)u, new_post, new_comb,
-                  {(const bf16*)y, post, comb, (bf16*)new_x}};
-    return d == 4096 ? collapse<Collapse<16, 2, 16, 2, 3, 4, true>>(in, stream) : kUnsupported;
+    Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = new_post, .comb = new_comb};
+    in.sublayer.post = post, in.sublayer.comb = comb, in.sublayer.x = (bf16*)new_x;
+    in.norm = {weight, weight_dtype, weight_eps, (bf16*)normed};
+    return d == 4096 ? collapse<Collapse<16, 4, 8, 2, 3, 5, true>>(x, y, in, stream) : kUnsupported;
 }
 
 // x [n, 4, d] -> h [n, d] of the same dtype; fn [4, 4 * d].
@@ -115,10 +118,10 @@ DSV4_EXPORT int dsv4_hc_head(const void* x, int dtype, int64_t n, int64_t d, con
                              void* h, void* stream) {
     if (n == 0) return cudaSuccess;
     HyperParameters p = {scale, base, 0, eps, norm_eps};
-    Streams in = {(const bf16*)x, (int)n, fn, p, (bf16*)h, nullptr, nullptr, {}};
+    Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)h};
     int status = kUnsupported;
-    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 2, 16, 3, 1, 5>>(in, stream);
-    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 3, 1, 6>>(in, stream);
+    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 8, 3, 1, 5>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 3, 1, 6>>(x, nullptr, in, stream);
     if (status != kUnsupported) return status;
     return collapse_any<kStreams>(x, dtype, n, d, fn, p, h, nullptr, nullptr, stream);
 }

@@ -20,7 +20,8 @@ struct Problem {
 
     __device__ int64_t sequence_of(int64_t token) const { return sequence ? sequence[token] : token; }
     // How many entries a token may see.
-    __device__ int visible(int64_t token) const { return (int)(positions[token] + 1) / ratio; }
+    __device__ int visible(int64_t token) const { return visible_at(positions[token]); }
+    __device__ int visible_at(int64_t position) const { return (int)(position + 1) / ratio; }
     __device__ float weight(int64_t i) const {
         float w = float_weights ? ((const float*)weights)[i] : to_float(((const bf16*)weights)[i]);
         return w * scale;
@@ -188,22 +189,35 @@ struct TokenShared {
     uint64_t loaded[kRing];
 };
 
-// Columns 32 g + 8 t + 4 s + 2 h + {0, 1} of every head go to 32 g + 16 s + 8 h + 2 t + {0, 1}.
-__device__ void load_token_query(const Problem& p, int64_t token, TokenShared& to) {
-    const uint4* from = (const uint4*)((const bf16*)p.q + token * kHeads * kDim);
-    if (threadIdx.x < kHeads) to.weight[threadIdx.x] = p.weight(token * kHeads + threadIdx.x);
-#pragma unroll 4
-    for (int at = threadIdx.x; at < kHeads * kDim / 8; at += kTileThreads) {
-        uint4 v = from[at];
-        int head = at / 16, g = at % 16 / 4, t = at % 4;
-        uint32_t words[4] = {v.x, v.y, v.z, v.w};
+// A thread's part of a token's query and of what its scores need, all loads at once.
+struct TokenQuery {
+    static constexpr int kEach = kHeads * kDim / 8 / kTileThreads;
+    uint4 part[kEach];
+    float weight;
+    int64_t position;
+
+    __device__ TokenQuery(const Problem& p, int64_t token) {
+        const uint4* from = (const uint4*)((const bf16*)p.q + token * kHeads * kDim) + threadIdx.x;
 #pragma unroll
-        for (int w = 0; w < 4; w++) {
-            int chunk = (4 * (g % 2) + w) ^ head % 8;  // of 16 bytes
-            *(uint32_t*)(to.q[g / 2] + head * 128 + chunk * 16 + 4 * t) = words[w];
+        for (int i = 0; i < kEach; i++) part[i] = from[i * kTileThreads];
+        position = p.positions[token];
+        weight = p.weight(token * kHeads + threadIdx.x % kHeads);
+    }
+    // Columns 32 g + 8 t + 4 s + 2 h + {0, 1} of every head go to 32 g + 16 s + 8 h + 2 t + {0, 1}.
+    __device__ void store(TokenShared& to) const {
+        if (threadIdx.x < kHeads) to.weight[threadIdx.x] = weight;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int at = i * kTileThreads + threadIdx.x, head = at / 16, g = at % 16 / 4, t = at % 4;
+            const uint32_t words[4] = {part[i].x, part[i].y, part[i].z, part[i].w};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                const int chunk = (4 * (g % 2) + w) ^ head % 8;  // of 16 bytes
+                *(uint32_t*)(to.q[g / 2] + head * 128 + chunk * 16 + 4 * t) = words[w];
+            }
         }
     }
-}
+};
 
 // dot = the tile of `keys` times the query; the keys have been read once all threads are past `read`.
 template <class F> __device__ void score_tile(const TokenShared& s, const char* keys, float (&dot)[32],
@@ -279,9 +293,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(
     const int tiles = (end - begin + kTile - 1) / kTile, ahead = min(tiles, kRing);
     if (threadIdx.x == 0)  // does not wait to know what is visible
         for (int i = 0; i < ahead; i++) load(i);
-    const int visible = (int)p.visible(token);
+    const TokenQuery query(p, token);
+    query.store(s);
+    const int visible = p.visible_at(query.position);
     const int loads = max(ahead, min(tiles, (visible - begin + kTile - 1) / kTile));
-    load_token_query(p, token, s);
     fence_async_proxy();
     __syncthreads();
     for (int i = 0; i < tiles; i++) {

@@ -6,6 +6,8 @@ GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,14 +23,16 @@ from dsv4_bench.engine.cuda.library import (
     sm90,
     wrong,
 )
+from dsv4_bench.engine.cuda.rows import rms_norm
 
 _STREAMS = 4
+_FUSED_WIDTH, _NORMED_TOKENS = 4096, 64  # of the kernel that fuses ops
 HYPER = Library(
     "hyper",
     {
         "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
-        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P),
+        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P),
     },
 )
 HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
@@ -116,10 +120,59 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 def hc_post_pre(
+    y: Tensor, x: Tensor, post: Tensor, comb: Tensor, **pre: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`hc_post(y, x, post, comb)`, then `hc_pre(..., **pre)` of the result, which is returned first.
+
+    One kernel that reads the streams once, for bfloat16 of width 4096; two elsewhere. The same bits.
+    """
+    if not _fuses(x):
+        new = hc_post(y, x, post, comb)
+        return new, *hc_pre(new, **pre)
+    return _post_pre(y, x, post, comb, **pre)[:4]
+
+
+def joins_norm(x: Tensor) -> bool:
+    """Whether `hc_post_pre_norm` takes streams like x [n, 4, d] in one kernel: bfloat16, n to 64, d 4096."""
+    return _fuses(x) and x.shape[0] <= _NORMED_TOKENS
+
+
+def hc_post_pre_norm(
     y: Tensor,
     x: Tensor,
     post: Tensor,
     comb: Tensor,
+    *,
+    weight: Tensor,
+    weight_eps: float,
+    outs: tuple[Tensor, Tensor, Tensor] | None = None,
+    **pre: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`hc_post_pre` and, last, `rms_norm` of its u with `weight` [d]; see `joins_norm`.
+
+    The new streams, post and comb go to `outs`, dense and like x, post and comb, if given.
+    """
+    if joins_norm(x):
+        return _post_pre(y, x, post, comb, (weight, weight_eps), outs, **pre)
+    new, u, *gates = hc_post_pre(y, x, post, comb, **pre)
+    given = outs or (new, *gates)
+    for out, value in zip(given, (new, *gates), strict=True):
+        if out is not value:
+            out.copy_(value)
+    return given[0], u, given[1], given[2], rms_norm(u, weight=weight, eps=weight_eps)
+
+
+def _fuses(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.shape[-1] == _FUSED_WIDTH
+
+
+def _post_pre(
+    y: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    outs: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     fn: Tensor,
     scale: Tensor,
@@ -127,15 +180,8 @@ def hc_post_pre(
     iters: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`hc_post(y, x, post, comb)`, then `hc_pre` of the result, which is returned first.
-
-    One kernel that reads the streams once, for bfloat16 of width 4096; two elsewhere.
-    """
-    if x.dtype != torch.bfloat16 or x.shape[-1] != 4096:
-        new = hc_post(y, x, post, comb)
-        constants = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-        return new, *hc_pre(new, fn=fn, scale=scale, base=base, **constants)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fused kernel; the last output is empty without `norm`."""
     op = "hc_post_pre"
     (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
     fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
@@ -143,10 +189,17 @@ def hc_post_pre(
     if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
         wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
     post, comb = floats(op, post), floats(op, comb)
-    new, u = torch.empty_like(x), torch.empty_like(y)
-    new_post, new_comb = torch.empty_like(post), torch.empty_like(comb)
+    new, new_post, new_comb = outs or tuple(torch.empty_like(like) for like in (x, post, comb))
+    u, normed = torch.empty_like(y), y.new_empty(0)
     inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
     weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
     outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())
-    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs)
-    return new, u, new_post, new_comb
+    normed_by: tuple[Any, ...] = (None, 0, 0.0, None)
+    if norm is not None:
+        weight, weight_kind = activation(op, norm[0])
+        if weight.shape != (d,):
+            wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
+        normed = torch.empty_like(y)
+        normed_by = (weight.data_ptr(), weight_kind, norm[1], normed.data_ptr())
+    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by)
+    return new, u, new_post, new_comb, normed
