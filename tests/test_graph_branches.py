@@ -303,6 +303,7 @@ def test_weights_are_fetched_beside_earlier_sites_and_nobody_waits_but_the_end(
         assert not launches.before[first[f"L1/attn/{path}"]] >> number & 1
     number, tensors = asked_with("L2/attn/wkv")
     assert launches.before[number] >> first["L1/ffn/experts"] & 1  # when its memory traffic is over
+    assert number < first["L2/attn/wkv"]
     assert len(tensors) == 5  # hc_pre, wq_a, wkv and the compressor's two, with no scales in bf16
     asked_for = {t.data_ptr() for _, tensors in asked for t in tensors}
     assert weights("L1/ffn/shared")[0].data_ptr() not in asked_for

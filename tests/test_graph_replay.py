@@ -156,6 +156,26 @@ def test_sites_that_are_put_off_make_the_same(
     )
 
 
+def test_a_join_is_of_one_input_and_of_kernels(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = pretend(model, monkeypatch)
+    wq_a, wkv, wgate = (model.sites[f"L2/attn/{n}"] for n in ("wq_a", "wkv", "compressor/wgate"))
+    x, other = torch.randn(2, 1, model.config.hidden_size)
+    fusions = Fusions(model.sites)
+    call = fusions.take(wq_a, (x,))
+    assert call.run is not None and close(call.run(), wq_a.run((x,)))
+    assert len(call.made) == 3 and ran["linears"] == 1
+    known = fusions.take(wkv, (x,))
+    assert known.run is None and close(known.result, wkv.run((x,)))
+    again = fusions.take(wgate, (other,))  # not what was joined
+    assert again.run is not None and close(again.run(), wgate.run((other,)))
+    monkeypatch.setattr(wkv.stamp, "implementation", "reference")
+    call = Fusions(model.sites).take(wq_a, (x,))
+    assert call.run is not None and close(call.run(), wq_a.run((x,))) and not call.made
+    assert ran["linears"] == 1
+
+
 @pytest.mark.usefixtures("pretended")
 def test_a_cache_that_was_set_back_is_followed(model: Transformer) -> None:
     plain, cache = prefilled(model), prefilled(model)
