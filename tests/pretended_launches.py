@@ -21,6 +21,16 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
     def reference(op: str, *args: Any, **params: Any) -> Any:
         return OPS[op].reference(*args, **params)
 
+    def hc_post_pre_norm(
+        *args: Tensor, weight: Tensor, weight_eps: float, outs: tuple[Tensor, ...], **pre: Any
+    ) -> tuple[Tensor, ...]:
+        ran["streams"] += 1
+        new = reference("hc_post", *args)
+        u, post, comb = reference("hc_pre", new, **pre)
+        for out, value in zip(outs, (new, post, comb), strict=True):
+            out.copy_(value)
+        return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
+
     def moe(
         x: Tensor, *choice: Tensor, bank: Any, shared: Any, limit: float, dtype: torch.dtype
     ) -> Tensor:
@@ -36,8 +46,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 
     for site in model.sites.values():
         monkeypatch.setattr(site.stamp, "implementation", "sm90")
-    for name in ("moe_fits", "joins_linears"):
+    for name in ("joins_norm", "moe_fits", "joins_linears"):
         monkeypatch.setattr(fused, name, lambda *_: True)
-    for function in (moe, linears):
+    for function in (hc_post_pre_norm, moe, linears):
         monkeypatch.setattr(fused, function.__name__, function)
     return ran

@@ -226,7 +226,7 @@ def test_no_site_runs_beside_one_it_needs(
     without = [path for path, _, nodes in branches.sites if nodes == 0]
     later = {"L1/attn/kv_rope", "L1/attn/index/compressor/pool", "L2/attn/compressor/norm"}
     assert later & set(without) == (later if fused and not observed else set())
-    put_off = {} if observed else {"moe": 6}
+    put_off = {} if observed else {"moe": 6, "streams": 10}
     assert ran == ({"linears": 6, **put_off} if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
 from dsv4_bench.engine.cuda.experts import moe, moe_fits
+from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.registry import Site
@@ -62,6 +63,13 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         overlap = args[2].shape[1] == 2 * ratio
         shape = len(args[4].lengths), width // 2 if overlap else width
         return torch.empty(shape, dtype=dtype, device=args[0].device)
+    if site.op == "hc_post":
+        return torch.empty_like(args[1])
+    if site.op == "hc_pre":
+        n, hc, d = args[0].shape
+        gates = ((n, hc), (n, hc, hc))
+        post, comb = (torch.empty(s, dtype=torch.float32, device=args[0].device) for s in gates)
+        return torch.empty((n, d), dtype=args[0].dtype, device=args[0].device), post, comb
     if site.op in ("experts", "shared_expert"):
         return torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device)
     return torch.empty_like(args[0])
@@ -71,6 +79,8 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
     """Whether a chain that begins with this call is one launch, as far as the call shows it."""
     if site.op == "compressor":  # only where every sequence gets a row
         return bool(args[4].padded and args[4].is_decode)
+    if site.op == "hc_post":
+        return joins_norm(args[1])
     if site.op == "experts":
         params, shared = site.params, following[0].params
         fits = moe_fits(params["bank"], shared["expert"], len(args[0]))
@@ -173,6 +183,15 @@ def _one_by_one(sites: list[Site], args: list[tuple[Any, ...]]) -> Any:
 # ------------------------------------------------------------------------------ the others
 
 
+def streams(chain: Chain) -> Tensor:
+    """hc_post, the next hc_pre, and the norm of its result."""
+    _, pre, norm = chain.sites
+    new, (_, post, comb) = chain.results
+    by = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
+    outs = (new, post, comb)
+    return hc_post_pre_norm(*chain.args[0], **pre.params, **by, outs=outs)[-1]
+
+
 def feed_forward(chain: Chain) -> Tensor:
     """Routed experts, shared expert and their sum."""
     routed, shared, total = (site.params for site in chain.sites)
@@ -188,6 +207,8 @@ KINDS = (
     Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
+    Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams),
+    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1),
     Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward),
 )
 JOINS = (
