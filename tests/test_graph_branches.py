@@ -152,13 +152,14 @@ class Peaks:
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self.looks = 0
+        self.looks, self.paths = 0, list[str]()
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+        self.paths.append(site.path)
         self.values += [value.abs().max() for value in site.spec.name_outputs(result).values()]
 
-    def due(self, site: Site) -> bool:
-        return site.op == "attention"
+    def due(self, site: Site) -> bool:  # some of them when other branches run
+        return site.op in ("attention", "compressor")
 
     def look(self) -> None:
         torch.stack([value.float() for value in self.values])
@@ -232,7 +233,11 @@ def test_no_site_runs_beside_one_it_needs(
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1
     assert branches.origin.seen == everything  # all is joined
-    assert observer is None or observer.looks == 2 * (2 * 3 + 1)  # behind core, layers and head
+    if observer is not None:
+        paths = [path for path, _, _ in branches.sites]
+        due = sum(path.endswith(("/core", "/pool")) for path in paths)
+        assert observer.paths == paths * 2
+        assert observer.looks == 2 * (due + 3 + 1)  # behind these, the layers and the head
 
 
 def test_independent_sites_do_run_side_by_side(model: Transformer, launches: Launches) -> None:
