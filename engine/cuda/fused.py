@@ -186,10 +186,12 @@ def _one_by_one(sites: list[Site], args: list[tuple[Any, ...]]) -> Any:
 def streams(chain: Chain) -> Tensor:
     """hc_post, the next hc_pre, and the norm of its result."""
     _, pre, norm = chain.sites
+    y, x, *gates = chain.args[0]
     new, (_, post, comb) = chain.results
-    by = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
-    outs = (new, post, comb)
-    return hc_post_pre_norm(*chain.args[0], **pre.params, **by, outs=outs)[-1]
+    by: dict[str, Any] = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
+    return hc_post_pre_norm(y, x, gates[0], gates[1], outs=(new, post, comb), **by, **pre.params)[
+        -1
+    ]
 
 
 def feed_forward(chain: Chain) -> Tensor:
