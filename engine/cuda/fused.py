@@ -6,7 +6,7 @@ another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,10 @@ from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.registry import Site
 
-NORM_ROPE = Library("norm_rope", {"norm_rope": (P, N, N, N, P, I, F, P, P, N, P, N, P, N)})
+NORM_ROPE = Library("norm_rope", {"norm_rope": (P, N, N, N, P, I, F, P, P, N, P, N, P, N, P, P)})
 _WIDEST = 512
+# Implementations that these launches may stand for: the second is the first for few rows.
+KERNELS = ("sm90", "sm90+cutedsl")
 
 
 @dataclass
@@ -33,17 +35,19 @@ class Chain:
     sites: list[Site] = field(default_factory=list)
     args: list[tuple[Any, ...]] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)  # of all but the last
+    observed: bool = False  # whether somebody looks at these
 
 
 @dataclass(frozen=True)
 class Kind:
     """A site (path below its layer) and those that follow it, `later` layers on; `launch(chain)` runs all
-    and returns the last one's result."""
+    and returns the last one's result. `fills`: it can fill what the others return as well."""
 
     first: str
     then: tuple[str, ...]
     launch: Callable[[Chain], Any]
     later: int = 0
+    fills: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ def norm_rope(chain: Chain) -> Any:
     if len(chain.sites) == 3:
         _, slots, cache = chain.args[2]
     weight = norm.params["weight"]
+    inner = chain.results if chain.observed else []
     if not _fits(x, cache, weight):
-        return _one_by_one(chain.sites, chain.args)
+        return _one_by_one(chain.sites, chain.args, inner)
     y = torch.empty_like(x) if cache is None else cache
     freqs = floats("rope", rope.params["freqs"])
     heads = x.shape[1] if x.dim() == 3 else 1
@@ -133,6 +138,7 @@ def norm_rope(chain: Chain) -> Any:
         y.numel() // y.shape[-1],
         y.data_ptr(),
         x.shape[-1] if cache is None else cache.stride(0),
+        *(None if place >= len(inner) else inner[place].data_ptr() for place in range(2)),
     )
     return y if cache is None else None
 
@@ -172,11 +178,15 @@ def _fits(x: Tensor, cache: Tensor | None, weight: Tensor | None) -> bool:
     )
 
 
-def _one_by_one(sites: list[Site], args: list[tuple[Any, ...]]) -> Any:
-    """Each on the result of the one before."""
+def _one_by_one(
+    sites: list[Site], args: list[tuple[Any, ...]], inner: Sequence[Tensor] = ()
+) -> Any:
+    """Each on the result of the one before; those of the first also into `inner`."""
     result: Any = args[0][0]
-    for site, given in zip(sites, args, strict=True):
+    for number, (site, given) in enumerate(zip(sites, args, strict=True)):
         result = site.run((result, *given[1:]))
+        if number < len(inner):
+            inner[number].copy_(result)
     return result
 
 
@@ -187,11 +197,9 @@ def streams(chain: Chain) -> Tensor:
     """hc_post, the next hc_pre, and the norm of its result."""
     _, pre, norm = chain.sites
     y, x, *gates = chain.args[0]
-    new, (_, post, comb) = chain.results
+    new, inner = chain.results
     by: dict[str, Any] = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
-    return hc_post_pre_norm(y, x, gates[0], gates[1], outs=(new, post, comb), **by, **pre.params)[
-        -1
-    ]
+    return hc_post_pre_norm(y, x, gates[0], gates[1], outs=(new, *inner), **by, **pre.params)[-1]
 
 
 def feed_forward(chain: Chain) -> Tensor:
@@ -205,12 +213,12 @@ def feed_forward(chain: Chain) -> Tensor:
 
 _COMPRESSORS = ("attn/compressor", "attn/index/compressor")
 KINDS = (
-    Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope),
-    Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
+    Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope, fills=True),
+    Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope, fills=True),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
-    *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
-    Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams),
-    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1),
+    *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
+    Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
+    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
     Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward),
 )
 JOINS = (

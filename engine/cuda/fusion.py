@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.fused import (
     JOINS,
+    KERNELS,
     KINDS,
     Chain,
     Kind,
@@ -30,7 +31,8 @@ from dsv4_bench.engine.registry import Site
 @dataclass
 class Call:
     """What to do for a site: `run` it, for all of `sites`, with launches that read `args` and write `writes`
-    and, once they are made, `made` beside what the site itself does; or nothing now, `result` is known."""
+    and, once they are made, `made` beside what the site itself does; or nothing now, `result` is known,
+    and will be `filled` later. `earlier`: sites with arguments and results which the launch fills then."""
 
     sites: list[Site]
     args: tuple[Any, ...]
@@ -38,12 +40,14 @@ class Call:
     result: Any = None
     writes: tuple[Any, ...] = ()
     made: list[Any] = field(default_factory=list)
+    filled: bool = True
+    earlier: list[tuple[Site, tuple[Any, ...], Any]] = field(default_factory=list)
 
 
 class Fusions:
     """Which of `sites`, of a model whose activations are `dtype`, become one launch; with `wanted` False
     none do. `layers` are those that will be captured; None for all. `observed`: somebody looks at what
-    every site returns, so that none is put off."""
+    every site returns, so that launches fill it all; those that cannot are left out."""
 
     def __init__(
         self,
@@ -54,7 +58,9 @@ class Fusions:
         observed: bool = False,
     ) -> None:
         self._sites, self._dtype, self._layers = sites, dtype, layers
-        self._kinds = {kind.first: kind for kind in KINDS} if wanted and not observed else {}
+        self._observed = observed
+        kinds = [kind for kind in KINDS if kind.fills or not observed]
+        self._kinds = {kind.first: kind for kind in kinds} if wanted else {}
         self._joins = {join.first: join for join in JOINS} if wanted else {}
         self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
         self._expected: dict[str, Chain] = {}  # by the path of the chain's next site
@@ -78,7 +84,7 @@ class Fusions:
             later = put_off(site, args, self._dtype)
             chain.results.append(later)
             self._unfilled |= dict.fromkeys(_addresses(later), chain)
-            return Call([], args, None, later)
+            return Call([], args, None, later, filled=False)
         return self._launched(chain)
 
     def _alone(self, site: Site, args: tuple[Any, ...]) -> Call:
@@ -106,7 +112,7 @@ class Fusions:
             return []
         others = (self._sites.get(f"L{site.layer}/{name}") for name in join.others)
         sites = [site, *(other for other in others if other is not None)]
-        kernels = all(s.stamp.implementation == "sm90" for s in sites)
+        kernels = all(s.stamp.implementation in KERNELS for s in sites)
         return sites if kernels and len(sites) > 1 and together(sites, args[0]) else []
 
     def _launched(self, chain: Chain) -> Call:
@@ -123,7 +129,11 @@ class Fusions:
         def run() -> Any:
             return chain.kind.launch(chain)
 
-        return Call(chain.sites, tuple(reads), run, writes=tuple(_tensors(writes)))
+        call = Call(chain.sites, tuple(reads), run, writes=tuple(_tensors(writes)))
+        if self._observed:
+            inner = zip(chain.sites[:-1], chain.args[:-1], chain.results, strict=True)
+            call.earlier = list(inner)
+        return call
 
     def _begin(self, site: Site, args: tuple[Any, ...]) -> Chain | None:
         """The chain that `site` begins, if all of it runs on these kernels."""
@@ -131,8 +141,9 @@ class Fusions:
         following = self._following(kind, site.layer) if kind and site.layer is not None else []
         if kind is None or not following:
             return None
-        kernels = all(s.stamp.implementation == "sm90" for s in (site, *following))
-        return Chain(kind, following) if kernels and may_begin(site, args, following) else None
+        kernels = all(s.stamp.implementation in KERNELS for s in (site, *following))
+        fits = kernels and may_begin(site, args, following)
+        return Chain(kind, following, observed=self._observed) if fits else None
 
     def _following(self, kind: Kind, layer: int) -> list[Site]:
         layer += kind.later

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.fused import KERNELS
 from dsv4_bench.engine.cuda.library import Library, N, P
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.registry import Site
@@ -75,7 +76,7 @@ class Prefetches:
         found: list[Tensor] = []
         for other in fetch.of:
             target = self._sites.get(f"L{site.layer + fetch.later}/{other}")
-            if target is not None and target.stamp.implementation == "sm90":
+            if target is not None and target.stamp.implementation in KERNELS:
                 found += weights_of(target)
         return found
 
