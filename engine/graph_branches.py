@@ -174,7 +174,8 @@ class Branches:
         if call.run is None:
             self.sites.append((site.path, self.nodes.count(), 0))
             self._kept.append((args, call.result))
-            self._saw(site, args, call.result)
+            if call.filled:
+                self._saw(site, args, call.result)
             return call.result
         bound = site.spec.bind(args, {})
         reads = storages(call.args)
@@ -194,7 +195,8 @@ class Branches:
             _mark(stream, self._works, needs), reads, writes | _made(result) | storages(call.made)
         )
         self._kept.append((call.args, call.made, result))
-        self._saw(site, args, result)
+        for seen in (*call.earlier, (site, args, result)):
+            self._saw(*seen)
         return result
 
     def _prefetch(self, sites: list[Site], needs: list[_Work]) -> None:
@@ -281,7 +283,8 @@ class Branches:
         for work in _last_ones(self._tails.values()):
             self._beside.wait_event(work.event)
         with torch.cuda.stream(self._beside):
-            for site, args, result in self._untold:
+            order = {path: number for number, (path, _, _) in enumerate(self.sites)}
+            for site, args, result in sorted(self._untold, key=lambda seen: order[seen[0].path]):
                 self.observer.after(site, args, result)
             if self._untold:
                 self.observer.look()

@@ -27,7 +27,7 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
         ran["streams"] += 1
         new = reference("hc_post", *args)
         u, post, comb = reference("hc_pre", new, **pre)
-        for out, value in zip(outs, (new, post, comb), strict=True):
+        for out, value in zip(outs, (new, u, post, comb), strict=True):
             out.copy_(value)
         return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
 

@@ -316,15 +316,26 @@ def test_fused_norm_rope_and_write_have_the_bits_of_the_three(
         slots = torch.tensor([7, -1, 2, 0, 19][:n], device="cuda")
         y = rope(norm(x), positions)
         if not cached:
-            chain = Chain(KINDS[0], [], [norm, rope], [(x,), (x, positions)])
-            assert torch.equal(norm_rope(chain), y)
+            args = [(x,), (x, positions)]
+            for observed in (False, True):
+                inner = [torch.full_like(x, torch.nan)]
+                chain = Chain(KINDS[0], [], [norm, rope], args, inner, observed)
+                assert torch.equal(norm_rope(chain), y)
+                assert torch.equal(inner[0], norm(x)) == observed
             continue
         wanted = torch.full((20, d), torch.nan, device="cuda", dtype=torch.bfloat16)
         found = wanted.clone()
         write(y, slots, wanted)
         args = [(x,), (x, positions), (x, slots, found)]
-        norm_rope(Chain(KINDS[1], [], [norm, rope, write], args))
-        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+        for observed in (False, True):
+            found.fill_(torch.nan)
+            inner = [torch.full_like(x, torch.nan) for _ in range(2)]
+            norm_rope(Chain(KINDS[1], [], [norm, rope, write], args, inner, observed))
+            assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+            assert [torch.equal(*pair) for pair in zip(inner, (norm(x), y), strict=True)] == [
+                observed,
+                observed,
+            ]
 
 
 def test_every_site_has_its_nodes(model: Transformer) -> None:

@@ -87,8 +87,8 @@ class Launches(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         writes = graph_branches.storages(given[name] for name in written if name in given)
-        if outputs <= reads and not writes:
-            return result  # a view
+        if (outputs <= reads and not writes) or func.overloadpacket.__name__.startswith("empty"):
+            return result  # a view, or memory that nobody fills
         self.launch(str(func), reads, writes | (outputs - reads))
         return result
 
@@ -225,10 +225,12 @@ def test_no_site_runs_beside_one_it_needs(
         branches = Branches(observer, None, fusions=fusions)
         capture(model, cache, launches, branches)
     without = [path for path, _, nodes in branches.sites if nodes == 0]
-    later = {"L1/attn/kv_rope", "L1/attn/index/compressor/pool", "L2/attn/compressor/norm"}
-    assert later & set(without) == (later if fused and not observed else set())
-    put_off = {} if observed else {"moe": 6, "streams": 10}
-    assert ran == ({"linears": 6, **put_off} if fused else {})
+    later = {"L1/attn/hc_post", "L1/attn/q_head_norm", "L1/attn/kv_rope"}  # which launches can fill
+    never = {"L1/attn/index/compressor/pool", "L2/ffn/experts"}  # which they cannot
+    assert later & set(without) == (later if fused else set())
+    assert never & set(without) == (never if fused and not observed else set())
+    ran_together = {"linears": 6, "streams": 10} | ({} if observed else {"moe": 6})
+    assert ran == (ran_together if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1
