@@ -20,6 +20,9 @@ from dsv4_bench.probes.stats import (
 )
 
 
+_MADE_OF_ROW = {"stats": Stats.of_row, "sums": Sums.of_row}
+
+
 class Question:
     """A call, and something it was asked."""
 
@@ -38,7 +41,7 @@ class Question:
 
     def settle(self, value: Any) -> None:
         """Give the call its answer, of a row of numbers on the host."""
-        made = {"stats": Stats.of_row, "sums": Sums.of_row}.get(self.request.kind)
+        made = _MADE_OF_ROW.get(self.request.kind)
         self.call.answers[self.request] = value if made is None else made(value)
 
 
