@@ -19,7 +19,6 @@ from dsv4_bench.probes.stats import (
     reduced_sums,
 )
 
-
 _MADE_OF_ROW = {"stats": Stats.of_row, "sums": Sums.of_row}
 
 
