@@ -122,8 +122,9 @@ def test_topk_of_odd_distributions(total: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 4, 16, 64, 200])
 def test_topk_of_many_rows(n: int) -> None:
-    score = torch.randn(n, 30000, device="cuda")
-    check_topk(score, torch.randint(0, 30001, (n,), device="cuda"), 512)
+    for total in (1000, 9000, 30000):
+        score = torch.randn(n, total, device="cuda")
+        check_topk(score, torch.randint(0, total + 1, (n,), device="cuda"), 512)
 
 
 def test_topk_of_odd_values() -> None:
@@ -135,6 +136,16 @@ def test_topk_of_odd_values() -> None:
     check_topk(score, torch.full((3,), 5000, device="cuda"), 512)
     for view in views(score):
         judge("index_topk", view, torch.full((3,), 5000, device="cuda"), k=512)
+
+
+@pytest.mark.parametrize("total", [600, 1500, 4000, 16000, 40000])
+def test_topk_with_nan_and_infinity(total: int) -> None:
+    """More of them than are wanted too: NaN before infinity, each in index order."""
+    for count in (1, 400, 600):
+        score = torch.randn(4, total, device="cuda")
+        score[0, :count], score[1, -count:], score[2, ::2] = torch.nan, torch.inf, -torch.inf
+        score[3, :count:2], score[3, 1:count:2] = torch.inf, torch.nan
+        check_topk(score, torch.full((4,), total, device="cuda"), 512)
 
 
 def test_topk_repeats_are_identical() -> None:

@@ -15,14 +15,16 @@ namespace dsv4 {
 // add up to float32, and the streams are read from memory once, into a ring of shared-memory stages.
 // For each tile it sends its share of token t's sums to CTA t, which gates them and sends the four
 // pre weights back to all; then every CTA collapses its columns. Warps have roles, so that all of this
-// goes on at once: workers multiply, add up and send, one tile after another; movers read tiles and
-// collapse them; one warp gates. Columns are permuted alike in both operands, to make loads 16 bytes.
+// goes on at once: workers multiply, one warp adds up and sends, one gates, movers collapse and read.
+// Columns are permuted alike in both operands, to make loads 16 bytes.
 
 constexpr int kCluster = 16;
 constexpr int kCombTiles = 16;  // tiles whose Sinkhorn one warp does at once, one token two lanes
 constexpr int kLine = 128;      // bytes of a stream that lie together, 64 columns
-// Named barriers: of the workers, of the movers, and four that follow one another, of both.
-constexpr int kOfWorkers = 1, kOfMovers = 2, kOfBoth = 3, kBoths = 4;
+constexpr int kWorkers = 8, kWorking = 32 * kWorkers;
+// Named barriers: of the workers, of the movers, and of workers and sender, two and two for the two
+// buffers of partial sums.
+constexpr int kOfWorkers = 1, kOfMovers = 2, kFilled = 3, kEmptied = 5, kFilling = kWorking + 32;
 
 struct Streams {
     CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
@@ -47,32 +49,28 @@ struct Streams {
     } norm;
 };
 
-// Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Warps: workers. Terms: of bfloat16 a weight.
-// Blocks: of 8 mixes, 3 or 1. Expands: movers first turn a tile into the streams after a sublayer, in
+// Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Terms: of bfloat16 a weight, 2 or 4.
+// Blocks: of 8 mixes, 3 or 1. Expands: workers first turn a tile into the streams after a sublayer, in
 // place, as hc_post makes them.
-template <int Tile, int Groups, int Warps, int Terms, int Blocks, int Stages, bool Expands = false>
+template <int Tile, int Groups, int Terms, int Blocks, int Stages, bool Expands = false>
 struct Collapse {
-    static constexpr int kTile = Tile, kStages = Stages, kWorkers = Warps;
-    static constexpr int kMovers = Groups > 4 ? 3 : 7, kMoving = 32 * kMovers;
-    static constexpr int kThreads = 32 * (Warps + kMovers + 1);
-    // Tiles that are expanded before one is collapsed; of the rest of the ring, y is on its way too.
-    static constexpr int kAhead = Expands ? 2 : 0, kReads = Stages - kAhead;
+    static constexpr int kTile = Tile, kStages = Stages;
+    // Warps in this order: workers, movers, the sender, the gate.
+    static constexpr bool kWide = Groups > 4;  // weights take most registers
+    static constexpr int kMovers = kWide ? 2 : 6, kMoving = 32 * kMovers;
+    static constexpr int kSender = kWorkers + kMovers, kGate = kSender + 1, kThreads = 32 * (kGate + 1);
     // Of a thread that works and of another: together no more than equal shares of 64 Ki.
-    static constexpr int kWorkRegisters = Warps == 16 ? 88 : Groups > 4 ? 232 : 152;
-    static constexpr int kMoveRegisters = Warps == 16 ? 64 : Groups > 4 ? 40 : 104;
-    static constexpr int kAtOnce = kMoveRegisters > 64 ? 3 : kMoveRegisters == 64 ? 2 : 1;  // that a mover collapses
-    static constexpr int kSlice = Groups * Warps * 8;  // columns of a stream a CTA
+    static constexpr int kWorkRegisters = kWide ? 224 : 160, kOtherRegisters = kWide ? 56 : 96;
+    static constexpr int kAtOnce = kWide ? 1 : 3;  // items that a mover collapses
+    static constexpr int kSlice = Groups * kWorkers * 8;  // columns of a stream a CTA
     static constexpr int kWidth = kCluster * kSlice;   // d
     static constexpr int kMix = 8 * Blocks;
     static constexpr int kSums = kMix + 4;  // the mixes, the sum of squares, three of nothing
     static constexpr int kRows = Blocks == 1 ? kStreams : kMixes;  // of fn
     static constexpr int kBox = Tile * kStreams * kLine;  // bytes of 64 columns
-    static constexpr int kBoxes = kSlice / 64;
+    static constexpr int kBoxes = kSlice / 64, kItems = kSlice / 8;  // an item: 8 columns of a token
     static constexpr int kSlots = Stages;  // exchange buffers: a tile without a stage has been gated
-    struct Partial {  // sums over the columns of one warp
-        alignas(16) float mix[Tile][kMix];
-        float square[Tile + 8];  // 8 spread the banks
-    };
+    using Sums = float[Tile][kSums];
     struct Sublayer {
         alignas(128) char y[Tile * 2 * kSlice];
         alignas(16) float post[Tile][kStreams], comb[Tile][kCombs];
@@ -80,8 +78,8 @@ struct Collapse {
     struct Nothing {};
     struct Shared {
         alignas(1024) char x[Stages][kBoxes * kBox];
-        std::conditional_t<Expands, Sublayer, Nothing> sublayer[kReads];
-        Partial partial[2][Warps];
+        std::conditional_t<Expands, Sublayer, Nothing> sublayer[Stages];
+        alignas(16) Sums partial[2][kWorkers];  // over the columns of one warp
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
@@ -94,7 +92,7 @@ struct Collapse {
     Shared& s;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
     const uint32_t rank = cluster_rank();
-    uint32_t weight[Terms][Blocks][Groups][4];
+    uint32_t weight[Terms / 2][Blocks][Groups][2][4];
 
     __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
 
@@ -102,7 +100,10 @@ struct Collapse {
         int all = (in.n + Tile - 1) / Tile, clusters = gridDim.x / kCluster;
         return (all - (int)blockIdx.x / kCluster + clusters - 1) / clusters;
     }
-    __device__ int token_at(int i, int row) const {  // of tile i of this cluster
+    __device__ int tokens(int i) const {  // of tile i of this cluster, 0 if there is none
+        return max(0, min(in.n - token_at(i, 0), Tile));
+    }
+    __device__ int token_at(int i, int row) const {
         return (blockIdx.x / kCluster + i * (gridDim.x / kCluster)) * Tile + row;
     }
     __device__ void init_barriers() {
@@ -116,14 +117,18 @@ struct Collapse {
         fence_barrier_init();
         for (int i = 0; i < kSlots; i++) {
             barrier_expect(&s.summed[i], sizeof(s.sums[0]));
-            barrier_expect(&s.gated[i], sizeof(s.pre[0]));
+            expect_gates(i);
         }
     }
+    __device__ void expect_gates(int i) {
+        barrier_expect(&s.gated[i % kSlots], tokens(i) * sizeof(float4));
+    }
 
-    // A warp has 32 * Groups columns of one stream.
+    // A warp has 32 * Groups columns of one stream. Of eight rows of a fragment, those eight further on
+    // are the next terms.
     __device__ void load_weights() {
-        static_assert(Warps % kStreams == 0);
-        constexpr int kShare = Warps / kStreams;
+        static_assert(kWorkers % kStreams == 0 && Terms % 2 == 0);
+        constexpr int kShare = kWorkers / kStreams;
         const float* mine = in.fn + (int64_t)(warp / kShare) * kWidth + rank * kSlice +
                             warp % kShare * Groups * 32 + 8 * t;
 #pragma unroll
@@ -143,7 +148,7 @@ struct Collapse {
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         uint32_t pair = pack_bf16(rest[2 * i], rest[2 * i + 1]);
-                        weight[term][block][g][i] = pair;
+                        weight[term / 2][block][g][i / 2][i % 2 * 2 + term % 2] = pair;
                         rest[2 * i] -= low_bf16(pair);
                         rest[2 * i + 1] -= high_bf16(pair);
                     }
@@ -158,7 +163,7 @@ struct Collapse {
         return index;
     }
     // A mover's index among all movers.
-    static __device__ int mover() { return thread() - 32 * kWorkers; }
+    static __device__ int mover() { return thread() - kWorking; }
 
     // Where column `column` of a stream lies in a stage, as the copy engine swizzles it.
     static __device__ int place(int row, int stream, int column) {
@@ -169,8 +174,7 @@ struct Collapse {
     // One mover starts to read tile i of the cluster's `count`, if there is one.
     __device__ void start_read(int i, int count) {
         if (i >= count || mover() != 0) return;
-        const int stage = i % Stages, token = token_at(i, 0);
-        const int tokens = in.n - token < Tile ? in.n - token : Tile;
+        const int stage = i % Stages, token = token_at(i, 0), tokens = this->tokens(i);
         uint64_t* loaded = &s.loaded[stage];
         constexpr int kGates = 4 * (kStreams + kCombs);
         barrier_expect(loaded, in.rows * kSlice * 2 * (kStreams + Expands) + (Expands ? tokens * kGates : 0));
@@ -178,117 +182,121 @@ struct Collapse {
         for (int box = 0; box < kBoxes; box++)
             load_box(s.x[stage] + box * kBox, &in.x_map, rank * kSlice + 64 * box, 0, token, loaded);
         if constexpr (Expands) {
-            Sublayer& to = s.sublayer[i % kReads];
+            Sublayer& to = s.sublayer[i % Stages];
             load_box(to.y, &in.sublayer.y_map, rank * kSlice, token, 0, loaded);
             bulk_load(to.post, in.sublayer.post + (int64_t)token * kStreams, tokens * 4 * kStreams, loaded);
             bulk_load(to.comb, in.sublayer.comb + (int64_t)token * kCombs, tokens * 4 * kCombs, loaded);
         }
     }
 
-    // Movers: the streams of tile i after the sublayer, in place and to memory.
+    // Workers: the streams of tile i after the sublayer, in place and to memory. A warp has a token.
     __device__ void expand(int i) {
-        const Sublayer& from = s.sublayer[i % kReads];
+        using Four = Vector<bf16, 4>;
+        const Sublayer& from = s.sublayer[i % Stages];
+        char* x = s.x[i % Stages];
+        bf16* out = in.sublayer.x + (int64_t)token_at(i, 0) * kStreams * kWidth + rank * kSlice;
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        for (int row = warp; row < tokens(i); row += kWorkers) {
+            float post[kStreams], comb[kCombs];
+            *(float4*)post = *(const float4*)from.post[row];
+#pragma unroll
+            for (int j = 0; j < kStreams; j++)
+                *(float4*)(comb + kStreams * j) = *(const float4*)(from.comb[row] + kStreams * j);
 #pragma unroll 1
-        for (int k = mover(); k < Tile * kSlice / 4; k += kMoving) {
-            const int row = k / (kSlice / 4), column = k % (kSlice / 4) * 4, token = token_at(i, row);
-            if (token >= in.n) continue;
-            using Four = Vector<bf16, 4>;
-            char* x = s.x[i % Stages];
-            bf16* out = in.sublayer.x + (int64_t)token * kStreams * kWidth + rank * kSlice + column;
-            Four y = *(const Four*)(from.y + 2 * (row * kSlice + column)), old[kStreams];
+            for (int column = 4 * lane; column < kSlice; column += 128) {
+                const Four y = *(const Four*)(from.y + 2 * (row * kSlice + column));
+                Four old[kStreams];
 #pragma unroll
-            for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + place(row, j, column));
+                for (int j = 0; j < kStreams; j++) old[j] = *(const Four*)(x + place(row, j, column));
 #pragma unroll
-            for (int stream = 0; stream < kStreams; stream++) {
-                float value[4];
-                expand_streams(y, old, from.post[row][stream], from.comb[row] + stream, value);
-                uint2 v = {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3])};
-                *(uint2*)(x + place(row, stream, column)) = v;
-                store8(out + stream * kWidth, v.x, v.y);
+                for (int stream = 0; stream < kStreams; stream++) {
+                    float value[4];
+                    expand_streams(y, old, post[stream], comb + stream, value);
+                    const uint2 v = {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3])};
+                    *(uint2*)(x + place(row, stream, column)) = v;
+                    store8(out + (row * kStreams + stream) * kWidth + column, v.x, v.y);
+                }
             }
         }
         fence_async_proxy();  // the copy engine writes there next
-        named_barrier_arrive(kOfBoth + i % kBoths, kMoving + 32 * Warps);
+        named_barrier(kOfWorkers, kWorking);
     }
 
     // A worker's columns of tile i times fn, into s.partial[i % 2].
     __device__ void multiply(int i) {
-        const int id = Warps == 16 ? thread() : threadIdx.x;
-        const int warp = id / 32, lane = id % 32, r = lane / 4, t = lane % 4;
-        constexpr int kShare = Warps / kStreams;
+        constexpr int kShare = kWorkers / kStreams, kHalves = Tile / 8;
         const int stream = warp / kShare, first = warp % kShare * Groups;  // of its groups
-        float acc[Blocks][4] = {};
-        float square[2] = {};
-        if constexpr (Expands) named_barrier(kOfBoth + i % kBoths, kMoving + 32 * Warps);
-        else barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
-        const uint32_t line = r * kStreams + stream;
-        const uint32_t chunk = 16 * (t ^ line % 8);
+        float acc[Blocks][kHalves][4] = {};
+        float square[kHalves] = {};
+        if constexpr (!Expands) barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
+        const uint32_t line = r * kStreams + stream, chunk = 16 * (t ^ line % 8);
         const char* x = s.x[i % Stages] + line * kLine;
 #pragma unroll
         for (int g = 0; g < Groups; g++) {
-            if (Groups > 4 && g % 3 == 2) named_barrier(kOfWorkers, 32 * Warps);  // else registers run out
             const char* from = x + (first + g) / 2 * kBox + (chunk ^ (first + g) % 2 * 64);
-            uint4 low = *(const uint4*)from, high = {};
-            if (Tile == 16) high = *(const uint4*)(from + 8 * kStreams * kLine);
 #pragma unroll
-            for (int term = Terms - 1; term >= 0; term--)
+            for (int half = 0; half < kHalves; half++) {  // tokens r and r + 8
+                const uint4 v = *(const uint4*)(from + half * 8 * kStreams * kLine);
+                const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-                for (int block = 0; block < Blocks; block++) {
-                    uint32_t(&w)[4] = weight[term][block][g];
-                    mma(acc[block], low.x, high.x, low.y, high.y, w[0], w[1]);
-                    mma(acc[block], low.z, high.z, low.w, high.w, w[2], w[3]);
-                }
-            uint32_t rows[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+                for (int pair = Terms / 2 - 1; pair >= 0; pair--)
 #pragma unroll
-            for (int half = 0; half < Tile / 8; half++)
+                    for (int k = 0; k < 2; k++)
+#pragma unroll
+                        for (int block = 0; block < Blocks; block++) {
+                            const uint32_t(&w)[4] = weight[pair][block][g][k];
+                            mma(acc[block][half], w[0], w[1], w[2], w[3], words[2 * k], words[2 * k + 1]);
+                        }
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float a = low_bf16(rows[half][j]), b = high_bf16(rows[half][j]);
-                    square[half] += a * a + b * b;
+                    const float a = low_bf16(words[j]), b = high_bf16(words[j]);
+                    square[half] = fmaf(b, b, fmaf(a, a, square[half]));
                 }
+            }
         }
+        if (i >= 2) named_barrier(kEmptied + i % 2, kFilling);
+        Sums& partial = s.partial[i % 2][warp];
 #pragma unroll
-        for (int half = 0; half < Tile / 8; half++) {
+        for (int half = 0; half < kHalves; half++) {
             square[half] += __shfl_xor_sync(~0u, square[half], 1);
             square[half] += __shfl_xor_sync(~0u, square[half], 2);
-            Partial& partial = s.partial[i % 2][warp];
-            const int row = r + 8 * half;
+            const int token = 8 * half + 2 * t;
 #pragma unroll
-            for (int block = 0; block < Blocks; block++)
-                *(float2*)(partial.mix[row] + 8 * block + 2 * t) = {acc[block][2 * half],
-                                                                    acc[block][2 * half + 1]};
-            if (t == 0) partial.square[row] = square[half];
+            for (int block = 0; block < Blocks; block++) {
+                const float(&sum)[4] = acc[block][half];  // rows r and r + 8: terms of one mix
+                partial[token][8 * block + r] = sum[0] + sum[2];
+                partial[token + 1][8 * block + r] = sum[1] + sum[3];
+            }
+            if (t == 0) partial[8 * half + r][kMix] = square[half];
         }
-        named_barrier(kOfWorkers, 32 * Warps);
+        named_barrier_arrive(kFilled + i % 2, kFilling);
     }
 
-    // Workers: the CTA's sums of tile i, those of token `row` to CTA `row`.
-    __device__ void send_sums(int i) {
+    // One warp: the CTA's sums of tile i, those of token `row` to CTA `row`.
+    __device__ void send_sums(int i, int count) {
         constexpr int kParts = kSums / 4;
-        static_assert(Tile * kParts <= 32 * Warps);
-        const int slot = i % kSlots, k = thread(), row = k / kParts, part = k % kParts;
-        if (k >= Tile * kParts) return;
-        const Partial* partial = s.partial[i % 2];
-        float4 sum = {};
-        if (part < kMix / 4) {
-#pragma unroll 4
-            for (int w = 0; w < Warps; w++) {
-                float4 v = *(const float4*)(partial[w].mix[row] + 4 * part);
+        const int slot = i % kSlots, parts = tokens(i) * kParts;
+        named_barrier(kFilled + i % 2, kFilling);
+#pragma unroll 1
+        for (int k = lane; k < parts; k += 32) {
+            const int row = k / kParts, part = k % kParts;
+            float4 sum = {};
+#pragma unroll
+            for (int w = 0; w < kWorkers; w++) {
+                const float4 v = *(const float4*)(s.partial[i % 2][w][row] + 4 * part);
                 sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
-        } else {
-#pragma unroll
-            for (int w = 0; w < Warps; w++) sum.x += partial[w].square[row];
+            remote_store(remote_address(shared_address(&s.sums[slot][rank][4 * part]), row), sum,
+                         remote_address(shared_address(&s.summed[slot]), row));
         }
-        remote_store(remote_address(shared_address(&s.sums[slot][rank][4 * part]), row), sum,
-                     remote_address(shared_address(&s.summed[slot]), row));
+        __syncwarp();
+        if (i + 2 < count) named_barrier_arrive(kEmptied + i % 2, kFilling);
     }
 
     // One warp: the gates of this CTA's token of tile i; pre goes to all CTAs.
     __device__ void gate(int i) {
         constexpr bool kHead = Blocks == 1;
-        if (rank >= Tile) return;
+        if (rank >= tokens(i)) return;
         float scale = 0, base = 0;  // of mix `lane`
         if (lane < kRows) {
             scale = in.p.scale[kRows == kStreams || lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2];
@@ -312,7 +320,7 @@ struct Collapse {
         if (lane < kCluster)
             remote_store(remote_address(shared_address(&s.pre[slot][rank]), lane), all,
                          remote_address(shared_address(&s.gated[slot]), lane));
-        if (kHead || lane >= kRows || token >= in.n) return;
+        if (kHead || lane >= kRows) return;
         if (lane >= kStreams && lane < 2 * kStreams)
             in.post[(int64_t)token * kStreams + lane - kStreams] = 2 * gate;
         if (lane >= 2 * kStreams) s.logits[i % kCombTiles][lane - 2 * kStreams] = logit;
@@ -363,35 +371,34 @@ struct Collapse {
 
     // Movers: u of tile i, this CTA's columns.
     __device__ void collapse(int i) {
-        constexpr int kItems = Tile * kSlice / 8;  // eight columns of a token each
-        const int slot = i % kSlots;
+        constexpr int kStep = kMoving / kItems;  // rows from an item of a thread to its next
+        static_assert(kAtOnce == 1 || (kMoving % kItems == 0 && kStep % 2 == 0));  // swizzled alike
+        const int slot = i % kSlots, count = tokens(i);
         const char* x = s.x[i % Stages];
+        bf16* u = in.u + (int64_t)token_at(i, 0) * kWidth + rank * kSlice;
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
         barrier_wait(&s.gated[slot], i / kSlots % 2);
 #pragma unroll 1
-        for (int first = mover(); first < kItems; first += kAtOnce * kMoving) {
+        for (int item = mover(); item < count * kItems; item += kAtOnce * kMoving) {
+            const int row = item / kItems, column = item % kItems * 8;
             uint4 v[kAtOnce][kStreams];
 #pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int k = first + j * kMoving, row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
-                if (k < kItems)
+            for (int j = 0; j < kAtOnce; j++)
+                if (row + j * kStep < count)
 #pragma unroll
                     for (int stream = 0; stream < kStreams; stream++)
-                        v[j][stream] = *(const uint4*)(x + place(row, stream, column));
-            }
+                        v[j][stream] =
+                            *(const uint4*)(x + place(row, stream, column) + j * kStep * kStreams * kLine);
 #pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int k = first + j * kMoving, row = k / (kSlice / 8), column = k % (kSlice / 8) * 8;
-                const int token = token_at(i, row);
-                if (k < kItems && token < in.n) {
-                    const uint4 u = v[j][0] = mix(v[j], s.pre[slot][row]);
-                    store16(in.u + (int64_t)token * kWidth + rank * kSlice + column, u.x, u.y, u.z, u.w);
+            for (int j = 0; j < kAtOnce; j++)
+                if (row + j * kStep < count) {
+                    const uint4 mixed = v[j][0] = mix(v[j], s.pre[slot][row + j * kStep]);
+                    store16(u + (row + j * kStep) * kWidth + column, mixed.x, mixed.y, mixed.z, mixed.w);
                 }
-            }
             if constexpr (Expands)
                 if (in.norm.y) normalise(i, v);
         }
-        if (mover() == 0) barrier_expect(&s.gated[slot], sizeof(s.pre[0]));
+        if (mover() == 0) expect_gates(i + kSlots);
     }
 
     template <class T> static __device__ void load_floats(const T* from, float (&to)[8]) {
@@ -403,9 +410,8 @@ struct Collapse {
     // Movers: the RMS norm of u, of which each thread has eight columns of some tokens in v[...][0]; a
     // warp has this CTA's columns of a token. Adds up as rms_norm does.
     __device__ void normalise(int i, const uint4 (&v)[kAtOnce][kStreams]) {
-        static_assert(kSlice == 256 && Tile * 32 <= kAtOnce * kMoving);
-        const int left = in.n - token_at(i, 0), tokens = left < Tile ? left : Tile;
-        const int column = rank * kSlice + 8 * lane;
+        static_assert(kItems == 32 && Tile * kItems <= kAtOnce * kMoving);
+        const int tokens = this->tokens(i), column = rank * kSlice + 8 * lane;
         float weight[8];
         if (in.norm.weight_dtype == DSV4_BF16) load_floats((const bf16*)in.norm.weight + column, weight);
         else load_floats((const float*)in.norm.weight + column, weight);
@@ -445,24 +451,27 @@ struct Collapse {
         }
     }
 
-    // Movers: all tiles of this cluster.
-    __device__ void move(int count) {
-        if constexpr (Expands) {
-            for (int i = 0; i < kAhead && i < count; i++) {
-                expand(i);
-                named_barrier(kOfMovers, kMoving);  // nobody needs y of tile i any more
-                start_read(i + kReads, count);
-            }
-        }
+    // What each role does with all tiles of this cluster.
+    __device__ void work(int count) {
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
-            if constexpr (Expands) {
-                if (i + kAhead < count) expand(i + kAhead);
-            }
+            if constexpr (Expands) expand(i);
+            multiply(i);
+        }
+    }
+    __device__ void move(int count) {
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
             collapse(i);
             named_barrier(kOfMovers, kMoving);  // nobody needs tile i any more
             start_read(i + Stages, count);
         }
+    }
+    __device__ void send(int count) {
+        for (int i = 0; i < count; i++) send_sums(i, count);
+    }
+    __device__ void gate_all(int count) {
+        for (int i = 0; i < count; i++) gate(i, count);
     }
 };
 
@@ -475,30 +484,26 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_c
     if (C::mover() == 0) prefetch_map(&in.x_map);
     __syncthreads();
     cluster_arrive_relaxed();
-    if (C::thread() < 32 * C::kWorkers) {
+    const int count = c.tiles();
+    if (c.warp < kWorkers) {
         more_registers<C::kWorkRegisters>();
         c.load_weights();  // while the kernel before may still run
-        const int count = c.tiles();
         wait_for_previous();
         cluster_wait();
-#pragma unroll 1
-        for (int i = 0; i < count; i++) {
-            c.multiply(i);
-            c.send_sums(i);
-        }
+        c.work(count);
         return;
     }
-    fewer_registers<C::kMoveRegisters>();
-    const int count = c.tiles();
+    fewer_registers<C::kOtherRegisters>();
     wait_for_previous();
-    if (C::mover() < C::kMoving) {
+    if (c.warp < C::kSender) {
 #pragma unroll 1
-        for (int i = 0; i < C::kReads; i++) c.start_read(i, count);
+        for (int i = 0; i < C::kStages; i++) c.start_read(i, count);
         cluster_wait();
         c.move(count);
     } else {
         cluster_wait();
-        for (int i = 0; i < count; i++) c.gate(i, count);
+        if (c.warp == C::kSender) c.send(count);
+        else c.gate_all(count);
     }
 }
 

@@ -89,8 +89,8 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = post, .comb = comb};
     int status = kUnsupported;
-    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 8, 2, 3, 5>>(x, nullptr, in, stream);
-    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 2, 3, 6>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 2, 3, 5>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 2, 3, 6>>(x, nullptr, in, stream);
     if (status != kUnsupported) return status;
     return collapse_any<kMixes>(x, dtype, n, d, fn, p, u, post, comb, stream);
 }
@@ -109,7 +109,7 @@ DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = new_post, .comb = new_comb};
     in.sublayer.post = post, in.sublayer.comb = comb, in.sublayer.x = (bf16*)new_x;
     in.norm = {weight, weight_dtype, weight_eps, (bf16*)normed};
-    return d == 4096 ? collapse<Collapse<16, 4, 8, 2, 3, 5, true>>(x, y, in, stream) : kUnsupported;
+    return d == 4096 ? collapse<Collapse<16, 4, 2, 3, 4, true>>(x, y, in, stream) : kUnsupported;
 }
 
 // x [n, 4, d] -> h [n, d] of the same dtype; fn [4, 4 * d].
@@ -120,8 +120,8 @@ DSV4_EXPORT int dsv4_hc_head(const void* x, int dtype, int64_t n, int64_t d, con
     HyperParameters p = {scale, base, 0, eps, norm_eps};
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)h};
     int status = kUnsupported;
-    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 8, 3, 1, 5>>(x, nullptr, in, stream);
-    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 8, 3, 1, 6>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 4, 1, 5>>(x, nullptr, in, stream);
+    if (dtype == DSV4_BF16 && d == 7168) status = collapse<Collapse<8, 7, 4, 1, 6>>(x, nullptr, in, stream);
     if (status != kUnsupported) return status;
     return collapse_any<kStreams>(x, dtype, n, d, fn, p, h, nullptr, nullptr, stream);
 }

@@ -1,156 +1,181 @@
 // Op index_topk: the k best scores of every row, best first, ties to the lower index.
 //
-// A cluster takes one row. Every CTA bounds its share of the k best from below, by the maxima of small
-// groups of its scores; the least of these bounds is, for most rows, just under the k-th best score. CTA 0
-// gets all scores from there on and ranks them: bins over their range, comparisons within a bin; or a
-// sort, where many share a bin. A row whose bound lets too few or too many through, takes the exact way
-// of topk_exact.cuh; one that is constant needs neither. Nothing in the result depends on timing.
+// The maxima of small groups of scores bound the k-th best from below, for most rows closely. All scores
+// from the bound on are candidates, and are ranked. Of few short rows, many CTAs read the whole row and
+// each ranks its share of the candidates; of others, a cluster reads each row once, and CTA 0 ranks. A
+// row whose bound lets too few or too many through, takes the exact way of topk_exact.cuh; one that is
+// constant needs neither. Nothing in the result depends on timing.
 
-#include "topk_exact.cuh"
-#include "topk_rank.cuh"
+#include "topk_bound.cuh"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kRough = 512;       // bins of the groups' maxima
-constexpr int kGroupsEach = 4;    // groups of a thread
-constexpr int64_t kSlice = 2048;  // scores that are worth a CTA of their own
+constexpr int kMostQuads = 8;     // of scores that a thread holds
+constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
+constexpr int kFew = kCandidates;  // scores that are not worth a bound
+constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
+constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
-struct Shared {
-    Ranking ranking;
-    Exact exact;
-    alignas(16) uint32_t rough[kRough];
-    float4 summary[kMostCluster];  // bound, least, most of every CTA
-    uint64_t summarised, collected;
-    uint32_t own_low, own_most, own_least, taken;
-};
+// ---------------------------------------------------------------- few short rows
 
-// max(a, b), NaN if either is.
-__device__ inline float max_nan(float a, float b) {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
-    return a;
+// Writes the indices of this part's candidates that are among the first `wanted` of all `taken`:
+// own(i), of i from 0 on to `owned`. A warp ranks Together of them at once.
+template <int Together, class F>
+__device__ void rank_own(const Ranking& s, uint32_t taken, uint32_t owned, uint32_t wanted, int* index, F own) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (uint32_t first = Together * warp; first < owned; first += Together * kWarps) {
+        uint64_t mine[Together];
+        uint32_t rank[Together] = {};
+#pragma unroll
+        for (uint32_t j = 0; j < Together; j++) mine[j] = first + j < owned ? own(first + j) : ~0ull;
+#pragma unroll 8
+        for (uint32_t i = lane; i < taken; i += 32) {
+            const uint64_t other = s.candidates[i];
+#pragma unroll
+            for (int j = 0; j < Together; j++) rank[j] += other > mine[j];
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < Together; j++) {
+            rank[j] = __reduce_add_sync(kAll, rank[j]);
+            if (lane == 0 && first + j < owned && rank[j] < wanted) index[rank[j]] = (int)~(uint32_t)mine[j];
+        }
+    }
 }
 
-// A share of a row in registers: every warp has whole runs of 128 scores, which go round the CTAs, so
-// that no CTA gets all of the best from one place of the row.
-template <int Quads> struct Share {
-    const uint32_t rank = cluster_rank(), ctas = cluster_size();
-    const int first = 128 * (threadIdx.x / 32 * ctas + rank) + threadIdx.x % 32 * 4;
-    float value[4 * Quads];  // -inf where not visible
-
-    __device__ int at(int quad) const { return first + quad * 128 * kWarps * (int)ctas; }
-    // Returns how many scores of the row are visible.
-    __device__ int read(const float* score, int total, const int64_t* visible) {
-#pragma unroll
-        for (int q = 0; q < Quads; q++) {
-            const int i = at(q);
-            if (total % 4 == 0 && i < total) {
-                *(float4*)(value + 4 * q) = *(const float4*)(score + i);
-            } else {
-#pragma unroll
-                for (int j = 0; j < 4; j++) value[4 * q + j] = i + j < total ? score[i + j] : 0;
-            }
-        }
-        // Known only after the loads are on their way.
-        const int count = *visible < total ? (int)*visible : total;
-#pragma unroll
-        for (int j = 0; j < 4 * Quads; j++)
-            if (at(j / 4) + j % 4 >= count) value[j] = -INFINITY;
-        return count;
-    }
-};
-
-// A lower bound, up to rounding, of the need-th best score of this CTA, or -inf; all threads.
-__device__ float find_bound(Shared& s, const float (&group)[kGroupsEach], float low, float most,
-                            uint32_t need) {
-    const float width = (most - low) * (1.0f / (kRough - 1)), scale = __fdividef(1, width);
-#pragma unroll
-    for (int g = 0; g < kGroupsEach; g++)
-        if (group[g] > -INFINITY) {
-            int bin = (int)((most - group[g]) * scale);
-            atomicAdd(&s.rough[min(max(bin, 0), kRough - 1)], 1);
-        }
-    __syncthreads();
-    if (threadIdx.x >= 32) return 0;
-    constexpr int kEach = kRough / 32;
-    const uint4* mine = (const uint4*)(s.rough + kEach * threadIdx.x);
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kEach / 4; i++) sum += mine[i].x + mine[i].y + mine[i].z + mine[i].w;
-    const uint32_t upto = warp_inclusive_sum(sum);
-    uint32_t before = upto - sum;
-    int bins = kEach * threadIdx.x;  // that hold less than need
-#pragma unroll
-    for (int i = 0; i < kEach / 4; i++) {
-        const uint4 four = mine[i];
-        bins += (before += four.x) < need;
-        bins += (before += four.y) < need;
-        bins += (before += four.z) < need;
-        bins += (before += four.w) < need;
-    }
-    const unsigned reached = __ballot_sync(kAll, need <= upto);
-    if (reached == 0) return -INFINITY;
-    bins = __shfl_sync(kAll, bins, __ffs(reached) - 1);
-    return fmaxf(low, most - (bins + 1.01f) * width);
-}
-
-// Every CTA's summary in every CTA: the bound of its share of the k best, its extremes.
+// All scores of a row of at most kFew are candidates.
 template <int Quads>
-__device__ void summarise(Shared& s, const Share<Quads>& share, int count, int k) {
-    const int lane = threadIdx.x % 32;
-    float group[kGroupsEach], low = INFINITY, most = -INFINITY, least = INFINITY;
+__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts, int* index) {
+    const uint32_t count = share.count;
+    uint64_t* candidates = s.ranking.candidates;
 #pragma unroll
-    for (int g = 0; g < kGroupsEach; g++) {
-        group[g] = share.value[g * Quads];
-#pragma unroll
-        for (int j = 1; j < Quads; j++) group[g] = max_nan(group[g], share.value[g * Quads + j]);
-        most = max_nan(most, group[g]);
-        if (group[g] > -INFINITY) low = fminf(low, group[g]);
+    for (int j = 0; j < 4 * Quads; j++) {
+        const uint32_t at = share.at(j);
+        if (at < count) candidates[at] = (uint64_t)key_of(share.value[j]) << 32 | ~at;
     }
+    __syncthreads();
+    const uint32_t each = (count + parts - 1) / parts, begin = min(each * part, count);
+    rank_own<1>(s.ranking, count, min(each, count - begin), min(count, k), index,
+                [&](uint32_t i) { return candidates[begin + i]; });
+}
+
+// The least key of a share that is the whole row.
+template <int Quads> __device__ uint32_t find_least(Shared& s, const Share<Quads>& share) {
+    uint32_t least = ~0u;
 #pragma unroll
     for (int j = 0; j < 4 * Quads; j++)
-        if (share.at(j / 4) + j % 4 < count) least = fminf(least, share.value[j]);
-    uint32_t low_key = __reduce_min_sync(kAll, key_of(low));
-    uint32_t most_key = __reduce_max_sync(kAll, key_of(most));
-    uint32_t least_key = __reduce_min_sync(kAll, key_of(least));
-    if (lane == 0) {
-        atomicMin(&s.own_low, low_key);
-        atomicMax(&s.own_most, most_key);
-        atomicMin(&s.own_least, least_key);
-    }
+        if (share.at(j) < share.count) least = min(least, key_of(share.value[j]));
+    least = __reduce_min_sync(kAll, least);
+    if (threadIdx.x % 32 == 0) atomicMin(&s.own_low, least);
     __syncthreads();
-    low = score_of(s.own_low), most = score_of(s.own_most), least = score_of(s.own_least);
+    return s.own_low;
+}
+
+// Whether the row is done; if not, nothing of it is written. All parts come to the same candidates.
+template <int Quads>
+__device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts,
+                           int* index) {
+    const uint32_t wanted = min(share.count, k);
+    float group[kGroupsEach], bound = -INFINITY;
+    const Extremes its = find_extremes(s, share, group);
+    if (its.low == its.most && __syncthreads_and(share.all_are(its.most))) {
+        for (int i = threadIdx.x; part == 0 && i < wanted; i += kThreads) index[i] = i;
+        return true;
+    }
+    if (its.finite()) bound = find_bound(s, group, its, k);
+    if (threadIdx.x == 0) s.bound = bound;
+    __syncthreads();
+    bound = s.bound;
+    const bool all = !(bound > -INFINITY);
+    if (all && share.count > kCandidates) return false;
+    Ranking& ranking = s.ranking;
+    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint64_t candidate) {
+        if (slot >= kCandidates) return;
+        ranking.candidates[slot] = candidate;
+        if (parts > 1 && (~(uint32_t)candidate / 4 & parts - 1) == part)
+            ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
+    });
+    const uint32_t low = parts > 1 ? 0 : all ? find_least(s, share) : key_of(bound);
+    __syncthreads();
+    if (s.taken > kCandidates || s.taken < wanted) return false;
+    if (parts > 1) {
+        rank_own<2>(ranking, s.taken, s.owned, wanted, index, [&](uint32_t i) { return ranking.ranked[i]; });
+    } else {
+        if (threadIdx.x == 0) ranking.count[0] = s.taken;
+        __syncthreads();
+        rank_candidates(ranking, 1, low, key_of(its.most), wanted, index);
+    }
+    return true;
+}
+
+// `parts` CTAs a row, a power of two.
+template <int Quads>
+__global__ void __launch_bounds__(kThreads, 1)
+    whole_topk_kernel(const float* score, const int64_t* visible, int total, int k, int parts, int* index) {
+    extern __shared__ __align__(16) char memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
+    const int64_t row = blockIdx.x / parts;
+    const int part = blockIdx.x % parts;
+    let_next_start();
+    s.clear();
+    if (part == 0)
+        for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.ranking.start[i] = 0;
+    index += row * k;
+    Share<Quads> share(score + row * total);
+    wait_for_previous();
+    share.read(total, visible + row);
+    __syncthreads();  // the counters are set
+    bool done = false;
+    if (parts > 1 && share.count <= kFew) {
+        few_topk(s, share, k, part, parts, index);
+        done = true;
+    } else if (total <= kThreads * 4 * Quads) {
+        done = whole_topk(s, share, k, part, parts, index);
+    }
+    if (part != 0) return;
+    if (!done) {
+        exact_topk<Quads>(s.exact, s.ranking, share.score, total, share.count, k, index);
+    }
+    for (int i = threadIdx.x + min(share.count, k); i < k; i += kThreads) index[i] = -1;
+}
+
+template <int Quads>
+int launch_whole(int64_t processors, const float* score, const int64_t* visible, int64_t n, int64_t total,
+                 int k, int* index, void* stream) {
+    static const int allowed = allow_shared(whole_topk_kernel<Quads>, sizeof(Shared));
+    if (allowed) return allowed;
+    const int64_t most = total <= kFew ? kMostPartsOfFew : kMostParts;
+    int parts = 1;
+    while (parts < most && 2 * parts * n <= processors) parts *= 2;
+    if (parts < kLeastParts || total > kShort) parts = 1;
+    return launch(whole_topk_kernel<Quads>, dim3(n * parts), kThreads, sizeof(Shared), stream, score,
+                  visible, total, k, parts, index);
+}
+
+// ---------------------------------------------------------------- long rows, and many
+
+// Every CTA's summary in every CTA: the bound of its share of the k best, its greatest, whether all its
+// scores are that.
+template <int Quads> __device__ void summarise(Shared& s, const Share<Quads>& share, int k) {
+    float group[kGroupsEach], bound = -INFINITY;
+    const Extremes its = find_extremes(s, share, group);
+    const bool equal = its.low == its.most && __syncthreads_and(share.all_are(its.most));
     const uint32_t ctas = share.ctas;
-    float bound = -INFINITY;
-    if (low <= most && most < INFINITY) bound = find_bound(s, group, low, most, (k + ctas - 1) / ctas);
+    if (its.finite()) bound = find_bound(s, group, its, (k + ctas - 1) / ctas);
     if (threadIdx.x < ctas)
         remote_store(remote_address(shared_address(&s.summary[share.rank]), threadIdx.x),
-                     float4{bound, least, most, 0},
+                     float4{bound, its.most, equal ? 1.0f : 0.0f, 0},
                      remote_address(shared_address(&s.summarised), threadIdx.x));
 }
 
 // Sends the scores from `bound` on, -inf for all that are visible, to this CTA's region in CTA 0.
-template <int Quads>
-__device__ void collect(Shared& s, const Share<Quads>& share, float bound, int count) {
+template <int Quads> __device__ void collect(Shared& s, const Share<Quads>& share, float bound) {
     const uint32_t size = kCandidates / share.ctas;
-    uint32_t wanted = 0;
-#pragma unroll
-    for (int j = 0; j < 4 * Quads; j++)
-        wanted |= (uint32_t)(share.value[j] >= bound && share.at(j / 4) + j % 4 < count) << j;
-    const uint32_t sum = warp_inclusive_sum(__popc(wanted));
-    uint32_t slot = 0;
-    if (threadIdx.x % 32 == 31) slot = atomicAdd(&s.taken, sum);
-    slot = __shfl_sync(kAll, slot, 31) + sum - __popc(wanted);
     const uint32_t to = remote_address(shared_address(s.ranking.candidates + share.rank * size), 0);
     const uint32_t barrier = shared_address(&s.collected), there = remote_address(barrier, 0);
-#pragma unroll
-    for (int j = 0; j < 4 * Quads; j++)
-        if (wanted >> j & 1) {
-            const uint32_t index = share.at(j / 4) + j % 4;
-            if (slot < size)
-                remote_store(to + 8 * slot, (uint64_t)key_of(share.value[j]) << 32 | ~index, there);
-            slot++;
-        }
+    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint64_t candidate) {
+        if (slot < size) remote_store(to + 8 * slot, candidate, there);
+    });
     __syncthreads();
     const uint32_t cta = threadIdx.x, taken = s.taken;
     if (cta < share.ctas) {
@@ -162,24 +187,26 @@ __device__ void collect(Shared& s, const Share<Quads>& share, float bound, int c
 
 // Whether the row is done; if not, nothing of it is written.
 template <int Quads>
-__device__ bool bounded_topk(Shared& s, const Share<Quads>& share, int count, int k, int* index) {
+__device__ bool bounded_topk(Shared& s, const Share<Quads>& share, int k, int* index) {
     const uint32_t ctas = share.ctas;
-    summarise(s, share, count, k);
+    summarise(s, share, k);
     barrier_wait(&s.summarised, 0);
-    float bound = INFINITY, least = INFINITY, most = -INFINITY;
+    float bound = INFINITY, most = -INFINITY;
+    for (uint32_t cta = 0; cta < ctas; cta++)
+        bound = fminf(bound, s.summary[cta].x), most = max_nan(most, s.summary[cta].y);
+    bool equal = true;
     for (uint32_t cta = 0; cta < ctas; cta++) {
-        const float4 its = s.summary[cta];
-        bound = fminf(bound, its.x), least = fminf(least, its.y), most = max_nan(most, its.z);
+        const bool empty = share.count <= kRun * (int)cta;
+        equal = equal && (empty || (s.summary[cta].z && s.summary[cta].y == most));
     }
-    const int wanted = min(count, k);
-    if (least == most) {  // all equal
+    const int wanted = min(share.count, k);
+    if (equal) {
         if (share.rank == 0)
             for (int i = threadIdx.x; i < wanted; i += kThreads) index[i] = i;
         return true;
     }
-    if (ctas == 1 && count <= kCandidates && most < INFINITY) bound = -INFINITY;
-    else if (!(bound > -INFINITY)) return false;
-    collect(s, share, bound, count);
+    if (!(bound > -INFINITY)) return false;
+    collect(s, share, bound);
     barrier_wait(&s.collected, 0);
     uint32_t candidates = 0;
     bool fits = true;
@@ -188,8 +215,7 @@ __device__ bool bounded_topk(Shared& s, const Share<Quads>& share, int count, in
         fits = fits && s.ranking.count[cta] <= kCandidates / ctas;
     }
     if (!fits || candidates < wanted) return false;
-    if (share.rank == 0)
-        rank_candidates(s.ranking, ctas, key_of(fmaxf(bound, least)), key_of(most), wanted, index);
+    if (share.rank == 0) rank_candidates(s.ranking, ctas, key_of(bound), key_of(most), wanted, index);
     return true;
 }
 
@@ -201,29 +227,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
     let_next_start();
+    s.clear();
     for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.ranking.start[i] = 0;
-    s.rough[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
-        s.own_low = s.own_least = ~0u;
-        s.own_most = s.taken = 0;
         barrier_init(&s.summarised, 1);
         barrier_init(&s.collected, ctas);
         fence_barrier_init();
         barrier_expect(&s.summarised, ctas * sizeof(float4));
     }
     cluster_arrive_relaxed();
-    score += row * total;
     index += row * k;
+    Share<Quads> share(score + row * total);
     wait_for_previous();
-    Share<Quads> share;
-    const int count = share.read(score, total, visible + row);
+    share.read(total, visible + row);
     __syncthreads();  // the counters are set
     cluster_wait();   // and every CTA of the cluster has its barriers
     const bool held = total <= (int)ctas * kThreads * 4 * Quads;
-    if (!held || !bounded_topk(s, share, count, k, index))
-        exact_topk<Quads>(s.exact, s.ranking, score, total, count, k, index);
+    if (!held || !bounded_topk(s, share, k, index))
+        exact_topk<Quads>(s.exact, s.ranking, share.score, total, share.count, k, index);
     if (rank == 0)
-        for (int i = threadIdx.x + min(count, k); i < k; i += kThreads) index[i] = -1;
+        for (int i = threadIdx.x + min(share.count, k); i < k; i += kThreads) index[i] = -1;
 }
 
 // CTAs a row: as many as have kSlice scores each, while all rows fit on the device at once.
@@ -269,7 +292,11 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t k, int64_t processors, int* index, void* stream) {
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
-    unsigned ctas = cluster_for(n, total, processors);
-    auto run = total <= ctas * 256 * kWarps ? launch_topk<2> : launch_topk<8>;
+    const unsigned ctas = cluster_for(n, total, processors);
+    if (ctas == 1 || (total <= kShort && n * kLeastParts <= processors)) {
+        auto run = total <= kShort / 4 ? launch_whole<kMostQuads / 4> : launch_whole<kMostQuads>;
+        return run(processors, score, visible, n, total, (int)k, index, stream);
+    }
+    auto run = total <= ctas * kShort / 4 ? launch_topk<kMostQuads / 4> : launch_topk<kMostQuads>;
     return run(ctas, score, visible, n, total, (int)k, index, stream);
 }
