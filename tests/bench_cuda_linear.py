@@ -170,8 +170,11 @@ def cases() -> Iterator[Case]:
             for m in (1, 8, 64):
                 yield linear_case(kind, n, k, m)
     yield linear_case("mxfp4", 4096, 8192, 1)
-    for n, k in ((4096, 8192), (2048, 4096), (512, 4096), (129280, 4096)):
-        yield linear_case("bf16", n, k, 1)
+    yield linear_case("bf16", 4096, 8192, 1)
+    for n in (256, 512, 1024, 2048, 129280):
+        yield linear_case("bf16", n, 4096, 1)
+    for n, k, m in ((1024, 4096, 1), (8192, 1024, 1), (4096, 8192, 2), (4096, 8192, 4)):
+        yield linear_case("fp8", n, k, m)
     for m in (1, 64):
         yield grouped_case(m)
     for m in (1024, 4096):
