@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT
-# Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder. Three minutes.
+# What `profile` and `watch` measure on a GPU, as JSON into a folder: measure_profile.sh OUT [short]
+# Needs torch, nvcc, ncu and the package importable as dsv4_bench; run in its top folder. Three minutes, `short` one.
 set -uo pipefail
 mkdir -p "$1"
 out=$(realpath "$1")
@@ -35,9 +35,13 @@ layer csa csa --context 511 --graph
 layer hca hca --context 511 --graph
 layer prefill csa --phase prefill --context 1024
 counted prefill csa --phase prefill --context 1024
+counted csa csa --context 511
+if [[ ${2:-} == short ]]; then
+    python3 tests/profile_summary.py "$out" >"$out/summary.json"
+    exit
+fi
 layer batch csa --batch 64 --context 511
 counted batch csa --batch 64 --context 511
-counted csa csa --context 511
 step 40 reload_norm python3 tests/reload_times.py L3/attn/q_norm csrc/cuda/norm_sm90.cu
 step 40 reload_rows python3 tests/reload_times.py L3/attn/window_write csrc/cuda/rows_sm90.cu
 if python3 -c "import cutlass" 2>/dev/null; then

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsv4_bench.workbench.timing.document import short_name
+
 LONG = 20e-6  # seconds: kernels that are compared with Nsight Compute
 
 
@@ -45,25 +47,27 @@ def layers(document: Any) -> list[dict[str, Any]]:
 
 
 def beside_ncu(document: Any, counted: Any) -> list[dict[str, Any]]:
-    """Sites whose kernels take long, with their time over the sum of what ncu counted."""
+    """Sites with a kernel that takes long: their time over the sum of what ncu says, warm and cold."""
     kernels: dict[str, list[dict[str, Any]]] = {}
     for kernel in counted["kernels"]:
         kernels.setdefault(kernel["site"], []).append(kernel)
     found = []
     for site in document["sites"]:
         own = kernels.get(site["site"], [])
-        total = sum(kernel["seconds"] or 0.0 for kernel in own)
-        if own and max(kernel["seconds"] or 0.0 for kernel in own) > LONG:
-            seconds = site["seconds"][site["kernel"]]
-            found.append(
-                {
-                    "site": site["site"],
-                    "kernels": {k["kernel"][:60]: 1e6 * (k["seconds"] or 0.0) for k in own},
-                    "profile_us": 1e6 * seconds,
-                    "ncu_us": 1e6 * total,
-                    "ratio": seconds / total,
-                }
-            )
+        if max((kernel["seconds"] or 0.0 for kernel in own), default=0.0) <= LONG:
+            continue
+        seconds = site["seconds"][site["kernel"]]
+        total, cold = (sum(kernel[name] for kernel in own) for name in ("seconds", "cold"))
+        found.append(
+            {
+                "site": site["site"],
+                "kernels": {short_name(k["kernel"])[:60]: 1e6 * k["seconds"] for k in own},
+                "profile_us": 1e6 * seconds,
+                "ncu_us": 1e6 * total,
+                "ncu_cold_us": 1e6 * cold,
+                "ratio": seconds / total,
+            }
+        )
     return found
 
 

@@ -107,7 +107,14 @@ def test_an_op_is_counted_from_the_timing_screen():
         await ui.do("until L2/attn/norm")
         await ui.press("T", "down", "n")
         assert ui.sent()[-1] == "ncu L2/attn/norm"
-        await ui.shows("1 kernel, 25 µs", "attention_kernel", "71 %", "168 registers", "3.20 TB/s")
+        await ui.shows(
+            "1 kernel, 24 µs",
+            "cold 25 µs",
+            "attention_kernel",
+            "71 %",
+            "168 registers",
+            "3.20 TB/s",
+        )
         await ui.press("escape")
         await ui.shows("as they run")
         await ui.press("h")

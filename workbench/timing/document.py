@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from dsv4_bench.workbench.timing.sites import SiteTime
 
 SCHEMA_VERSION = 1
 _SAME = ("phase", "context", "batch", "dtype", "layers")  # of two documents that may be compared
+_NAMESPACES = re.compile(r"dsv4::|at::native::|\(anonymous namespace\)::|<unnamed>::|unnamed>::")
+_PARAMETERS = re.compile(r"(?<=[\w>])\((?!anonymous).*$")
 _WAITS = {"waits": " w"}  # marks a time that has launches and waits for the GPU in it
 _ERROR_FLOOR = 1e-7  # relative L2 below which an error is float32 rounding, not a regression
 
@@ -150,7 +153,7 @@ def _kernels(document: dict[str, Any]) -> str:
                     (
                         site["site"],
                         name,
-                        kernel["name"][:60],
+                        short_name(kernel["name"])[:60],
                         kernel["calls"],
                         _us(kernel["seconds"]),
                     )
@@ -190,11 +193,15 @@ def ncu_report(rows: list[dict[str, Any]]) -> str:
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0f} %"
 
+    def us(value: float | None) -> str:
+        return "" if value is None else _us(value)
+
     table = [
         (
             row["site"],
-            row["kernel"][:48],
-            "" if row["seconds"] is None else _us(row["seconds"]),
+            short_name(row["kernel"])[:48],
+            us(row["seconds"]),
+            us(row["cold"]),
             share(row["dram"]),
             share(row["compute"]),
             share(row["occupancy"]),
@@ -203,8 +210,18 @@ def ncu_report(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    header = ("site", "kernel", "us", "DRAM", "compute", "occupancy", "registers", "worst stalls")
-    return output.table(header, table)
+    header = ("site", "kernel", "us", "cold", "DRAM", "compute", "occupancy", "registers",
+              "worst stalls")  # fmt: skip
+    return (
+        f"{output.table(header, table)}\n"
+        "us: caches as in a forward pass; cold and all that follows: caches emptied before every kernel"
+    )
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its result, our and torch's namespaces, and its parameters."""
+    name = _NAMESPACES.sub("", kernel.removeprefix("void "))
+    return _PARAMETERS.sub("", name)
 
 
 def _us(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """Nsight Compute: counters of every kernel of a layer, joined to its site
 
-ncu replays each kernel many times, so a run under it is never timed. It profiles what lies between
-cudaProfilerStart and Stop, and prints the NVTX ranges around each kernel.
+ncu replays each kernel many times with empty caches, so a run under it is never timed. It profiles what
+lies between cudaProfilerStart and Stop, and prints the NVTX ranges around each kernel. How long a kernel
+takes is asked in a run of its own, where nothing is replayed and the caches are as we fill them: those
+that read what the op before has written take up to twice as long with empty ones.
 """
 
 from __future__ import annotations
@@ -31,24 +33,40 @@ METRICS = {
 }
 
 
-def command(log: Path, child: Sequence[str]) -> list[str]:
-    """The ncu command for `child`, which starts and stops the profiler itself."""
-    metrics = ",".join([*METRICS.values(), f"regex:{_STALL}.*_per_issue_active.ratio"])
+def command(log: Path, child: Sequence[str], timed: bool = False) -> list[str]:
+    """The ncu command for `child`, which starts and stops the profiler itself; `timed`: durations alone."""
+    stalls = f"regex:{_STALL}.*_per_issue_active.ratio"
+    metrics = METRICS["seconds"] if timed else ",".join([*METRICS.values(), stalls])
     return [
-        "ncu", "--clock-control", "none", "--profile-from-start", "off", "--nvtx", "--csv",
-        "--page", "raw", "--print-units", "base", "--metrics", metrics, "--log-file", str(log), *child,
+        "ncu", "--clock-control", "none", "--cache-control", "none" if timed else "all",
+        "--profile-from-start", "off", "--nvtx", "--csv", "--page", "raw", "--print-units", "base",
+        "--metrics", metrics, "--log-file", str(log), *child,
     ]  # fmt: skip
 
 
 def record(log: Path, child: Sequence[str]) -> list[dict[str, Any]]:
-    """Run `child` under ncu; one row a kernel (see `read`).
+    """Run `child` under ncu twice; one row a kernel (see `read`), with `cold`: seconds with empty caches.
 
-    Raises CannotAnswer without ncu or without kernels, DSV4Error with the child's code if it failed.
+    `seconds` are those with caches as in a forward pass, None where the runs launched other kernels.
+    Raises CannotAnswer without ncu, DSV4Error with the child's code if it failed.
     """
-    words = command(log, child)
     if shutil.which("ncu") is None:
-        raise CannotAnswer("ncu is not installed here", f"where it is: {shlex.join(words)}")
+        words = shlex.join(command(log, child))
+        raise CannotAnswer("ncu is not installed here", f"where it is: {words}")
     output.narrate(f"counting under ncu into {log.name}; every kernel is replayed, this takes long")
+    rows = _run(command(log, child), log)
+    times = log.with_name(f"{log.stem}.times.csv")
+    timed = _run(command(times, child, timed=True), times)
+    same = [row["kernel"] for row in rows] == [row["kernel"] for row in timed]
+    seconds = [row["seconds"] for row in timed] if same else [None] * len(rows)
+    return [
+        {**row, "seconds": warm, "cold": row["seconds"]}
+        for row, warm in zip(rows, seconds, strict=True)
+    ]
+
+
+def _run(words: list[str], log: Path) -> list[dict[str, Any]]:
+    """The rows that a run of ncu leaves in `log`."""
     done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()][-3:]

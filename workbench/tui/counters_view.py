@@ -18,7 +18,7 @@ def counter_lines(found: Event, width: int) -> list[Line]:
     total = sum(real(kernel["seconds"]) or 0.0 for kernel in kernels)
     lines: list[Line] = [
         [(f"{len(kernels)} kernel{'s' if len(kernels) > 1 else ''}, {fmt.seconds(total)}", BOLD),
-         ("  cold caches, every kernel alone", DIM)]
+         ("  every kernel alone; cold and below: with empty caches", DIM)]
     ]  # fmt: skip
     for kernel in kernels:
         lines += [[], [(fmt.clip(kernel["kernel"], width), BOLD)], [(_facts(kernel), PLAIN)]]
@@ -34,12 +34,12 @@ def counter_lines(found: Event, width: int) -> list[Line]:
 
 
 def _facts(kernel: Event) -> str:
-    moved, seconds = real(kernel["dram_bytes"]), real(kernel["seconds"])
-    parts = [f"  {fmt.seconds(seconds)}"]
+    moved, seconds, cold = (real(kernel[name]) for name in ("dram_bytes", "seconds", "cold"))
+    parts = [f"  {fmt.seconds(seconds)}", f"cold {fmt.seconds(cold)}"]
     if kernel["registers"] is not None:
         parts.append(f"{fmt.number(kernel['registers'])} registers")
     if moved is not None:
         parts.append(f"{fmt.size(int(moved))} of DRAM")
-        if seconds:
-            parts.append(f"{moved / seconds / 1e12:.2f} TB/s")
+        if cold:
+            parts.append(f"{moved / cold / 1e12:.2f} TB/s")
     return ", ".join(parts)
