@@ -55,11 +55,18 @@ __device__ void multiply(const Products& p, const dsv4_weight& w, int64_t row0, 
         __syncthreads();
         const Lane& lane = stream.lane;
         const bf16* x[1] = {lane.group == 0 ? (const bf16*)memory : nullptr};
-        float sum[1][4] = {};
-        stream.run(x, share.first, sum);
+        float sum[2] = {};
+        stream.for_each_step(share.first, [&](int slot, int at) {
+            typename Stream<Policy, 1>::X now;
+            stream.fetch_x(now, x, at);
+            float part[1][4] = {};  // the matrix unit cuts low bits off what it adds to
+            stream.step(slot, now, part);
+#pragma unroll
+            for (int h = 0; h < 2; h++) sum[h] += part[0][2 * h];
+        });
         if (lane.member == 0)
 #pragma unroll
-            for (int h = 0; h < 2; h++) sums[lane.group + 8 * h] = sum[0][2 * h];
+            for (int h = 0; h < 2; h++) sums[lane.group + 8 * h] = sum[h];
     }
 }
 
