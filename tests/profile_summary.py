@@ -61,7 +61,9 @@ def beside_ncu(document: Any, counted: Any) -> list[dict[str, Any]]:
         found.append(
             {
                 "site": site["site"],
-                "kernels": {short_name(k["kernel"])[:60]: 1e6 * k["seconds"] for k in own},
+                "kernels": [
+                    f"{short_name(k['kernel'])[:60]} {1e6 * k['seconds']:.1f}" for k in own
+                ],
                 "profile_us": 1e6 * seconds,
                 "ncu_us": 1e6 * total,
                 "ncu_cold_us": 1e6 * cold,
