@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/sanitize_cuda_probes.py
 
-Results are not judged here.
+Results are not judged here, nor brought to the host by way of torch's kernels, whose writes initcheck
+does not see.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ def main() -> None:
             ring.launch(looked[20:], 20)
         for _ in range(3):
             graph.replay()
-        print([row.number for row in ring.fetch()])
+        print(ring.step.tolist())
     softmax()
     stamps = cuda.stats.Stamps(device, 2, 2)
     stamps.step.copy_(torch.zeros(1, dtype=torch.int64))
     for _ in range(3):
         stamps.stamp(0, begin=True)
         stamps.stamp(1)
-    print(len(stamps.fetch()))
+    print(stamps.step.tolist())
 
 
 if __name__ == "__main__":
