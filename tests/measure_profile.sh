@@ -35,9 +35,9 @@ for kind in csa hca; do
     layer $kind $kind --context 511 --graph
     [[ -s $out/$kind.json ]] || layer $kind $kind --context 511  # a graph that was not captured
 done
+counted csa csa --context 511
 layer prefill csa --phase prefill --context 1024
 counted prefill csa --phase prefill --context 1024
-counted csa csa --context 511
 if [[ ${2:-} == short ]]; then
     python3 tests/profile_summary.py "$out" >"$out/summary.json"
     exit
