@@ -1,6 +1,6 @@
 """Times the CUDA kernels beside torch's own, per op and shape, as a share of the memory or MMA floor.
 
-    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--engines] [--table NAME ...]
+    python tests/bench_cuda.py [GLOB ...] [--json OUT.json] [--compile] [--engines[=GLOB]] [--table NAME ...]
 
 Each row also times what else computes it: torch's kernels and, with --engines, those of serving engines
 where they are found (docs/peers.md). Figures in brackets were measured before, with the same method.
@@ -171,7 +171,8 @@ def main() -> int:
     parser.add_argument("patterns", nargs="*", help="globs of '<op> <shape>'")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compile", action="store_true", help="peers under torch.compile too")
-    parser.add_argument("--engines", action="store_true", help="peers of serving engines too")
+    engines = "peers of serving engines too, those whose label matches GLOB (write --engines=GLOB)"
+    parser.add_argument("--engines", nargs="?", const="*", metavar="GLOB", help=engines)
     parser.add_argument("--table", action="append", choices=TABLES, help="only these cases")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -181,7 +182,7 @@ def main() -> int:
     report = {**describe_device(), "rows": []}
     if args.engines:
         peers = importlib.import_module("bench_peers")
-        report["left_out"] = peers.attach(found)
+        report["left_out"] = peers.attach(found, args.engines)
         report["peer_errors"] = peers.ERRORS  # relative, of each peer's first call
         for label, reason in report["left_out"].items():
             print(f"without {label}: {reason}", file=sys.stderr)

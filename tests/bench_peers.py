@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,9 @@ def pools(n: str, heads: str, window: str, extra: str) -> Peer:
 
 NVFP4_EXPERTS = r"experts nvfp4 (\d+) tokens( at random)?,.*"
 NVFP4_DENSE = r"linear nvfp4 (\d+)x(\d+) m(\d+)"
+# Fewer: each of its kernels takes seconds to build.
+HUMMING_DENSE = r"linear nvfp4 (\d+)x(\d+) m(1)"
+HUMMING_EXPERTS = r"experts nvfp4 (1|8|64|1024|4096) tokens(),.*"
 # (library, or None for a Python package; label; pattern of the case's name; its groups -> peer)
 BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
     ("flashmla", "FlashMLA fp8", r"attention (\d+)x(64|128) (\d+)\+(\d+)", lambda _, *a: pools(*a)),
@@ -195,13 +199,13 @@ BUILT: list[tuple[str | None, str, str, Callable[..., Peer]]] = [
     (
         None,
         "Humming",
-        NVFP4_DENSE,
+        HUMMING_DENSE,
         lambda turn, n, k, m: peer_humming.dense(int(n), int(k), int(m), turn),
     ),
     (
         None,
         "Humming, products only",
-        NVFP4_EXPERTS,
+        HUMMING_EXPERTS,
         lambda turn, n, random: peer_humming.experts(4096, 2048, routed(n, random, turn), 256),
     ),
     (
@@ -265,19 +269,23 @@ def maker_of(label: str, name: str, build: Callable[..., Peer], groups: tuple[st
 
 def humming_products(found: Sequence[Case]) -> Iterator[peer_humming.Product]:
     for case in found:
-        if match := re.fullmatch(NVFP4_DENSE, case.name):
+        if match := re.fullmatch(HUMMING_DENSE, case.name):
             n, k, rows = map(int, match.groups())
             yield n, k, None, rows
-        elif match := re.fullmatch(NVFP4_EXPERTS, case.name):
+        elif match := re.fullmatch(HUMMING_EXPERTS, case.name):
             pairs = 6 * int(match[1])
             yield 4096, 4096, 256, pairs
             yield 4096, 2048, 256, pairs
 
 
-def attach(found: Sequence[Case]) -> dict[str, str]:
-    """Adds the peers of BUILT to the cases they can run. Returns those left out, with the reason."""
+def attach(found: Sequence[Case], labels: str = "*") -> dict[str, str]:
+    """Adds the peers of BUILT whose label matches the glob `labels` to the cases they can run.
+
+    Returns those left out, with the reason.
+    """
     left_out: dict[str, str] = {}
-    for library, label, pattern, build in BUILT:
+    wanted = [row for row in BUILT if fnmatch(row[1], labels)]
+    for library, label, pattern, build in wanted:
         if reason := unavailable(library):
             left_out[label] = reason
             continue
@@ -288,8 +296,11 @@ def attach(found: Sequence[Case]) -> dict[str, str]:
                 matched = True
         if not matched:
             left_out[label] = f"no case in this run is named {pattern}"
-    if peer_humming.installed():
-        peer_humming.prepare(humming_products(found))
+    if peer_humming.installed() and any(library is None for library, *_ in wanted):
+        try:
+            peer_humming.prepare(humming_products(found))
+        except Exception as problem:  # each of its rows will say what fails
+            print(f"Humming's kernels not built ahead: {problem}", file=sys.stderr)
     return left_out
 
 

@@ -34,55 +34,14 @@ def installed() -> bool:
     return importlib.util.find_spec("humming") is not None
 
 
-def schema() -> Any:
-    from humming.schema.modelopt import ModeloptNvfp4WeightSchema
-
-    return ModeloptNvfp4WeightSchema(quant_algo="nvfp4").to_humming_schema(BF16)
-
-
-@cache
-def choice(product: Product) -> dict[str, Any]:
-    """What the package runs for that product: arguments of a call."""
-    from humming.transform import prepare_layer_config
-    from humming.tune import get_heuristics_config
-
-    n, k, experts, rows = product
-    kind, device = "indexed" if experts else "dense", torch.cuda.current_device()
-    shape = {"shape_n": n, "shape_k": k, "num_experts": experts, "torch_dtype": BF16}
-    layout = prepare_layer_config(**shape, weight_schema=schema(), device=device)
-    choices = get_heuristics_config(layer_config=layout, gemm_type=kind, device=device)
-    tuning = next(config for low, high, config in choices if low < rows <= high)
-    compute = {"gemm_type": kind} if experts else None
-    return {"layer": layout.to_str(), "compute_config": compute, "tuning_config": tuning}
-
-
-def prepare(products: Iterable[Product]) -> None:
-    """Builds the kernels of these products side by side; first calls build one after another."""
-    from humming.kernel.humming import HummingKernel
-
-    def build(product: Product) -> None:
-        found = dict(choice(product))
-        compute = json.dumps(found["compute_config"]) if found["compute_config"] else None
-        tuning, device = json.dumps(found["tuning_config"]), torch.cuda.current_device()
-        HummingKernel.prepare_kernels(found["layer"], compute, tuning, device)
-
-    chosen = list(dict.fromkeys(products))
-    for product in chosen:
-        choice(product)
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(build, chosen))
-
-
-def arguments(product: Product) -> dict[str, Any]:
-    return {key: value for key, value in choice(product).items() if key != "layer"}
-
-
 def layer(n: int, k: int, seeds: list[int], experts: int | None = None) -> Any:
     """An NVFP4 matrix [n, k] (or one per expert) of the `codes` of these seeds, in its own layout."""
     from humming.layer import HummingLayer
+    from humming.schema.modelopt import ModeloptNvfp4WeightSchema
 
+    schema = ModeloptNvfp4WeightSchema(quant_algo="nvfp4").to_humming_schema(BF16)
     found = HummingLayer(
-        shape_n=n, shape_k=k, weight_config=schema(), num_experts=experts, torch_dtype=BF16
+        shape_n=n, shape_k=k, weight_config=schema, num_experts=experts, torch_dtype=BF16
     ).to(CUDA)
     with torch.no_grad():
         weight = found.weight.data.view(torch.uint8).view(len(seeds), n, k // 2)
@@ -95,20 +54,53 @@ def layer(n: int, k: int, seeds: list[int], experts: int | None = None) -> Any:
     return found
 
 
-def dense(n: int, k: int, m: int, turn: int) -> Peer:
-    """One product of bf16 rows [m, k] with a matrix of its own."""
-    matrix, x = layer(n, k, [turn]), torch.randn(m, k, device=CUDA, dtype=BF16)
-    out, chosen = torch.empty(m, n, device=CUDA, dtype=BF16), arguments((n, k, None, m))
-    return (
-        lambda: matrix(x, outputs=out, **chosen),
-        lambda: error(out, x.float() @ dequantised(turn, n, k).T, 0.02),
-    )
-
-
 @cache
 def bank(n: int, k: int, experts: int, which: int) -> Any:
     """The matrices of all experts, of seeds 2 e + which."""
     return layer(n, k, [2 * e + which for e in range(experts)], experts)
+
+
+def choice(matrix: Any, rows: int) -> dict[str, Any]:
+    """Arguments of a call: the tile that the package itself chooses for that many rows."""
+    from humming.tune import get_heuristics_config
+
+    kind, device = "indexed" if matrix.num_experts else "dense", torch.cuda.current_device()
+    choices = get_heuristics_config(matrix.humming_config, gemm_type=kind, device=device)
+    tuning = next(config for low, high, config in choices if low < rows <= high)
+    compute = {"gemm_type": kind} if matrix.num_experts else None
+    return {"compute_config": compute, "tuning_config": tuning}
+
+
+def prepare(products: Iterable[Product]) -> None:
+    """Builds the kernels of these products side by side; first calls build one after another."""
+    from humming.kernel.humming import HummingKernel
+
+    device = torch.cuda.current_device()
+
+    def matrix(n: int, k: int, experts: int | None) -> Any:
+        down = int(n > k)  # of the experts here, gate and up together are square
+        return bank(n, k, experts, down) if experts else layer(n, k, [0])
+
+    def build(found: tuple[str, dict[str, Any]]) -> None:
+        passed = [json.dumps(value) if value else None for value in found[1].values()]
+        HummingKernel.prepare_kernels(found[0], *passed, device)
+
+    chosen = []
+    for n, k, experts, rows in dict.fromkeys(products):
+        one = matrix(n, k, experts)
+        chosen.append((one.humming_config.to_str(), choice(one, rows)))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(build, chosen))
+
+
+def dense(n: int, k: int, m: int, turn: int) -> Peer:
+    """One product of bf16 rows [m, k] with a matrix of its own."""
+    matrix, x = layer(n, k, [turn]), torch.randn(m, k, device=CUDA, dtype=BF16)
+    out, chosen = torch.empty(m, n, device=CUDA, dtype=BF16), choice(matrix, m)
+    return (
+        lambda: matrix(x, outputs=out, **chosen),
+        lambda: error(out, x.float() @ dequantised(turn, n, k).T, 0.02),
+    )
 
 
 def experts(hidden: int, inner: int, chosen: Tensor, count: int) -> Peer:
@@ -120,15 +112,14 @@ def experts(hidden: int, inner: int, chosen: Tensor, count: int) -> Peer:
     first = torch.empty(n * k, 2 * inner, device=CUDA, dtype=BF16)
     second = torch.empty(n * k, hidden, device=CUDA, dtype=BF16)
 
-    def plan(product: Product) -> dict[str, Any]:
-        found = arguments(product)
+    def plan(matrix: Any) -> dict[str, Any]:
+        found = choice(matrix, n * k)
         pairs, owners, total = aligned(chosen, count, found["tuning_config"]["block_shape"][0])
         padded = torch.tensor(total, device=CUDA, dtype=torch.int32)
         order = {"sorted_ids": pairs, "expert_ids": owners, "num_tokens_padded": padded}
         return {**order, **found}
 
-    up_plan = plan((2 * inner, hidden, count, n * k))
-    down_plan = plan((hidden, inner, count, n * k))
+    up_plan, down_plan = plan(up), plan(down)
 
     def call() -> None:
         up(x, outputs=first, top_k=k, **up_plan)

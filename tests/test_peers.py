@@ -82,3 +82,10 @@ def test_peers_that_are_not_there_are_named(
     assert "not installed" in left_out["Humming"]
     monkeypatch.setenv("DSV4_PEERS", str(tmp_path))
     assert bench_peers.attach([])["Marlin"] == f"no {tmp_path / 'marlin.so'}"
+
+
+def test_only_peers_of_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSV4_PEERS", raising=False)
+    assert set(bench_peers.attach([], "[!H]*")) == {
+        label for _, label, _, _ in bench_peers.BUILT if not label.startswith("Humming")
+    }
