@@ -174,7 +174,7 @@ def kernel_only(x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert]) -> 
     return IMPLEMENTATIONS["experts"]["sm90"].function(x, routing, ids, bank=bank, limit=7.0)
 
 
-# ------------------------------------------------------------------------------ one launch for all experts
+# ------------------------------------------------------------------------------ all experts together
 
 TOGETHER = [
     ("nvfp4", "fp8_e8m0"),
@@ -186,16 +186,15 @@ TOGETHER = [
 
 def one_by_one(
     x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert], shared: Expert
-) -> Tensor:
-    """The three ops after each other, float32 [n, d] before the cast."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the three ops return after each other, float32 [n, d]; the sum before its cast."""
     run = {
         name: IMPLEMENTATIONS[name]["sm90"].function
         for name in ("experts", "shared_expert", "moe_sum")
     }
     routed = run["experts"](x, routing, ids, bank=bank, limit=2.0)
-    return run["moe_sum"](
-        routed, run["shared_expert"](x, expert=shared, limit=2.0), dtype=torch.float32
-    )
+    beside = run["shared_expert"](x, expert=shared, limit=2.0)
+    return routed, beside, run["moe_sum"](routed, beside, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("routed, beside", TOGETHER)
@@ -209,18 +208,18 @@ def test_moe_is_the_three_ops_to_the_bit(routed, beside, d, inner, shared_inner)
         x, ids = torch.randn(n, d, device=CUDA).to(BF16), choose(n, 4, 10)
         routing = torch.rand(n, 4, device=CUDA)
         assert cuda_experts.moe_fits(bank, shared, n)
-        want = one_by_one(x, routing, ids, bank, shared)
+        *parts, want = one_by_one(x, routing, ids, bank, shared)
+        outs = (torch.full_like(want, math.nan), torch.full_like(want, math.nan))
         for dtype in (torch.float32, BF16):
-            for _ in range(5):
+            for given in (None, None, outs):
                 got = cuda_experts.moe(
-                    x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=dtype
+                    x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=dtype, outs=given
                 )
                 assert torch.equal(got, want.to(dtype)), (n, dtype)
+        assert all(torch.equal(out, part) for out, part in zip(outs, parts, strict=True)), n
         true = truth("experts", x, routing, ids, bank=bank, limit=2.0)
         true = true + truth("shared_expert", x, expert=shared, limit=2.0)
         close(want, true, f"{n} tokens", limit=1e-3)
-    tickets, _ = cuda_experts._TICKETS[x.device]
-    assert not tickets.any()  # or the next launch with one of them does not wait
 
 
 @pytest.mark.parametrize("routed, beside", [TOGETHER[0], TOGETHER[2]])
@@ -232,7 +231,7 @@ def test_moe_at_model_shapes(routed, beside, d, inner):
         x[:, 7] *= 100  # an outlier channel
         x[n - 1] *= 2.0**-60
         routing = torch.rand(n, 6, device=CUDA)
-        want = one_by_one(x, routing, ids, bank, shared)
+        _, _, want = one_by_one(x, routing, ids, bank, shared)
         got = [
             cuda_experts.moe(
                 x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=torch.float32

@@ -1,13 +1,12 @@
 // Experts of few pairs: every weight row in use is streamed from memory once, at the memory's pace.
 //
-// One launch can hold both products, and the shared expert's beside those of the routed ones. A block is
-// persistent and walks over its share of all (piece, row tile) items of a product, then of the next.
-// Sixteen warps share the columns: a stage is 64 bytes of each of 32 weight rows a warp, 1024 bytes of a
-// row in all. Every warp keeps a ring of stages of its own in shared memory, copied ahead of the
-// products, so that nothing but the end of an item makes warps wait for one another. The activations of
-// up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps in turn add up the
-// sixteen sums of an item and finish it, while the others go on. Between the products all blocks wait for
-// one another (Ticket), with the first weights of the second one on their way.
+// A launch is one product, of the routed experts and of the shared one beside them. A block is persistent
+// and walks over its share of all (piece, row tile) items of the one and then of the other. Sixteen warps
+// share the columns, or eight those of one half of the rows and eight the other's: a stage is 64 bytes of
+// each of 32 weight rows a warp. Every warp keeps a ring of stages of its own in shared memory, copied
+// ahead of the products, so that nothing but the end of an item makes warps wait for one another. The
+// activations of up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps in
+// turn add up the sums of an item and finish it, while the others go on.
 //
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
@@ -20,10 +19,11 @@ constexpr int kMultipliers = 16, kFinishers = 2;      // warps
 constexpr int kFewThreads = (kMultipliers + 4) * 32;  // whole warpgroups, for their registers
 constexpr int kFewPairs = 8, kDepth = 3;              // of a piece; stages of a ring
 constexpr int kPeaks = kFinishers + 2;                // pieces of which finishers may be behind
-constexpr int kGroups = 2, kFewRows = 16 * kGroups;   // of a tile: 16-row products
+constexpr int kGroups = 2, kFewRows = 16 * kGroups;   // of a warp: 16-row products
 constexpr int kSumStride = kFewRows + 4;              // floats from column to column
 constexpr int kColumns = 8;                           // of a product's second operand
-constexpr int kMeeting = 1, kHandOver = 2, kTokenKnown = 3;  // named barriers
+constexpr int kAtOnce = 2;                            // loads of activations, a thread
+constexpr int kMeeting = 1, kHandOver = 2;            // named barriers
 
 enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
 
@@ -31,11 +31,6 @@ enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of 
 template <class Policy> struct Stage {
     uint4 codes[2 * kGroups][32];  // [8 rows][lane]
     typename Policy::Scale scales[kRowScales<Policy> ? kFewRows : 1][4];  // of every chunk
-};
-
-// How far the blocks of a launch are: 0 before and after it.
-struct Ticket {
-    unsigned hidden, all;  // finishing warps that are done with the hidden vectors, with everything
 };
 
 struct FewShared {
@@ -55,14 +50,19 @@ struct Progress {
     int items = 0, pieces = 0;
 };
 
-// One product of one kind of expert; kPart: which of a launch's, to the compiler only.
-template <class Policy, Product kProduct, int kPart = 0> struct Few {
+// One product of one kind of expert, with kAcross warps to a row. kPart: which of a launch's, to the
+// compiler only.
+template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few {
     static constexpr bool kGated = kProduct == Product::kHidden;
     static constexpr bool kTogether = kProduct == Product::kDownToken;
-    static constexpr int kOutputs = kGated ? kFewRows / 2 : kFewRows;  // rows of the result
+    static constexpr int kTileRows = kFewRows * kMultipliers / kAcross;
+    static constexpr int kOutputs = kGated ? kTileRows / 2 : kTileRows;  // rows of the result
+    static constexpr int kSlice = 4 * kAcross;                           // chunks of a row in a stage
     static constexpr int kVectors = Policy::kChunk / 8;  // 16 bytes of activations, a chunk
     static_assert(sizeof(Stage<Policy>) <= sizeof(Stage<Nvfp4>));
     using Scale = typename Policy::Scale;
+    // Where whole groups of 16 rows of a matrix exist or do not, one pointer serves two of them.
+    static constexpr int kPointers = kRowScales<Policy> ? kGroups : 2 * kGroups;
 
     const Moe& m;
     FewShared& s;
@@ -75,7 +75,7 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
     __device__ Few(const Moe& m, FewShared& s, char* memory)
         : m(m), s(s), buffers(*(FewBuffers*)memory), lanes(4 * pairs(m)),
           x((uint4*)(memory + sizeof(FewBuffers))), rows(kGated ? m.inner : m.d),
-          chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + 63) / 64),
+          chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + kSlice - 1) / kSlice),
           tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
           items((kTogether ? 1 : m.piece_count()) * tiles) {
         zeros = x + (chunks + 3) / 4 * kVectors * lanes;
@@ -89,6 +89,8 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
         return number;
     }
     __device__ static int warp() { return (unsigned)thread() / 32; }
+    __device__ static int across() { return warp() % kAcross; }
+    __device__ static int first_row() { return warp() / kAcross * kFewRows; }  // of a tile
     __device__ static int group() { return (unsigned)thread() % 32 / 4; }  // weight row
     __device__ static int member() { return (unsigned)thread() % 4; }      // chunk of a step
     __host__ __device__ static int pairs(const Moe& m) { return kTogether ? (int)m.k : m.most; }
@@ -135,7 +137,8 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
     struct Ahead {
         int left, piece, tile, e = 0, slice = 0;  // left: items
         int expert, own;                          // own: slices in which this thread has a chunk
-        const char *codes[2 * kGroups], *scales;
+        const char *codes[kPointers], *scales;
+        int apart;  // bytes from the rows of one group of 16 to those of the next
 
         __device__ explicit Ahead(const Few& few)
             : left(few.items.last - few.items.first), piece(few.items.first / few.tiles),
@@ -146,22 +149,25 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
         }
         // The first stage of the current tile of the current expert.
         __device__ void find(const Few& few) {
-            const int row = group() + 8 * member(), first = warp() * 4;
+            const int row = first_row() + group() + 8 * member(), first = across() * 4;
 #pragma unroll
-            for (int i = 0; i < 2 * kGroups; i++)
+            for (int i = 0; i < kPointers; i++)
                 codes[i] = (const char*)few.matrix(expert, e, 8 * i).data +
-                           (few.weight_row(tile, group() + 8 * i) * few.chunks + first +
+                           (few.weight_row(tile, first_row() + group() + 8 * i) * few.chunks + first +
                             member()) * 16;
+            const int next = (kGated ? 8 : 16);  // matrix rows
+            apart = few.weight_row(tile, first_row() + 24) - few.weight_row(tile, first_row() + 8) == next
+                        ? next * few.chunks * 16 : 0;
             scales = (const char*)few.matrix(expert, e, row).scale +
                      (few.weight_row(tile, row) * few.chunks + first) * sizeof(Scale);
         }
         __device__ void skip(int chunks) {
 #pragma unroll
-            for (int i = 0; i < 2 * kGroups; i++) codes[i] += chunks * 16;
+            for (int i = 0; i < kPointers; i++) codes[i] += chunks * 16;
             scales += chunks * (int)sizeof(Scale);
         }
         __device__ void next(const Few& few) {
-            if (++slice < few.slices) return skip(64);
+            if (++slice < few.slices) return skip(kSlice);
             slice = 0;
             if (++e == few.experts) {
                 e = 0, tile++;
@@ -170,7 +176,7 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
                     return;
                 }
                 if (!kTogether && (tile + 1) * kOutputs <= few.rows)  // no row is beyond the last
-                    return skip(kOutputs * few.chunks - 64 * (few.slices - 1));
+                    return skip(kOutputs * few.chunks - kSlice * (few.slices - 1));
                 if (tile == few.tiles) tile = 0, expert = few.work_of(++piece).expert;
             }
             find(few);
@@ -179,14 +185,15 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
 
     // Of a row, as far as this warp has a chunk of them for member `member` of a quad.
     __device__ int slices_of(int of) const {
-        return (chunks - warp() * 4 - of + 63) / 64;
+        return (chunks - across() * 4 - of + kSlice - 1) / kSlice;
     }
 
     __device__ void copy(Ahead& ahead, Stage<Policy>& to) const {
         const bool valid = ahead.slice < ahead.own;
 #pragma unroll
         for (int i = 0; i < 2 * kGroups; i++)
-            copy_async(&to.codes[i][thread() % 32], ahead.codes[i], valid);
+            copy_async(&to.codes[i][thread() % 32],
+                       ahead.codes[i % kPointers] + (i < kPointers ? 0 : ahead.apart), valid);
         if constexpr (kRowScales<Policy>)
             copy_small<4 * sizeof(Scale)>(to.scales[group() + 8 * member()], ahead.scales,
                                           valid && scales_staged());
@@ -213,35 +220,63 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
 
     // Activation rows of a piece, zeros behind the last column.
     __device__ void stage_x(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
-        meet();
-        if (halves(work)) find_peaks(work, peaks);
+        const int total = work.count * x_blocks();
+        uint4 v[kAtOnce];
+        load_x(work, 0, v);
+        meet();  // what lies there is no longer used
         if (thread() < kVectors * lanes) zeros[thread()] = make_uint4(0, 0, 0, 0);
-        int units = (chunks + 3) / 4 * 4 * kVectors, present = chunks * kVectors;
-        for (int t = 0; t < work.count; t++) {
-            const bf16* from = activations(work, t);
-#pragma unroll 2
-            for (int u = thread(); u < units; u += kMultipliers * 32) {
-                uint4 v = u < present ? *(const uint4*)(from + u * 8) : make_uint4(0, 0, 0, 0);
-                x[place_of_x(split(work), u / kVectors, u % kVectors, t)] =
-                    FewProducts<Policy>::operand_order(halves(work), v, peaks[t]);
+        if (halves(work)) {
+            if (thread() < kFewPairs) peaks[thread()] = 0;
+            meet();
+            for (int first = 0; first < total; first += kAtOnce * kMultipliers) {
+                if (first > 0) load_x(work, first, v);
+                raise_peaks(work, first, v, peaks);
             }
+            meet();
+            if (total > kAtOnce * kMultipliers) load_x(work, 0, v);
+        }
+        for (int first = 0; first < total; first += kAtOnce * kMultipliers) {
+            if (first > 0) load_x(work, first, v);
+            store_x(work, first, v, peaks);
         }
         meet();
     }
 
-    __device__ void find_peaks(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
-        if (thread() < kFewPairs) peaks[thread()] = 0;
-        meet();
-        for (int t = 0; t < work.count; t++) {
-            const bf16* from = activations(work, t);
-            uint32_t most = 0;
-#pragma unroll 2
-            for (int u = thread(); u < chunks * kVectors; u += kMultipliers * 32)
-                most = max(most, largest_of(*(const uint4*)(from + u * 8)));
-            most = __reduce_max_sync(~0u, most);
-            if (thread() % 32 == 0) atomicMax(&peaks[t], most);
+    // Activations go in blocks of 16 bytes a thread of a warp: `first` and on, several under way at once.
+    __device__ int x_units() const { return (chunks + 3) / 4 * 4 * kVectors; }
+    __device__ int x_blocks() const { return (x_units() + 31) / 32; }  // of a pair
+
+    __device__ void load_x(const Work& work, int first, uint4 (&v)[kAtOnce]) const {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int block = first + j * kMultipliers + warp(), t = block / x_blocks();
+            const int u = block % x_blocks() * 32 + thread() % 32;
+            v[j] = make_uint4(0, 0, 0, 0);
+            if (t < work.count && u < chunks * kVectors)
+                v[j] = *(const uint4*)(activations(work, t) + u * 8);
         }
-        meet();
+    }
+
+    __device__ void raise_peaks(const Work& work, int first, const uint4 (&v)[kAtOnce],
+                                uint32_t (&peaks)[kFewPairs]) const {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int t = (first + j * kMultipliers + warp()) / x_blocks();
+            const uint32_t most = __reduce_max_sync(~0u, largest_of(v[j]));
+            if (t < work.count && thread() % 32 == 0) atomicMax(&peaks[t], most);
+        }
+    }
+
+    __device__ void store_x(const Work& work, int first, const uint4 (&v)[kAtOnce],
+                            const uint32_t (&peaks)[kFewPairs]) const {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int block = first + j * kMultipliers + warp(), t = block / x_blocks();
+            const int u = block % x_blocks() * 32 + thread() % 32;
+            if (t < work.count && u < x_units())
+                x[place_of_x(split(work), u / kVectors, u % kVectors, t)] =
+                    FewProducts<Policy>::operand_order(halves(work), v[j], peaks[t]);
+        }
     }
 
     // ---- the multiplying warps: products
@@ -256,12 +291,11 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
         __device__ void next() { now = now == kDepth - 1 ? 0 : now + 1; }
     };
 
-    // ready(): returns when the activations may be read.
-    template <class Ready> __device__ void multiply(Progress& done, Ready ready) const {
+    __device__ void multiply(Progress& done) const {
         Turn turn{(Stage<Policy>*)buffers.ring[warp()], 0};
         Ahead ahead(*this);
         for (int d = 0; d < kDepth - 1; d++) copy(ahead, turn.first[d]);
-        ready();
+        if (!kGated) wait_for_previous();
         Work work;
         int known = -1;
         for_each_item([&](int piece, int tile) {
@@ -276,26 +310,31 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
                 multiply_item<false>(ahead, turn, tile, number, work, done);
         });
         copy_wait<0>();
+        __syncwarp();  // the ring may be filled for what comes next
     }
 
     template <bool kSplit>
     __device__ void multiply_item(Ahead& ahead, Turn& turn, int tile, int number, const Work& work,
                                   const Progress& done) const {
         const int present = slices_of(0);
-        const int step = kMultipliers * kVectors * lanes;
+        const int step = kAcross * kVectors * lanes;
         float sum[kGroups][4] = {}, all[kGroups][4] = {};
         for (int e = 0; e < experts; e++) {
             const int column = kSplit ? group() % 2 : group();
             const bool has = (!kSplit || group() / 2 == member()) &&
                              (kTogether ? column == (kSplit ? 0 : e) : column < work.count);
             const int t = kTogether ? e : column;
-            const uint4* from = has ? x + place_of_x(kSplit, warp() * 4 + member(), 0, t) : zeros;
+            const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros;
+            BlockScales known;
+            known.load(*this, tile, work, e, 0);
             for (int slice = 0; slice < slices; slice++) {
+                const BlockScales now = known;
+                if (slice + 1 < slices) known.load(*this, tile, work, e, slice + 1);
                 copy_wait<kDepth - 2>();
                 __syncwarp();
                 copy(ahead, turn.stage(kDepth - 1));
                 if (slice < present)
-                    multiply_stage<kSplit>(turn.stage(0), slice, tile, work, e, from, sum);
+                    multiply_stage<kSplit>(turn.stage(0), now, slice, tile, work, e, from, sum);
                 from += has ? step : 0;
                 turn.next();
             }
@@ -317,25 +356,37 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
         }
     }
 
+    // Where a tile's rows of one matrix have one scale: those of a stage, read while the stage before is
+    // multiplied.
+    struct BlockScales {
+        Scale of[kGated ? 2 : 1];
+        __device__ void load(const Few& few, int tile, const Work& work, int e, int slice) {
+            if constexpr (Policy::kBlockScale)
+#pragma unroll
+                for (int i = 0; i < (kGated ? 2 : 1); i++)
+                    of[i] = few.scale_of(few.matrix(work.expert, e, 8 * i),
+                                         few.weight_row(tile, first_row() + group() + 8 * i), slice);
+        }
+    };
+
     template <bool kSplit>
-    __device__ void multiply_stage(const Stage<Policy>& stage, int slice, int tile,
-                                   const Work& work, int e, const uint4* from,
+    __device__ void multiply_stage(const Stage<Policy>& stage, const BlockScales& block, int slice,
+                                   int tile, const Work& work, int e, const uint4* from,
                                    float (&sum)[kGroups][4]) const {
         Scale scales[kGroups][2];
-        if (scales_staged())
+        if constexpr (Policy::kBlockScale)
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; i++) scales[i / 2][i % 2] = block.of[kGated ? i % 2 : 0];
+        else if (scales_staged())
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
                 scales[i / 2][i % 2] = stage.scales[group() + 8 * i][member()];
         else
 #pragma unroll
-            for (int i = 0; i < 2 * kGroups; i++) {
-                // A tile's rows of one matrix have one block scale.
-                const bool known = Policy::kBlockScale && i >= (kGated ? 2 : 1);
+            for (int i = 0; i < 2 * kGroups; i++)
                 scales[i / 2][i % 2] =
-                    known ? scales[0][kGated ? i % 2 : 0]
-                          : scale_of(matrix(work.expert, e, 8 * i),
-                                     weight_row(tile, group() + 8 * i), slice);
-            }
+                    scale_of(matrix(work.expert, e, 8 * i),
+                             weight_row(tile, first_row() + group() + 8 * i), slice);
         uint4 b[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; v++) b[v] = from[kSplit ? v : v * lanes];
@@ -348,9 +399,9 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
     }
 
     __device__ Scale scale_of(const dsv4_weight& w, int64_t row, int slice) const {
-        const int first = slice * 64 + warp() * 4, chunk = first + member();
+        const int chunk = slice * kSlice + across() * 4 + member();
         if (chunk >= chunks && !Policy::kBlockScale) return Scale{};
-        return Policy::load_scale(Policy::scale_row(w, row), chunk < chunks ? chunk : first);
+        return Policy::load_scale(Policy::scale_row(w, row), chunk < chunks ? chunk : chunks - 1);
     }
 
     // Leaves a warp's sums with the finisher of this item.
@@ -392,16 +443,17 @@ template <class Policy, Product kProduct, int kPart = 0> struct Few {
     __device__ float total(const Work& work, int buffer, int pair, int row,
                            const uint32_t (&peaks)[kFewPairs]) const {
         float total = 0;
-        const float* from = &buffers.sums[buffer][0][pair][row];
+        const float* from =
+            &buffers.sums[buffer][row / kFewRows * kAcross][pair][row % kFewRows];
         if (split(work)) {
 #pragma unroll 4
-            for (int w = 0; w < kMultipliers; w++)
+            for (int w = 0; w < kAcross; w++)
 #pragma unroll
                 for (int member = 0; member < 4; member++)
                     total += from[(kColumns * w + 2 * member) * kSumStride];
         } else {
 #pragma unroll
-            for (int w = 0; w < kMultipliers; w++) total += from[kColumns * w * kSumStride];
+            for (int w = 0; w < kAcross; w++) total += from[kColumns * w * kSumStride];
         }
         if (!halves(work)) return total * Policy::kFactor;
         if (!kTogether) total = HalfRows::undo(total, HalfRows::exponent_of(peaks[pair]));

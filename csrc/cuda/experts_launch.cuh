@@ -1,5 +1,5 @@
-// The launches of experts of few pairs: which products one holds, and how its blocks wait for one another;
-// before them the list of pairs by expert, after them the sum over a token's experts.
+// The launches of experts of few pairs: what one holds; before them the list of pairs by expert, after them
+// the sum over a token's experts.
 #pragma once
 
 #include <assert.h>
@@ -86,102 +86,44 @@ inline int combine(const Moe& m, void* stream) {
                   stream, m);
 }
 
-// ---------------------------------------------------------------- between: both products
+// ---------------------------------------------------------------- between: the products
 
 struct Nothing {};  // no shared expert in a launch
 
-enum Products { kHiddenOnly = 1, kDownOnly = 2, kBoth = 3 };
+// One token; the least tile, for few items; a tile of more rows, with less to do an item.
+enum class Form { kToken, kFewItems, kManyItems };
 
-// All finishing warps of the launch have left their hidden vectors.
-__device__ inline void wait_for_hidden(const Ticket* ticket) {
-    unsigned done;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(&ticket->hidden) : "memory");
-    } while (done < gridDim.x * kFinishers);
-}
-
-__device__ inline void leave_hidden(Ticket* ticket) {
-    __syncwarp();
-    if (threadIdx.x % 32 > 0) return;
-    __threadfence();
-    atomicAdd(&ticket->hidden, 1);
-}
-
-// By every finishing warp and by that which has waited; the last makes the ticket good for the next launch.
-__device__ inline void leave(Ticket* ticket) {
-    __syncwarp();
-    if (threadIdx.x % 32 > 0) return;
-    __threadfence();
-    if (atomicAdd(&ticket->all, 1) == gridDim.x * (kFinishers + 1) - 1) ticket->hidden = ticket->all = 0;
-}
-
-template <class Policy, class Shared, bool kToken> struct Launch {
-    static constexpr bool kShares = !std::is_same_v<Shared, Nothing>;
-    static constexpr Product kDown = kToken ? Product::kDownToken : Product::kDown;
+template <class Policy, class Shared, Form kForm, bool kDown> struct Launch {
+    static constexpr bool kToken = kForm == Form::kToken, kShares = !std::is_same_v<Shared, Nothing>;
+    static constexpr Product kBeside = kDown ? Product::kDown : Product::kHidden;
+    static constexpr Product kRouted = kDown && kToken ? Product::kDownToken : kBeside;
+    static constexpr int kAcross = kForm == Form::kManyItems ? kMultipliers / 2 : kMultipliers;
     const Moe &m, &shared;
-    Ticket* ticket;
-    int products;
     FewShared& s;
     char* memory;
 
-    template <class P, Product kProduct, int kPart = 0>
-    __device__ Few<P, kProduct, kPart> few(const Moe& of) const {
-        return Few<P, kProduct, kPart>(of, s, memory);
-    }
+    __device__ Few<Policy, kRouted, kAcross> routed() const { return {m, s, memory}; }
+    __device__ Few<Shared, kBeside, kMultipliers, 1> beside() const { return {shared, s, memory}; }
 
     __device__ void multiply() const {
         Progress done;
-        const auto at_once = [] {};
-        if (products & kHiddenOnly) {
-            if constexpr (kShares)  // whose weights no earlier kernel chooses
-                few<Shared, Product::kHidden, 1>(shared).multiply(done, wait_for_previous);
-            else wait_for_previous();
-            few<Policy, Product::kHidden>(m).multiply(done, at_once);
-        }
-        if (!(products & kDownOnly)) return;
-        const auto ready = [&] {
-            if (products == kDownOnly) wait_for_previous();
-            else if (threadIdx.x == 0) wait_for_hidden(ticket);  // the others wait for this thread
-        };
-        if constexpr (kToken) named_barrier(kTokenKnown, (kMultipliers + 1) * 32);
-        if constexpr (kShares) {
-            few<Shared, Product::kDown, 1>(shared).multiply(done, ready);
-            few<Policy, kDown>(m).multiply(done, at_once);
-        } else {
-            few<Policy, kDown>(m).multiply(done, ready);
-        }
-        if (products == kBoth && threadIdx.x < 32) leave(ticket);
+        if constexpr (kShares) beside().multiply(done);
+        routed().multiply(done);
     }
-
     __device__ void finish(int me) const {
         wait_for_previous();
         Progress done;
-        if (products & kHiddenOnly) {
-            if constexpr (kShares) few<Shared, Product::kHidden, 1>(shared).finish(me, done);
-            few<Policy, Product::kHidden>(m).finish(me, done);
-        }
-        if (products == kBoth) leave_hidden(ticket);
-        if (products & kDownOnly) {
-            if constexpr (kShares) few<Shared, Product::kDown, 1>(shared).finish(me, done);
-            // One token: the block that has a tile of the shared expert's result adds it to the others'.
-            if constexpr (kShares && kToken) named_barrier(kHandOver, kFinishers * 32);
-            few<Policy, kDown>(m).finish(me, done);
-        }
-        if (products == kBoth) leave(ticket);
-    }
-
-    // By a warp that has nothing else to do.
-    __device__ void look_up_token() const {
-        wait_for_previous();
-        if (threadIdx.x % 32 < m.k) s.down[threadIdx.x % 32] = m.table[m.expert_of(threadIdx.x % 32)].w2;
-        named_barrier(kTokenKnown, (kMultipliers + 1) * 32);
+        if constexpr (kShares) beside().finish(me, done);
+        // One token: the block that has a tile of the shared expert's result adds it to the others'.
+        if constexpr (kShares && kDown && kToken) named_barrier(kHandOver, kFinishers * 32);
+        routed().finish(me, done);
     }
 };
 
-template <class Policy, class Shared, bool kToken>
+template <class Policy, class Shared, Form kForm, bool kDown>
 __global__ void __launch_bounds__(kFewThreads, 1)
-    few_kernel(const __grid_constant__ Moe m, const __grid_constant__ Moe shared, Ticket* ticket,
-               int products) {
+    few_kernel(const __grid_constant__ Moe m, const __grid_constant__ Moe shared) {
+    using Parts = Launch<Policy, Shared, kForm, kDown>;
     extern __shared__ __align__(128) char memory[];
     __shared__ FewShared s;
     if (threadIdx.x == 0) {
@@ -191,13 +133,14 @@ __global__ void __launch_bounds__(kFewThreads, 1)
         }
         fence_barrier_init();
     }
+    // The second product may start only once the first one has waited: ids and list are complete by then,
+    // and the weights are copied before the hidden vectors are there.
+    if (!kDown) wait_for_previous();
+    if (Parts::kRouted == Product::kDownToken && threadIdx.x < m.k)
+        s.down[threadIdx.x] = m.table[m.expert_of(threadIdx.x)].w2;
     __syncthreads();
-    // A launch of the second product alone may start only once that of the first has waited: the list is
-    // complete by then, and weights are copied before the hidden vectors are there.
-    if (products == kHiddenOnly) wait_for_previous();
     let_next_start();
-    using Parts = Launch<Policy, Shared, kToken>;
-    const Parts launch{m, shared, ticket, Parts::kShares ? kBoth : products, s, memory};
+    const Parts launch{m, shared, s, memory};
     const int warp = threadIdx.x / 32;
     if (warp < kMultipliers) {
         more_registers<104>();
@@ -205,8 +148,6 @@ __global__ void __launch_bounds__(kFewThreads, 1)
     } else {
         fewer_registers<64>();
         if (warp < kMultipliers + kFinishers) launch.finish(warp - kMultipliers);
-        else if (kToken && warp == kMultipliers + kFinishers && products & kDownOnly)
-            launch.look_up_token();
     }
 }
 
@@ -220,9 +161,9 @@ inline int block_count() {
 
 // Of shared memory; for a product of both launches, or of one token.
 template <class Policy> int64_t few_bytes(const Moe& m, bool token) {
-    const int64_t hidden = Few<Policy, Product::kHidden>::bytes(m);
-    const int64_t down = token ? Few<Policy, Product::kDownToken>::bytes(m)
-                               : Few<Policy, Product::kDown>::bytes(m);
+    const int64_t hidden = Few<Policy, Product::kHidden, kMultipliers>::bytes(m);
+    const int64_t down = token ? Few<Policy, Product::kDownToken, kMultipliers>::bytes(m)
+                               : Few<Policy, Product::kDown, kMultipliers>::bytes(m);
     return hidden > down ? hidden : down;
 }
 
@@ -242,35 +183,34 @@ template <class Policy> int few_size(Moe m) {
     return m.most;
 }
 
-template <class Policy, class Shared, bool kToken>
-int launch_few(const Moe& m, const Moe& shared, Ticket* ticket, int products, void* stream) {
-    auto kernel = few_kernel<Policy, Shared, kToken>;
-    int64_t bytes = few_bytes<Policy>(m, kToken);
+template <class Policy, class Shared, Form kForm, bool kDown>
+int launch_few(const Moe& m, const Moe& shared, void* stream) {
+    auto kernel = few_kernel<Policy, Shared, kForm, kDown>;
+    int64_t bytes = few_bytes<Policy>(m, kForm == Form::kToken);
     if constexpr (!std::is_same_v<Shared, Nothing>) {
         const int64_t other = few_bytes<Shared>(shared, false);
         bytes = other > bytes ? other : bytes;
     }
     int status = allow_shared(kernel, bytes);
     if (status != cudaSuccess) return status;
-    return launch(kernel, block_count(), kFewThreads, bytes, stream, m, shared, ticket, products);
+    return launch(kernel, block_count(), kFewThreads, bytes, stream, m, shared);
 }
 
-// Both products, in one launch if there is a ticket.
-template <class Policy, class Shared, bool kToken>
-int both_products(const Moe& m, const Moe& shared, Ticket* ticket, void* stream) {
-    if (ticket != nullptr)
-        return launch_few<Policy, Shared, kToken>(m, shared, ticket, kBoth, stream);
-    int status = launch_few<Policy, Shared, kToken>(m, shared, ticket, kHiddenOnly, stream);
+template <class Policy, class Shared, Form kForm>
+int both_products(const Moe& m, const Moe& shared, void* stream) {
+    const int status = launch_few<Policy, Shared, kForm, false>(m, shared, stream);
     if (status != cudaSuccess) return status;
-    return launch_few<Policy, Shared, kToken>(m, shared, ticket, kDownOnly, stream);
+    return launch_few<Policy, Shared, kForm, true>(m, shared, stream);
 }
 
 // Everything behind the list of pairs. m.most is known.
 template <class Policy, class Shared>
-int few_pairs(const Moe& m, const Moe& shared, Ticket* ticket, void* stream) {
-    if (is_token<Policy>(m))
-        return both_products<Policy, Shared, true>(m, shared, ticket, stream);
-    const int status = both_products<Policy, Shared, false>(m, shared, ticket, stream);
+int few_pairs(const Moe& m, const Moe& shared, void* stream) {
+    if (is_token<Policy>(m)) return both_products<Policy, Shared, Form::kToken>(m, shared, stream);
+    if constexpr (std::is_same_v<Shared, Nothing>)
+        if (m.ids == nullptr)  // the shared expert alone: k = 1
+            return both_products<Policy, Shared, Form::kFewItems>(m, shared, stream);
+    const int status = both_products<Policy, Shared, Form::kManyItems>(m, shared, stream);
     return status == cudaSuccess ? combine(m, stream) : status;
 }
 

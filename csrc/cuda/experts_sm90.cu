@@ -27,7 +27,7 @@ template <class Policy> int piece_size(const Moe& m) {
     return pairs <= 48 * m.count ? 64 : 128;
 }
 
-template <class Policy> int experts(Moe m, Ticket* ticket, void* stream) {
+template <class Policy> int experts(Moe m, void* stream) {
     m.most = piece_size<Policy>(m);
     if (m.most == 0) return kUnsupported;
     if (m.k == 1) m.partial = m.y;
@@ -39,7 +39,7 @@ template <class Policy> int experts(Moe m, Ticket* ticket, void* stream) {
         status = launch(prepare_kernel, 1 + (many ? ceil_div(m.n * m.d / 8, 1024) : 0), kMostExperts,
                         0, stream, m, placed);
     if (status != cudaSuccess) return status;
-    if (m.most <= kFewPairs) return few_pairs<Policy, Nothing>(m, m, ticket, stream);
+    if (m.most <= kFewPairs) return few_pairs<Policy, Nothing>(m, m, stream);
     if constexpr (kHasMany<Policy>) {
         status = m.most == 64 ? many_pairs<Policy, 64, 1>(m, placed, block_count(), stream)
                               : many_pairs<Policy, 128, 2>(m, placed, block_count(), stream);
@@ -60,20 +60,20 @@ using namespace dsv4;
 // y [n, d] float32 = sum over slots of routing * expert(x), x [n, d] bf16. `table` holds `count` times
 // w1, w2, w3 (struct dsv4_weight, in device memory), all of `format`, inner columns in w2. ids and
 // routing [n, k], or both null with k = 1. Scratch: hidden [n * k, inner] bf16, partial [n * k, d]
-// float32, lists 4 * n * k + 1 int32. ticket: two zeros that no other launch uses at the same time, zeros
-// again afterwards; the blocks of a launch then wait for one another. Or null.
+// float32, lists 4 * n * k + 1 int32.
 DSV4_EXPORT int dsv4_experts(const void* x, int64_t n, int64_t d, const int32_t* ids,
                              const float* routing, int64_t k, const void* table, int64_t count,
                              int64_t inner, int format, float limit, void* hidden, float* partial,
-                             int32_t* lists, float* y, void* ticket, void* stream) {
+                             int32_t* lists, float* y, void* stream) {
     const int64_t pairs = n * k;
     if (pairs == 0) return cudaSuccess;
     if (count > kMostExperts || pairs > INT32_MAX / 64) return kUnsupported;
     Moe m = {(const Expert*)table, ids, routing, (const bf16*)x, (bf16*)hidden, partial, y,
-             (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0, nullptr, nullptr, 0};
+             (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0,
+             nullptr, nullptr, 0};
     return with_policy(format, d, [&](auto policy) {
         using Policy = decltype(policy);
         if (inner % Policy::kChunk) return kUnsupported;
-        return experts<Policy>(m, (Ticket*)ticket, stream);
+        return experts<Policy>(m, stream);
     });
 }

@@ -1,5 +1,5 @@
-// Routed and shared experts of few tokens and their sum: ops experts, shared_expert and moe_sum in one
-// go. One token is one launch; more have the list of pairs before it and the sum over slots after it.
+// Routed and shared experts of few tokens and their sum: ops experts, shared_expert and moe_sum in the two
+// launches of the products. More than one token have the list of pairs before and the sum over slots after.
 
 #include "experts_launch.cuh"
 
@@ -13,14 +13,14 @@ __global__ void __launch_bounds__(kMostExperts) list_kernel(const Moe m) {
 }
 
 template <class Policy, class Shared>
-int moe(Moe m, Moe shared, Ticket* ticket, void* stream) {
+int moe(Moe m, Moe shared, void* stream) {
     m.most = few_size<Policy>(m);
     shared.most = few_size<Shared>(shared);
     if (m.most == 0 || shared.most == 0 || m.n > kFewPairs) return kUnsupported;
     if (m.n == 1) m.order = nullptr;
     const int status =
         m.order == nullptr ? cudaSuccess : launch(list_kernel, 1, kMostExperts, 0, stream, m);
-    return status == cudaSuccess ? few_pairs<Policy, Shared>(m, shared, ticket, stream) : status;
+    return status == cudaSuccess ? few_pairs<Policy, Shared>(m, shared, stream) : status;
 }
 
 // Calls body(routed policy, shared policy) for a pair of formats that occurs; else kUnsupported.
@@ -42,18 +42,18 @@ using namespace dsv4;
 
 // out [n, d] of out_dtype = experts(x) + shared expert(x), both summed in float32 as by dsv4_experts.
 // `table` and `shared_table`: as there, of `count` experts and of one. Scratch: hidden [n * k, inner] and
-// shared_hidden [n, shared_inner] bf16, partial [n * k, d] and shared_y [n, d] float32, lists 4 * n * k + 1
-// int32. ticket: as there.
+// shared_hidden [n, shared_inner] bf16, partial [n * k, d] float32, lists 4 * n * k + 1 int32. shared_y and,
+// unless null, routed_y [n, d] float32: what is summed.
 DSV4_EXPORT int dsv4_moe(const void* x, int64_t n, int64_t d, const int32_t* ids,
                          const float* routing, int64_t k, const void* table, int64_t count,
                          int64_t inner, int format, const void* shared_table, int64_t shared_inner,
                          int shared_format, float limit, void* hidden, void* shared_hidden,
-                         float* partial, float* shared_y, int32_t* lists, void* ticket, void* out,
+                         float* partial, float* routed_y, float* shared_y, int32_t* lists, void* out,
                          int out_dtype, void* stream) {
     const int64_t pairs = n * k;
     if (pairs == 0) return cudaSuccess;
     if (count > kMostExperts) return kUnsupported;
-    Moe m = {(const Expert*)table, ids, routing, (const bf16*)x, (bf16*)hidden, partial, nullptr,
+    Moe m = {(const Expert*)table, ids, routing, (const bf16*)x, (bf16*)hidden, partial, routed_y,
              (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0,
              shared_y, out, out_dtype};
     Moe shared = {(const Expert*)shared_table, nullptr, nullptr, (const bf16*)x,
@@ -65,6 +65,6 @@ DSV4_EXPORT int dsv4_moe(const void* x, int64_t n, int64_t d, const int32_t* ids
         if (d % Policy::kChunk || inner % Policy::kChunk || d % Shared::kChunk ||
             shared_inner % Shared::kChunk)
             return kUnsupported;
-        return moe<Policy, Shared>(m, shared, (Ticket*)ticket, stream);
+        return moe<Policy, Shared>(m, shared, stream);
     });
 }

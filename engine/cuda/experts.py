@@ -1,4 +1,4 @@
-"""The `sm90` implementations of the routed and shared experts, alone and in one launch; their weights' table.
+"""The `sm90` implementations of the routed and shared experts, alone and together; their weights' table.
 
 Contracts are those of the references in `ops`. Nothing here synchronises with the GPU.
 """
@@ -6,9 +6,7 @@ Contracts are those of the references in `ops`. Nothing here synchronises with t
 from __future__ import annotations
 
 import ctypes
-import itertools
 import weakref
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,9 +29,9 @@ from dsv4_bench.engine.cuda.weights import Packed, WeightStruct, pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
 
-EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P, P)})
+EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P)})
 MOE = Library("moe", {"moe": (P, N, N, P, P, N, P, N, N, I, P, N, I, F, P, P, P, P, P, P, P, I)})
-_MOST_TOKENS = 8  # of one launch with the shared expert
+_MOST_TOKENS = 8  # whose shared expert runs beside the routed ones
 # enum dsv4_format: those of a shared expert by those of the routed ones.
 _BESIDE = {0: (2, 3), 1: (2, 3)}
 
@@ -114,21 +112,6 @@ def _shared_table(expert: Expert) -> ExpertTable:
     return entry[1]
 
 
-# Launches whose blocks wait for one another count themselves in two integers, zero before and after.
-_TICKETS: dict[torch.device, tuple[Tensor, Iterator[int]]] = {}
-_TICKET_COUNT = 4096  # more than are ever under way at a time
-
-
-def _ticket(device: torch.device) -> int:
-    """The address of a ticket of `device`, each in turn."""
-    entry = _TICKETS.get(device)
-    if entry is None:
-        tickets = torch.zeros(_TICKET_COUNT, 2, dtype=torch.int32, device=device)
-        _TICKETS[device] = entry = (tickets, itertools.cycle(range(_TICKET_COUNT)))
-    tickets, turns = entry
-    return tickets.data_ptr() + 8 * next(turns)
-
-
 def moe_fits(bank: ExpertBank, shared: Expert, n: int) -> bool:
     """Whether `moe` takes n tokens of these experts. The first call for a bank packs its weights."""
     if not 0 < n <= _MOST_TOKENS:
@@ -146,11 +129,13 @@ def moe(
     shared: Expert,
     limit: float,
     dtype: torch.dtype,
+    outs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Ops experts, shared_expert and moe_sum of few tokens, to the bit, in one launch or three.
+    """Ops experts, shared_expert and moe_sum of few tokens, to the bit, in the launches of the first.
 
     x [n, d] bfloat16, routing [n, k] float32, experts [n, k] int32 -> [n, d] in `dtype`, float32 or
-    bfloat16. Raises DSV4Error for what `moe_fits` does not take.
+    bfloat16. `outs`, float32 [n, d] each, are filled with what the first two ops return. Raises
+    DSV4Error for what `moe_fits` does not take.
     """
     op = "moe"
     if not moe_fits(bank, shared, len(x)):
@@ -166,7 +151,8 @@ def moe(
     y = torch.empty(x.shape, dtype=dtype, device=device)
     hidden, shared_hidden = x.new_empty(n * k, table.inner), x.new_empty(n, beside.inner)
     partial = torch.empty(n * k, table.d, dtype=torch.float32, device=device)
-    shared_y = torch.empty(x.shape, dtype=torch.float32, device=device)
+    routed_y = None if outs is None else outs[0].data_ptr()
+    shared_y = torch.empty(x.shape, dtype=torch.float32, device=device) if outs is None else outs[1]
     lists = torch.empty(4 * n * k + 1, dtype=torch.int32, device=device)
     MOE.call(
         "moe",
@@ -188,9 +174,9 @@ def moe(
         hidden.data_ptr(),
         shared_hidden.data_ptr(),
         partial.data_ptr(),
+        routed_y,
         shared_y.data_ptr(),
         lists.data_ptr(),
-        _ticket(device),
         y.data_ptr(),
         DTYPES[dtype],
     )
@@ -237,6 +223,5 @@ def _run_experts(
         partial.data_ptr(),
         lists.data_ptr(),
         y.data_ptr(),
-        None if ids is None else _ticket(x.device),
     )
     return y
