@@ -161,7 +161,7 @@ def attention_cases() -> Iterator[Case]:
     rows = [(1, 16, 9, 13.3), (8, 18, 11, 15.1), (64, 52, 25, 43.4), (256, 110, 60, 86.1)]
     for n, least, aim, peer in rows:
         shape, make = f"{n}x64 128+512", attention(n, 64, (128, 512))
-        yield case("attention", shape, make, least, aim, 48, FlashMLA=peer)
+        yield case("attention", shape, make, least, aim, FlashMLA=peer)
     for n, heads, widths, peer in (
         (1, 64, (128, 64), 11.65),
         (64, 64, (128, 64), 16.42),
@@ -171,7 +171,7 @@ def attention_cases() -> Iterator[Case]:
     ):
         make = attention(n, heads, widths)
         shape = f"{n}x{heads} {widths[0]}+{widths[1]}"
-        yield case("attention", shape, make, None, None, 48, FlashMLA=peer)
+        yield case("attention", shape, make, FlashMLA=peer)
     make = attention(4096, 64, (128, 512), rows=5120)
     yield case("attention", "4096x64 128+512 of 5120", make, 1100, 600, 3, FlashMLA=622)
 

@@ -42,7 +42,7 @@ def attention_cases() -> Iterator[Case]:
     for n, peer in ((1, 13.26), (8, 15.11), (64, 43.4), (256, 86.1)):
         for kind, make in (("fp8", packed_attention), ("bf16", attention)):
             shape = f"kv {n}x64 128+512 {kind}"
-            yield case("attention", shape, make(n, 64, (128, 512)), None, None, 48, FlashMLA=peer)
+            yield case("attention", shape, make(n, 64, (128, 512)), FlashMLA=peer)
     for kind, make in (("fp8", packed_attention), ("bf16", attention)):
         arguments = make(4096, 64, (128, 512), 5120)
         yield case("attention", f"kv 4096x64 128+512 of 5120 {kind}", arguments, copies=3)
