@@ -32,11 +32,19 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
         return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
 
     def moe(
-        x: Tensor, *choice: Tensor, bank: Any, shared: Any, limit: float, dtype: torch.dtype
+        x: Tensor,
+        *choice: Tensor,
+        bank: Any,
+        shared: Any,
+        limit: float,
+        dtype: torch.dtype,
+        outs: tuple[Tensor, ...] | None,
     ) -> Tensor:
         ran["moe"] += 1
         routed = reference("experts", x, *choice, bank=bank, limit=limit)
         both = routed, reference("shared_expert", x, expert=shared, limit=limit)
+        for out, value in zip(outs or (), both, strict=outs is not None):
+            out.copy_(value)
         return reference("moe_sum", *both, dtype=dtype)
 
     def linears(x: Tensor, weights: Any, out_dtypes: Any) -> tuple[Tensor, ...]:

@@ -206,7 +206,8 @@ def feed_forward(chain: Chain) -> Tensor:
     """Routed experts, shared expert and their sum."""
     routed, shared, total = (site.params for site in chain.sites)
     both = {"bank": routed["bank"], "shared": shared["expert"], "limit": routed["limit"]}
-    return moe(*chain.args[0], **both, dtype=total["dtype"])
+    outs = tuple(chain.results) if chain.observed else None
+    return moe(*chain.args[0], **both, dtype=total["dtype"], outs=outs)
 
 
 # ------------------------------------------------------------------------------ which sites
@@ -219,7 +220,7 @@ KINDS = (
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
     Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
     Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
-    Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward),
+    Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward, fills=True),
 )
 JOINS = (
     Join(
