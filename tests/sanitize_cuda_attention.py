@@ -44,6 +44,8 @@ def hyper() -> None:
 def attention() -> None:
     for n, heads, window, selected, dtype in (
         (1, 64, 128, 200, torch.bfloat16),
+        (40, 64, 128, 200, torch.bfloat16),
+        (20, 64, 128, 320, torch.bfloat16),
         (140, 20, 65, 129, torch.bfloat16),
         (2, 3, 5, 7, torch.float32),
     ):
@@ -60,6 +62,8 @@ def packed_entries() -> None:
     entries = pack(rows, 584).cuda()
     for n, heads, window, selected, dtype in (
         (1, 64, 128, 200, torch.bfloat16),
+        (40, 64, 128, 200, torch.bfloat16),
+        (20, 64, 128, 320, torch.bfloat16),
         (140, 20, 65, 129, torch.bfloat16),
         (2, 3, 5, 7, torch.float32),
     ):

@@ -9,6 +9,9 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
+from dsv4_bench.engine.kv_entry import pack
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
@@ -61,10 +64,17 @@ WIDTHS = [
 ]
 
 
-@pytest.mark.parametrize("n", [1, 3, 70, 150])
+@pytest.mark.parametrize("n", [1, 3, 40, 70, 150])
 @pytest.mark.parametrize("window, selected", WIDTHS)
 def test_widths(n: int, window: int, selected: int) -> None:
     args, params = case(n, 64, window, selected)
+    judge("attention", *args, **params)
+
+
+@pytest.mark.parametrize("n, selected", [(20, 512), (20, 320), (14, 512), (1, 4000), (3, 1900)])
+def test_other_shares(n: int, selected: int) -> None:
+    """Four shares that meet in a cluster, and many that a second kernel combines."""
+    args, params = case(n, 64, 128, selected)
     judge("attention", *args, **params)
 
 
@@ -128,6 +138,20 @@ def test_nan_stays_with_its_token() -> None:
     assert spoilt["o"][4, 11].isnan().all()
     for name, value in spoilt.items():
         assert torch.equal(value[keep], clean[name][keep]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n, widths", [(1, (128, 512)), (5, (128, 200)), (2, (65, 0))])
+def test_rope_in_the_same_launch(n: int, widths: tuple[int, int], packed: bool) -> None:
+    args, params = case(n, 64, *widths)
+    if packed:
+        args = (args[0], pack(args[1], 584), args[2], pack(args[3], 584), args[4])
+    positions, freqs = torch.randint(1 << 20, (n,), device="cuda"), torch.rand(32, device="cuda")
+    assert joins_rope(args[0], args[1], args[2], args[4], freqs)
+    (want,) = kernel(
+        "rope", kernel("attention", *args, **params)["o"], positions, freqs=freqs, inverse=True
+    ).values()
+    assert torch.equal(attention_rope(*args, positions, **params, freqs=freqs), want)
 
 
 def test_views() -> None:

@@ -1,10 +1,22 @@
 // Gathering for the tensor-core attention: what a CTA works on, its shared memory, and the producers.
 //
-// A CTA takes one token, 64 of its heads and a share of its keys, 64 at a time. One warpgroup gathers
-// keys into a two-stage ring in the layout that wgmma reads, both as K (contracted over the width)
-// and as V (contracted over keys). Two warpgroups each compute the weights of 32 of the keys, exchange
-// them through shared memory, and each keeps one half of the output's width in registers. With more
-// than one share the unnormalised sums go to memory, and a second kernel combines them.
+// A CTA takes one token after another: 64 of its heads and a share of its keys, 64 at a time. One
+// warpgroup gathers keys into two stages, each in two halves of the width, in the layout that wgmma
+// reads both as K (contracted over the width) and as V (contracted over keys). Two warpgroups multiply
+// (attention_tile.cuh). With more than one share the unnormalised sums go to memory, and a second
+// kernel combines them.
+//
+// Blocks are counted through all tokens of a CTA: block g lies in stage g % 2, and phase g / 2 of every
+// barrier of that stage belongs to it.
+//
+//   barrier            arrives                            waits                  meaning
+//   full[stage][half]  the producers' copies              both who read it       the half is there
+//   empty[stage][half] warpgroup `half`, after its p v    producers              it may be overwritten
+//   weighed[stage]     warpgroup `stage`, after softmax   the other warpgroup    weights, largest logits
+//   q_full, q_empty    producers; both, after q k^T       both; producers        q of the next token
+//
+// Warpgroup `stage` alone computes the logits of its blocks; as the other waits for their weights before
+// its p v, empty[stage][half] says that nobody reads the half, the weights or the largest logits any more.
 #pragma once
 
 #include "attention.cuh"
@@ -19,16 +31,17 @@ constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
 constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 128-byte swizzle
 constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
 constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
-constexpr int kAhead = 8;  // packed rows that a producer warp has under way
-constexpr int kHalf = kDim / 2, kOutPitch = 2 * kHalf + 16;  // bytes; 16 spread the banks
+constexpr int kAhead = 7;  // packed rows that a producer warp has under way
+constexpr int kHalf = kDim / 2;
 
 struct Shared {
-    alignas(1024) char q[kTileBytes];  // later the output, on its way to memory
+    alignas(1024) char q[kTileBytes];
     alignas(1024) char keys[kStages][kTileBytes];
-    alignas(1024) char weights[kHeads * kBlock * 2];  // 64 rows of 128 bytes, swizzled
-    float rows[2][kHeads];                            // of each warpgroup: largest logit, sum
-    uint64_t exists[kStages];                         // a bit a key
-    uint64_t full[kStages], empty[kStages];
+    alignas(1024) char weights[kStages][kHeads * kBlock * 2];  // 64 rows of 128 bytes, swizzled
+    float most[kStages][kHeads];                               // largest logit so far, of a head
+    float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
+    uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
+    uint64_t full[kStages][2], empty[kStages][2], weighed[kStages], q_full, q_empty;
     alignas(16) char entries[kProducers / 32][kAhead][kEntryBytes];
 };
 
@@ -38,23 +51,25 @@ struct Problem {
     const float* sink;
     float scale;
     int64_t heads;
+    int works;              // tokens times groups of 64 heads times shares
     int shares, per_share;  // of a token's key blocks, and blocks in one
     bf16* o;
     float* lse;
     float* part;         // [n, heads, shares, 512] unnormalised
     Softmax* part_sums;  // [n, heads, shares]
+    // The last kDim - kPlain dimensions of o turned back, unless null: of each token, of each pair.
+    const int64_t* positions;
+    const float* freqs;
 };
 
 __host__ __device__ inline int blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }
 
-// Which token, heads and blocks of keys this CTA has.
+// One of a CTA's works: which token, heads and blocks of keys.
 struct Work {
-    int64_t token;
-    int head, heads, share, first, last;
+    int token, head, heads, share, first, last;
 
-    __device__ Work(const Problem& p) {
-        int groups = (p.heads + kHeads - 1) / kHeads;
-        int64_t at = blockIdx.x;
+    __device__ Work(const Problem& p, unsigned at) {
+        const unsigned groups = (p.heads + kHeads - 1) / kHeads;
         share = at % p.shares;
         at /= p.shares;
         head = at % groups * kHeads;
@@ -66,23 +81,29 @@ struct Work {
     }
 };
 
+// A CTA takes every works_at_once()-th work. Shares that are a cluster lie along z.
+__device__ inline int first_work() { return blockIdx.x * gridDim.z + blockIdx.z; }
+__device__ inline int works_at_once() { return gridDim.x * gridDim.z; }
+
 // Where 16-byte unit `unit` (0 to 63) of row `row` lies in a tile.
 __device__ inline uint32_t unit_offset(int row, int unit) {
     return unit / 8 * kChunk + row * 128 + ((unit % 8 ^ row % 8) << 4);
 }
 
-// The pool of a block of keys: first those of the window, then those of the entries.
-__device__ inline const char* pool_of(const Problem& p, int block) {
-    return (const char*)p.keys.pick(block >= blocks_of(p.keys.window.width)).keys;
+// The pool of a token's block of keys: first those of the window, then those of the entries.
+__device__ inline Pool pool_of(const Problem& p, int block) {
+    return p.keys.pick(block >= blocks_of(p.keys.window.width));
 }
 
-// The row in its pool of key `row` of a block, -1 for none.
-__device__ inline int index_of(const Problem& p, const Work& work, int block, int row) {
-    int blocks = blocks_of(p.keys.window.width);
-    Pool pool = p.keys.pick(block >= blocks);
-    int column = (block - (block >= blocks ? blocks : 0)) * kBlock + row;
-    bool exists = block < work.last && column < pool.width;
-    int index = exists ? pool.index[work.token * pool.width + column] : -1;
+// The row in its pool of key `row` of a token's block, -1 for none.
+__device__ inline int index_of(const Problem& p, int token, int block, int row) {
+    const int blocks = blocks_of(p.keys.window.width);
+    const Pool pool = pool_of(p, block);
+    const int column = (block - (block >= blocks ? blocks : 0)) * kBlock + row;
+    return column < pool.width ? pool.index[(int64_t)token * pool.width + column] : -1;
+}
+// Apart from index_of, so that a load can be under way for long.
+__device__ inline int checked(const Pool& pool, int index) {
     if (index >= pool.rows) __trap();
     return index;
 }
@@ -91,61 +112,118 @@ __device__ inline int index_of(const Problem& p, const Work& work, int block, in
 struct Indices {
     int low, high;
     __device__ Indices(int low, int high) : low(low), high(high) {}
-    __device__ Indices(const Problem& p, const Work& work, int block, int lane)
-        : low(index_of(p, work, block, lane)), high(index_of(p, work, block, lane + 32)) {}
+    __device__ Indices(const Problem& p, int token, int block, int lane)
+        : low(index_of(p, token, block, lane)), high(index_of(p, token, block, lane + 32)) {}
     // Which keys exist, a bit each.
     __device__ uint64_t exist() const {
         return __ballot_sync(~0u, low >= 0) | (uint64_t)__ballot_sync(~0u, high >= 0) << 32;
     }
-    // That of key `row` of the 16 of `warp`.
+    // That of key `row` of the 16 of `warp`; `row` may differ between lanes.
     __device__ int at(int warp, int row) const {
         return __shfl_sync(~0u, warp < 2 ? low : high, (16 * warp + row) % 32);
     }
 };
 
-// q into shared memory, by cp.async; heads that do not exist are zeros.
-__device__ void gather_q(const Problem& p, const Work& work, Shared& s, int thread) {
-    const bf16* q = p.q + (work.token * p.heads + work.head) * kDim;
-    for (int i = thread; i < kHeads * kDim / 8; i += kProducers) {
-        bool exists = i / 64 < work.heads;
-        copy16(shared_address(s.q) + unit_offset(i / 64, i % 64), q + (exists ? i * 8 : 0), exists);
-    }
-}
+// A producer's part of a block of keys: 16 bytes of every chunk of four rows. Eight lanes share a row.
+struct Part {
+    const int row, unit;  // the first of rows `row` + 4 i, and within a chunk
+    Pool pool;
+    int index[4];
 
-// Waits until `stage` of block number i of this CTA is free; says which of its keys exist.
-__device__ void open_stage(Shared& s, int i, int thread, uint64_t exists) {
-    const int stage = i % kStages;
-    if (i >= kStages) barrier_wait(&s.empty[stage], (i / kStages - 1) % 2);
+    __device__ Part(const Pool& pool, const Indices& rows, int warp, int lane)
+        : row(16 * warp + lane / 8), unit(lane % 8), pool(pool) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) index[i] = checked(pool, rows.at(warp, lane / 8 + 4 * i));
+    }
+    // Starts copying half of the width; zeros where there is no row.
+    __device__ void copy_half(const char* tile, int half) const {
+        const uint32_t to = shared_address(tile) + half * (kTileBytes / 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const char* from = (const char*)pool.keys + (int64_t)max(index[i], 0) * (2 * kDim) +
+                               half * kDim + 16 * unit;
+#pragma unroll
+            for (int chunk = 0; chunk < 4; chunk++)
+                copy16(to + unit_offset(row + 4 * i, 8 * chunk + unit), from + chunk * 128,
+                       index[i] >= 0);
+        }
+    }
+};
+
+// Waits until a half of block g's stage is free; says which of its keys exist.
+__device__ void open_half(Shared& s, int g, int half, int thread, uint64_t exists) {
+    const int stage = g % kStages;
+    if (g >= kStages) barrier_wait(&s.empty[stage][half], (g / kStages - 1) % 2);
     if (thread == 0) {
-        s.exists[stage] = exists;
-        barrier_arrive(&s.full[stage]);
+        s.exists[stage][half] = exists;
+        barrier_arrive(&s.full[stage][half]);
     }
 }
 
-// The producers of bfloat16 pools: q once, then every block of keys into the stage that is free; rows
-// that do not exist are zeros, so that 0 * row is 0.
-__device__ void gather(const Problem& p, const Work& work, Shared& s) {
+// The blocks of all works of a CTA, one after another; from the end on there are none.
+struct Blocks {
+    const Problem& p;
+    int at, token;    // of the work
+    int block, left;  // of the work's; from this one on
+
+    __device__ Blocks(const Problem& p) : p(p), at(first_work()) { begin(); }
+    __device__ void begin() {
+        const Work work(p, at);
+        token = work.token;
+        block = work.first;
+        left = work.last - work.first;
+    }
+    __device__ bool exist() const { return at < p.works; }
+    // True where the next block begins a work.
+    __device__ bool advance() {
+        block++;
+        if (--left > 0) return false;
+        at += works_at_once();
+        begin();
+        return true;
+    }
+    __device__ Indices indices(int lane) const {
+        return exist() ? Indices(p, token, block, lane) : Indices(-1, -1);
+    }
+};
+
+// q of work `at`, number `turn` of this CTA, once the one before is no longer read; heads that do not
+// exist are zeros.
+__device__ void next_q(const Problem& p, int at, Shared& s, int turn) {
+    const int thread = threadIdx.x - kConsumers, unit = thread % 64;
+    const Work work(p, at);
+    if (turn > 0) barrier_wait(&s.q_empty, (turn - 1) % 2);
+    int row = thread / 64;
+    const bf16* from =
+        p.q + ((int64_t)work.token * p.heads + work.head + row) * kDim + 8 * unit;
+#pragma unroll 2
+    for (; row < kHeads; row += kProducers / 64, from += kProducers / 64 * kDim) {
+        const bool exists = row < work.heads;
+        copy16(shared_address(s.q) + unit_offset(row, unit), exists ? from : p.q, exists);
+    }
+    copy_arrive(&s.q_full);
+}
+
+// The producers of bfloat16 pools: q of every work, then its blocks of keys into the stage that is free;
+// rows that do not exist are zeros, so that 0 * row is 0.
+__device__ void gather(const Problem& p, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    gather_q(p, work, s, thread);
-    Indices next(p, work, work.first, lane);
-    for (int block = work.first; block < work.last; block++) {
-        const int i = block - work.first, stage = i % kStages;
+    Blocks now(p);
+    Indices next = now.indices(lane);
+    bool begins = true;
+    for (int g = 0, turn = 0; now.exist(); g++) {
+        if (begins) next_q(p, now.at, s, turn++);
         const Indices rows = next;
         const uint64_t exists = rows.exist();
-        next = Indices(p, work, block + 1, lane);
-        open_stage(s, i, thread, exists);
-        const uint32_t base = shared_address(s.keys[stage]);
-        const char* pool = pool_of(p, block) + lane * 16;
-        if (exists) {
-#pragma unroll 4
-            for (int r = 0; r < 16; r++) {
-                int row = 16 * warp + r, index = rows.at(warp, r);
-                const char* from = pool + (int64_t)max(index, 0) * (2 * kDim);
-                copy16(base + unit_offset(row, lane), from, index >= 0);
-                copy16(base + unit_offset(row, lane + 32), from + kDim, index >= 0);
-            }
+        const Part part(pool_of(p, now.block), rows, warp, lane);
+        begins = now.advance();
+        next = now.indices(lane);
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            open_half(s, g, half, thread, exists);
+            if (exists) part.copy_half(s.keys[g % kStages], half);
+            copy_arrive(&s.full[g % kStages][half]);
         }
-        copy_arrive(&s.full[stage]);
     }
     copy_commit();
     copy_wait<0>();
@@ -153,78 +231,95 @@ __device__ void gather(const Problem& p, const Work& work, Shared& s) {
 
 // ---------------------------------------------------------------- packed pools
 //
-// An entry is copied into a ring of the warp's own; the warp then decodes it, 8 codes to the 16 bytes of
-// one unit, into the tile. Rows that do not exist are copied as zero bytes, which decode to zeros.
+// A warp decodes an entry, 8 codes to the 16 bytes of one unit, into a row of a tile: lane l makes units l
+// and l + 32, of which those from 56 on are rope values, not codes. Entries lie at multiples of 8 bytes.
+struct EntryCodes {
+    uint2 low = {}, high = {}, rope = {};
+    uint8_t low_scale = 0, high_scale = 0;
 
+    __device__ EntryCodes() {}  // of a row that does not exist: zeros
+    __device__ EntryCodes(const char* entry, int lane)
+        : low(*(const uint2*)(entry + 8 * lane)), low_scale(entry[kScalesAt + lane / 8]),
+          high_scale(entry[kScalesAt + 4 + lane / 8]) {
+        if (lane < 24) {
+            high = *(const uint2*)(entry + 256 + 8 * lane);
+        } else {
+            const uint2* values = (const uint2*)(entry + kPlain + 16 * (lane - 24));
+            high = values[0];
+            rope = values[1];
+        }
+    }
+    __device__ void store(char* tile, int row, int lane) const {
+        *(uint4*)(tile + unit_offset(row, lane)) = decode_codes(low, scale_of(low_scale));
+        uint4 unit = {high.x, high.y, rope.x, rope.y};
+        if (lane < 24) unit = decode_codes(high, scale_of(high_scale));
+        *(uint4*)(tile + unit_offset(row, lane + 32)) = unit;
+    }
+};
+
+// Entries on their way from memory, in a ring of the warp's own; zero bytes where there is no row.
 struct EntryRing {
     const int lane;
     char (&slots)[kAhead][kEntryBytes];
 
     // Starts copying a row.
-    __device__ void fetch(int slot, const char* pool, int index) const {
-        const char* entry = pool + (int64_t)max(index, 0) * kEntryBytes + 8 * lane;
+    __device__ void fetch(int slot, const Pool& pool, int row) const {
+        const int index = checked(pool, row);
+        const char* entry = (const char*)pool.keys + (int64_t)max(index, 0) * kEntryBytes + 8 * lane;
         const uint32_t to = shared_address(slots[slot]) + 8 * lane;
         copy8(to, entry, index >= 0);
         copy8(to + 256, entry + 256, index >= 0);
         if (8 * lane < kEntryBytes - 512) copy8(to + 512, entry + 512, index >= 0);
     }
+};
 
-    struct Codes {
-        uint2 low, high, rope;
-        uint8_t low_scale, high_scale;
-    };
-    // Lane l: what makes units l and l + 32. From lane 24 on, unit l + 32 is rope.
-    __device__ Codes read(int slot) const {
-        const char *entry = slots[slot], *rope = entry + kPlain + 16 * (lane - 24);
-        const bool coded = lane < 24;
-        return {*(const uint2*)(entry + 8 * lane),
-                *(const uint2*)(coded ? entry + 256 + 8 * lane : rope),
-                *(const uint2*)(coded ? entry : rope + 8), (uint8_t)entry[kScalesAt + lane / 8],
-                (uint8_t)entry[kScalesAt + 4 + lane / 8]};
-    }
-    __device__ void store(char* tile, int row, const Codes& codes) const {
-        *(uint4*)(tile + unit_offset(row, lane)) = decode_codes(codes.low, scale_of(codes.low_scale));
-        uint4 high = {codes.high.x, codes.high.y, codes.rope.x, codes.rope.y};
-        if (lane < 24) high = decode_codes(codes.high, scale_of(codes.high_scale));
-        *(uint4*)(tile + unit_offset(row, lane + 32)) = high;
-    }
+// A block, -1 for none, and its rows in its pool; the work that it begins, -1 for none.
+struct Source {
+    int block, begins;
+    Indices rows;
+    __device__ Source(const Blocks& at, bool first, int lane)
+        : block(at.exist() ? at.block : -1), begins(first ? at.at : -1), rows(at.indices(lane)) {}
 };
 
 // The producers of packed pools: as `gather`.
-__device__ void gather_packed(const Problem& p, const Work& work, Shared& s) {
+__device__ void gather_packed(const Problem& p, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
     const EntryRing ring = {lane, s.entries[warp]};
-    Indices rows(p, work, work.first, lane), next(p, work, work.first + 1, lane);
-    gather_q(p, work, s, thread);
-    for (int r = 0; r < kAhead; r += 2) {
-        ring.fetch(r, pool_of(p, work.first), rows.at(warp, r));
-        ring.fetch(r + 1, pool_of(p, work.first), rows.at(warp, r + 1));
-        copy_commit();  // the first group holds q too
+    Blocks ahead(p);
+    Source rows(ahead, true, lane);
+    bool begins = ahead.advance();
+    Source next(ahead, begins, lane);
+    for (int r = 0; r < kAhead; r++) {
+        ring.fetch(r, pool_of(p, rows.block), rows.rows.at(warp, r));
+        copy_commit();
     }
-    for (int block = work.first; block < work.last; block++) {
-        const int i = block - work.first, stage = i % kStages;
-        const Indices last(p, work, block + 2, lane);
-        open_stage(s, i, thread, rows.exist());
+    int slot = 0;
+    for (int g = 0, turn = 0; rows.block >= 0; g++) {
+        if (rows.begins >= 0) next_q(p, rows.begins, s, turn++);
+        char* tile = s.keys[g % kStages];
+        const uint64_t exists = rows.rows.exist();
 #pragma unroll 1
-        for (int r = 0; r < 16; r += 2) {
-            const int slot = r % kAhead, later = (r + kAhead) % 16;
+        for (int half = 0; half < 2; half++) open_half(s, g, half, thread, exists);
+#pragma unroll 1
+        for (int r = 0; r < 16; r++) {
+            copy_wait<kAhead - 1>();
+            __syncwarp();
+            const EntryCodes codes(ring.slots[slot], lane);
+            __syncwarp();
             const bool wraps = r + kAhead >= 16;
-            copy_wait<kAhead / 2 - 1>();
-            __syncwarp();
-            const EntryRing::Codes a = ring.read(slot), b = ring.read(slot + 1);
-            __syncwarp();
-            const char* pool = pool_of(p, block + wraps);
-            const Indices from = {wraps ? next.low : rows.low, wraps ? next.high : rows.high};
-            ring.fetch(slot, pool, from.at(warp, later));
-            ring.fetch(slot + 1, pool, from.at(warp, later + 1));
+            const Indices from = {wraps ? next.rows.low : rows.rows.low,
+                                  wraps ? next.rows.high : rows.rows.high};
+            ring.fetch(slot, pool_of(p, wraps ? next.block : rows.block),
+                       from.at(warp, (r + kAhead) % 16));
             copy_commit();
-            ring.store(s.keys[stage], 16 * warp + r, a);
-            ring.store(s.keys[stage], 16 * warp + r + 1, b);
+            slot = slot + 1 == kAhead ? 0 : slot + 1;
+            codes.store(tile, 16 * warp + r, lane);
         }
         fence_async_proxy();
-        barrier_arrive(&s.full[stage]);
+        for (int half = 0; half < 2; half++) barrier_arrive(&s.full[g % kStages][half]);
         rows = next;
-        next = last;
+        begins = ahead.advance();
+        next = Source(ahead, begins, lane);
     }
     copy_wait<0>();
 }

@@ -6,6 +6,7 @@ end of its pool stops the kernel, as it does in torch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -27,9 +28,15 @@ from dsv4_bench.engine.cuda.library import (
 from dsv4_bench.engine.kv_entry import plain_of
 
 ATTENTION = Library(
-    "attention", {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, P, P, P, P, I)}
+    "attention",
+    {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, I)},
 )
 _KEYS, _HEADS, _MOST_SHARES = 64, 64, 64  # of a block; as in attention_sm90.cu
+_DIM, _ROPE = 512, 64  # of what the tensor-core kernels take; rotated by `attention_rope`
+# Heads and blocks of keys of a CTA that shares its token with a cluster, the preferred ones first; how
+# many such CTAs a processor has room for; the largest cluster.
+_FEW = ((16, 1, 2), (32, 1, 2), (32, 2, 1))
+_MOST_RANKS = 16
 
 
 @lru_cache
@@ -38,17 +45,42 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shares(n: int, heads: int, widths: tuple[int, int], available: int) -> int:
-    """How many CTAs share the keys of one token, so that `available` processors have work at once.
+@dataclass(frozen=True)
+class Plan:
+    """How many heads a CTA takes, and how many CTAs share the keys of one token.
 
-    Each gets the same number of blocks of 64 keys, the last one perhaps fewer, none nothing.
+    Each share gets the same number of blocks of 64 keys, the last one perhaps fewer, none nothing.
+    With 16 or 32 heads the shares are a cluster, which adds them up; with 64 a second kernel does.
     """
+
+    heads: int
+    shares: int
+    combined: bool = False  # by a second kernel
+
+
+def plan(n: int, heads: int, widths: tuple[int, int], available: int, few: bool = True) -> Plan:
+    """For n tokens on `available` processors; `few`: whether their keys are ones that clusters take."""
     blocks = sum(-(-width // _KEYS) for width in widths)
+    for columns, most, resident in _FEW if few else ():
+        shares = -(-blocks // most)
+        tiles = n * -(-heads // columns)
+        if 0 < shares <= _MOST_RANKS and tiles * shares <= resident * available:
+            return Plan(columns, shares)
     tiles = n * -(-heads // _HEADS)
     most = min(available // max(tiles, 1), _MOST_SHARES)
     if most < 2 or blocks < 2:
-        return 1
-    return -(-blocks // -(-blocks // most))
+        return Plan(_HEADS, 1)
+    if most < 8 and blocks <= 32:
+        return Plan(_HEADS, 4 if most >= 4 and 3 * -(-blocks // 4) < blocks else 2)
+    return Plan(_HEADS, -(-blocks // -(-blocks // most)), combined=True)
+
+
+def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
+    n, heads, dim = q.shape
+    few = dim == _DIM and q.dtype == torch.bfloat16
+    if window.dtype == torch.uint8:
+        few = few and plain_of(dim, window.shape[1]) == _DIM - _ROPE
+    return plan(n, heads, widths, processors(q.device), few)
 
 
 @sm90("attention", ATTENTION)
@@ -62,6 +94,56 @@ def attention(
     sink: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    return _launch(q, window, window_index, entries, entry_index, sink, scale, None, None)
+
+
+def joins_rope(
+    q: Tensor, window: Tensor, window_index: Tensor, entry_index: Tensor | None, freqs: Tensor
+) -> bool:
+    """Whether `attention_rope` takes such arguments: decode of few tokens."""
+    width = 0 if entry_index is None else entry_index.shape[1]
+    if q.dim() != 3 or 2 * freqs.numel() != _ROPE or not q.numel():
+        return False
+    return _plan(q, window, (window_index.shape[1], width)).heads < _HEADS
+
+
+def attention_rope(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    positions: Tensor,
+    *,
+    sink: Tensor,
+    scale: float,
+    freqs: Tensor,
+) -> Tensor:
+    """o of `attention`, then the inverse `rope` by `positions` [n] and `freqs` [32], in one launch.
+
+    To the last bit what the two give one after the other. Takes what `joins_rope` says.
+    """
+    positions, freqs = typed("rope", positions, torch.int64), floats("rope", freqs)
+    if positions.shape != (q.shape[0],) or not joins_rope(
+        q, window, window_index, entry_index, freqs
+    ):
+        wrong("attention_rope", f"positions {list(positions.shape)}, q {list(q.shape)}")
+    where, turns = positions.data_ptr(), freqs.data_ptr()
+    return _launch(q, window, window_index, entries, entry_index, sink, scale, where, turns)[0]
+
+
+def _launch(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    sink: Tensor,
+    scale: float,
+    positions: int | None,
+    freqs: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o and lse; o turned back where the addresses of positions and freqs are given."""
     op = "attention"
     q, kind = activation(op, q)
     n, heads, dim = q.shape
@@ -79,11 +161,11 @@ def attention(
         wrong(op, f"sink is {list(sink.shape)}, q has {heads} heads")
     o = torch.empty_like(q)
     lse = q.new_empty((n, heads), dtype=torch.float32)
-    split = shares(n, heads, (window_index.shape[1], entry_width), processors(q.device))
+    how = _plan(q, window, (window_index.shape[1], entry_width))
     part = part_sums = None
-    if split > 1:
-        part = lse.new_empty((n, heads, split, dim))
-        part_sums = lse.new_empty((n, heads, split, 2))
+    if how.heads == _HEADS and how.combined:
+        part = lse.new_empty((n, heads, how.shares, dim))
+        part_sums = lse.new_empty((n, heads, how.shares, 2))
     ATTENTION.call(
         op,
         q,
@@ -102,9 +184,12 @@ def attention(
         heads,
         dim,
         plain_of(dim, window.shape[1]) if window.dtype == torch.uint8 else 0,
-        split,
+        how.heads,
+        how.shares,
         None if part is None else part.data_ptr(),
         None if part_sums is None else part_sums.data_ptr(),
+        positions,
+        freqs,
         o.data_ptr(),
         lse.data_ptr(),
         kind,

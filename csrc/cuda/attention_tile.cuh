@@ -1,0 +1,318 @@
+// The products and the softmax of the tensor-core attention, by two warpgroups that alternate.
+//
+// Warpgroup w has columns 256 w to 256 w + 255 of the output in registers and computes logits and
+// weights of the blocks of parity w. In order of blocks, for each of them, it
+//   of its own:     waits for full, q k^T, softmax, writes the weights and announces them, p v from
+//                   registers, releases its half of the stage;
+//   of the other's: waits for the weights, scales as they say, p v from shared memory, releases.
+// So the softmax of one runs beside the products of the other. The largest logit passes from block to
+// block, so both scale alike, and which thread comes first changes no bit.
+#pragma once
+
+#include "attention_gather.cuh"
+
+namespace dsv4 {
+
+// To 2 units in the last place.
+__device__ inline float exp2_approximate(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// A reference for the exponents of a row: it follows the largest logit only where that is this much
+// larger, in log2 units. Weights of up to 2^8 lose no precision, and the sums need scaling less often.
+constexpr float kSlack = 8;
+
+// Warpgroup w of the two. Its number is known to the compiler, and so all addresses of matrices.
+template <int w> struct Consumer {
+    Shared& s;
+    const float scale;  // to log2 units
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8: this thread's heads
+    Softmax of[2];      // weights of this warpgroup's blocks, this thread's columns
+    float sum[128];     // [2 rows, 32, 2] of the output, unnormalised
+
+    __device__ Consumer(Shared& s, float scale) : s(s), scale(scale) {}
+
+    __device__ void clear() {
+        of[0] = of[1] = {-INFINITY, 0};
+#pragma unroll
+        for (int i = 0; i < 128; i++) sum[i] = 0;
+    }
+    // One arrival a warp.
+    __device__ void arrive(uint64_t* barrier) const {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barrier);
+    }
+
+    // From now on the weights are relative to `most`.
+    __device__ void scale_to(float low, float high) {
+        float shrink[2] = {weight_of(of[0].most, low), weight_of(of[1].most, high)};
+        of[0] = {low, of[0].sum * shrink[0]};
+        of[1] = {high, of[1].sum * shrink[1]};
+        if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1))
+#pragma unroll
+            for (int i = 0; i < 128; i++) sum[i] *= shrink[i / 2 % 2];
+    }
+
+    // logit = q k^T for the 64 heads and keys of a stage, a half of the width after the other.
+    __device__ void multiply_keys(float (&logit)[32], int stage, int phase) const {
+        const uint64_t a = matrix_descriptor(shared_address(s.q), 16, 1024);
+        const uint64_t b = matrix_descriptor(shared_address(s.keys[stage]), 16, 1024);
+#pragma unroll
+        for (int k = 0; k < kDim / 16; k++) {
+            const uint64_t step = (k / 4 * kChunk + k % 4 * 32) >> 4;
+            if (k == kHalf / 16) barrier_wait(&s.full[stage][1], phase);
+            if (k % (kHalf / 16) == 0) {
+                fence_async_proxy();
+                wgmma_fence();
+            }
+            wgmma_64x64(logit, a + step, b + step, k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    __device__ uint64_t values(int stage) const {
+        return matrix_descriptor(shared_address(s.keys[stage]) + w * (kTileBytes / 2), kChunk, 1024);
+    }
+
+    // Masks the logits, scales the sums so far to the largest; what the exponents are relative to.
+    __device__ void refer(float (&logit)[32], float (&from)[2], uint64_t exists) {
+        if (~exists) {
+            const uint64_t mine = exists >> (2 * t);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                if (!(mine >> (i / 4 * 8 + i % 2) & 1)) logit[i] = -INFINITY;
+        }
+        float most[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float two[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) two[j] = fmaxf(logit[4 * j + 2 * i], logit[4 * j + 2 * i + 1]);
+#pragma unroll
+            for (int width = 4; width > 0; width /= 2)
+#pragma unroll
+                for (int j = 0; j < width; j++) two[j] = fmaxf(two[j], two[j + width]);
+            most[i] = fmaxf(two[0], __shfl_xor_sync(~0u, two[0], 1));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            most[i] = fmaxf(most[i], __shfl_xor_sync(~0u, most[i], 2)) * scale;
+            if (!(most[i] > of[i].most + kSlack)) most[i] = of[i].most;
+            from[i] = most[i] == -INFINITY ? 0 : most[i];
+        }
+        if (t < 2) s.most[w][row + 8 * t] = t ? most[1] : most[0];
+        scale_to(most[0], most[1]);
+    }
+
+    // Logits of 16 keys -> weights, as this thread's bfloat16 operands and in shared memory.
+    __device__ void weigh(float (&logit)[32], uint32_t (&weight)[16], const float (&from)[2], int k) {
+        // Row lane % 8 of matrix lane / 8: heads 0-7, 8-15, 0-7, 8-15; keys 0-7, 0-7, 8-15, 8-15.
+        const int at = threadIdx.x % 128 / 32 * 16 + lane % 16;
+        const uint32_t to = shared_address(s.weights[w]) + at * 128 + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+        for (int i = 8 * k; i < 8 * k + 8; i++) {
+            logit[i] = exp2_approximate(fmaf(logit[i], scale, -from[i / 2 % 2]));
+            of[i / 2 % 2].sum += logit[i];
+        }
+#pragma unroll
+        for (int i = 4 * k; i < 4 * k + 4; i++)
+            weight[i] = pack_bf16(logit[2 * i], logit[2 * i + 1]);
+        store_matrices(to ^ (k * 32), weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
+                       weight[4 * k + 3]);
+    }
+
+    // A block of this warpgroup's parity.
+    __device__ void own_block(int phase, bool last) {
+        barrier_wait(&s.full[w][0], phase);
+        const uint64_t exists = s.exists[w][0];
+        if (exists) {
+            float logit[32];
+            uint32_t weight[16];
+            multiply_keys(logit, w, phase);
+            if (last) arrive(&s.q_empty);
+            float from[2];
+            refer(logit, from, exists);
+            const uint64_t b = values(w);
+#pragma unroll
+            for (int k = 0; k < kBlock / 16; k++) weigh(logit, weight, from, k);
+            fence_async_proxy();
+            arrive(&s.weighed[w]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kBlock / 16; k++)
+                wgmma_64x256(sum, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
+                             weight[4 * k + 3], b + (k * 16 * 128 >> 4));
+            wgmma_commit();
+            wgmma_wait<0>();
+        } else {
+            barrier_wait(&s.full[w][1], phase);
+            if (last) arrive(&s.q_empty);
+            if (t < 2) s.most[w][row + 8 * t] = t ? of[1].most : of[0].most;
+            arrive(&s.weighed[w]);
+        }
+        arrive(&s.empty[w][w]);
+    }
+
+    // A block of the other one's.
+    __device__ void other_block(int phase) {
+        const int stage = 1 - w;
+        barrier_wait(&s.full[stage][w], phase);
+        const uint64_t exists = s.exists[stage][w];
+        barrier_wait(&s.weighed[stage], phase);
+        if (exists) {
+            scale_to(s.most[stage][row], s.most[stage][row + 8]);
+            const uint64_t a = matrix_descriptor(shared_address(s.weights[stage]), 16, 1024);
+            const uint64_t b = values(stage);
+            fence_async_proxy();
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kBlock / 16; k++)
+                wgmma_64x256(sum, a + (k * 32 >> 4), b + (k * 16 * 128 >> 4));
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+        arrive(&s.empty[stage][w]);
+    }
+
+    // Afterwards the sums are those of whole rows; `turn` is the number of the work.
+    __device__ void finish(int turn) {
+        float(&sums)[2][kHeads] = s.sums[turn % 2];
+        for (int i = 0; i < 2; i++) {
+            of[i].sum += __shfl_xor_sync(~0u, of[i].sum, 1);
+            of[i].sum += __shfl_xor_sync(~0u, of[i].sum, 2);
+            if (t == i) sums[w][row + 8 * i] = of[i].sum;
+        }
+        named_barrier(1, kConsumers);
+        for (int i = 0; i < 2; i++) of[i].sum = sums[0][row + 8 * i] + sums[1][row + 8 * i];
+    }
+};
+
+// Row `row` of an 8 x 4 block of words, a word of each of four rows in each of four lanes -> a row of
+// four words in each lane: lane t gets row t.
+__device__ inline uint4 transpose_quad(uint32_t (&word)[4], int t) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            uint32_t &low = word[i], &high = word[i + step];
+            uint32_t sent = t & step ? low : high;
+            uint32_t got = __shfl_xor_sync(~0u, sent, step);
+            (t & step ? low : high) = got;
+        }
+    }
+    return {word[0], word[1], word[2], word[3]};
+}
+
+// Normalised output, and lse.
+template <int w>
+__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c,
+                             const float (&sink)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int head = c.row + 8 * i;
+        const bool exists = head < work.heads;
+        const int64_t at = (int64_t)work.token * p.heads + work.head + head;
+        const Softmax total = with_sink(c.of[i], sink[i]);
+        const float factor = weight_of(c.of[i].most, total.most) / total.sum;
+        if (exists && w == 0 && c.t == 0) p.lse[at] = lse_of(total);
+        bf16* to = p.o + at * kDim + w * kHalf + 8 * c.t;
+#pragma unroll
+        for (int j = 0; j < 32; j += 4) {
+            uint32_t word[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const float* from = c.sum + 4 * (j + k) + 2 * i;
+                word[k] = pack_bf16(from[0] * factor, from[1] * factor);
+            }
+            const uint4 unit = transpose_quad(word, c.t);
+            if (exists) store16(to + 8 * j, unit.x, unit.y, unit.z, unit.w);
+        }
+    }
+}
+
+// Several shares: what the combining kernel needs.
+template <int w>
+__device__ void write_part(const Problem& p, const Work& work, const Consumer<w>& c) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int head = c.row + 8 * i;
+        if (head >= work.heads) continue;
+        const int64_t at = ((int64_t)work.token * p.heads + work.head + head) * p.shares + work.share;
+        if (w == 0 && c.t == 0) p.part_sums[at] = c.of[i];
+        float* to = p.part + at * kDim + w * kHalf + 2 * c.t;
+#pragma unroll
+        for (int j = 0; j < 32; j++)
+            *(float2*)(to + 8 * j) = {c.sum[4 * j + 2 * i], c.sum[4 * j + 2 * i + 1]};
+    }
+}
+
+// Two or four shares, a cluster: each warp of a CTA leaves its heads' sums with the CTA that has those
+// heads, and is done; the warps of that CTA add them up. False for the former.
+template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
+    const int warp = threadIdx.x % 128 / 32, rank = cluster_rank();
+    const int warps = 4 / p.shares, owner = warp / warps;  // warps of an owner, in each warpgroup
+    // Of one sender, 32 float4 of sums and one of what they are relative to, at each of its threads.
+    const int threads = 2 * warps * 32, thread = (w * warps + warp % warps) * 32 + c.lane;
+    auto at = [&](int sender, int i) {
+        const int slot = sender - (sender > owner);
+        return ((slot * 33 + i) * threads + thread) * 16;
+    };
+    const uint32_t keys = shared_address(c.s.keys);
+    cluster_sync();  // nobody reads keys any more
+    if (owner != rank) {
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            remote_write(remote_address(keys + at(rank, i), owner),
+                         float4{c.sum[4 * i], c.sum[4 * i + 1], c.sum[4 * i + 2], c.sum[4 * i + 3]});
+        remote_write(remote_address(keys + at(rank, 32), owner),
+                     float4{c.of[0].most, c.of[0].sum, c.of[1].most, c.of[1].sum});
+    }
+    cluster_sync();
+    if (owner != rank) return false;
+    for (int sender = 0; sender < p.shares; sender++) {
+        if (sender == rank) continue;
+        const float4 other = *(const float4*)(c.s.keys[0] + at(sender, 32));
+        const float most[2] = {fmaxf(c.of[0].most, other.x), fmaxf(c.of[1].most, other.z)};
+        const float factor[2] = {weight_of(other.x, most[0]), weight_of(other.z, most[1])};
+        c.scale_to(most[0], most[1]);
+        c.of[0].sum += other.y * factor[0];
+        c.of[1].sum += other.w * factor[1];
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            const float4 v = *(const float4*)(c.s.keys[0] + at(sender, i));
+            c.sum[4 * i] += v.x * factor[0];
+            c.sum[4 * i + 1] += v.y * factor[0];
+            c.sum[4 * i + 2] += v.z * factor[1];
+            c.sum[4 * i + 3] += v.w * factor[1];
+        }
+    }
+    return true;
+}
+
+// Warpgroup w, through all works of this CTA.
+template <int w> __device__ void compute(const Problem& p, Shared& s) {
+    Consumer<w> c(s, p.scale * kLog2e);
+    int g = 0;
+    for (int turn = 0; first_work() + turn * works_at_once() < p.works; turn++) {
+        const Work work(p, first_work() + turn * works_at_once());
+        const int end = g + work.last - work.first;
+        c.clear();
+        barrier_wait(&s.q_full, turn % 2);
+        if (end - g == 1 && g % kStages != w) c.arrive(&s.q_empty);  // it has no block of its own
+        for (; g < end; g++) {
+            if (g % kStages == w) c.own_block(g / kStages % 2, g + kStages >= end);
+            else c.other_block(g / kStages % 2);
+        }
+        float sink[2];  // on their way during the exchange
+        for (int i = 0; i < 2; i++)
+            sink[i] = c.row + 8 * i < work.heads ? p.sink[work.head + c.row + 8 * i] : 0;
+        c.finish(turn);
+        if (p.part) write_part(p, work, c);
+        else if (p.shares == 1 || join(p, c)) write_output(p, work, c, sink);
+    }
+}
+
+}  // namespace dsv4
