@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.cuda.experts import moe
 from dsv4_bench.engine.cuda.linears import linears
 from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.formats import (
