@@ -31,6 +31,11 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
             out.copy_(value)
         return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
 
+    def attention_rope(*args: Any, sink: Any, scale: float, freqs: Tensor) -> Tensor:
+        ran["core"] += 1
+        o, _ = reference("attention", *args[:5], sink=sink, scale=scale)
+        return reference("rope", o, args[5], freqs=freqs, inverse=True)
+
     def moe(
         x: Tensor,
         *choice: Tensor,
@@ -54,8 +59,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 
     for site in model.sites.values():
         monkeypatch.setattr(site.stamp, "implementation", "sm90")
-    for name in ("joins_norm", "moe_fits", "joins_linears"):
+    for name in ("joins_norm", "joins_rope", "moe_fits", "joins_linears"):
         monkeypatch.setattr(fused, name, lambda *_: True)
-    for function in (hc_post_pre_norm, moe, linears):
+    for function in (hc_post_pre_norm, attention_rope, moe, linears):
         monkeypatch.setattr(fused, function.__name__, function)
     return ran

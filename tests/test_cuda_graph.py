@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str
 
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
 # By launches of their own, where a graph has V4-Flash's widths.
-PUT_OFF = """L0/attn/compressor/pool L0/attn/q_head_norm L0/ffn/hc_post
+PUT_OFF = """L0/attn/compressor/pool L0/attn/q_head_norm L0/attn/core L0/ffn/hc_post
              L1/attn/kv_rope L1/ffn/experts L1/ffn/hc_pre"""
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 

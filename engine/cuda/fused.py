@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
 from dsv4_bench.engine.cuda.experts import moe, moe_fits
 from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm
@@ -60,9 +61,7 @@ class Join:
 
 def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
     """What `site`, of a model whose activations are `dtype`, returns when a later launch does its work."""
-    if (
-        site.op == "compressor"
-    ):  # rounded before its norm, which changes nothing if it is `dtype` already
+    if site.op == "compressor":  # already in what it is rounded to before its norm
         ratio, width = site.params["ape"].shape
         overlap = args[2].shape[1] == 2 * ratio
         shape = len(args[4].lengths), width // 2 if overlap else width
@@ -74,6 +73,8 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         gates = ((n, hc), (n, hc, hc))
         post, comb = (torch.empty(s, dtype=torch.float32, device=args[0].device) for s in gates)
         return torch.empty((n, d), dtype=args[0].dtype, device=args[0].device), post, comb
+    if site.op == "attention":
+        return torch.empty_like(args[0]), None
     if site.op in ("experts", "shared_expert"):
         return torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device)
     return torch.empty_like(args[0])
@@ -85,6 +86,9 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
         return bool(args[4].padded and args[4].is_decode)
     if site.op == "hc_post":
         return joins_norm(args[1])
+    if site.op == "attention":
+        q, window, window_index, _, entry_index = args
+        return joins_rope(q, window, window_index, entry_index, following[0].params["freqs"])
     if site.op == "experts":
         params, shared = site.params, following[0].params
         fits = moe_fits(params["bank"], shared["expert"], len(args[0]))
@@ -202,6 +206,13 @@ def streams(chain: Chain) -> Tensor:
     return hc_post_pre_norm(y, x, gates[0], gates[1], outs=(new, *inner), **by, **pre.params)[-1]
 
 
+def core(chain: Chain) -> Tensor:
+    """Attention and the inverse rope of its result."""
+    attention, rope = (site.params for site in chain.sites)
+    args = (*chain.args[0], chain.args[1][1])  # the rope's positions
+    return attention_rope(*args, **attention, freqs=rope["freqs"])
+
+
 def feed_forward(chain: Chain) -> Tensor:
     """Routed experts, shared expert and their sum."""
     routed, shared, total = (site.params for site in chain.sites)
@@ -218,6 +229,7 @@ KINDS = (
     Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope, fills=True),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
+    Kind("attn/core", ("attn/o_rope",), core),
     Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
     Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
     Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward, fills=True),
