@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine.cuda.experts import moe
 from dsv4_bench.engine.cuda.linears import linears
 from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.formats import (
@@ -51,14 +50,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def expert_cases(inner: int, d: int) -> None:
-    kinds = zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True)
-    experts = [Expert(first, second, replace(first)) for first, second in kinds]
-    nvfp4, mxfp4, fp8 = experts[:3]
-    for m, routed in ((1, nvfp4), (5, mxfp4)):
-        x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
-        params = {"bank": [routed] * 3, "shared": fp8, "limit": 2.0, "dtype": BF16}
-        moe(x, torch.rand(m, 2).to(CUDA), ids, **params)
-    for expert in experts:
+    for first, second in zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True):
+        expert = Expert(first, second, replace(first))
         bank = [expert, expert, expert]
         for m in (1, 5, 40):
             x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
