@@ -23,7 +23,6 @@ from torch import Tensor
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.cuda.fusion import Fusions
-from dsv4_bench.engine.cuda.prefetch import Prefetches
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -58,9 +57,8 @@ class DecodeGraph:
     `layers` None: everything from token ids to logits, called with `forward`; a range: these layers
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
-    depend on each other run side by side; with `fuse`, and without a clock, some share a launch, see
-    cuda/fusion.py. With `prefetch` and `branches`, and nobody who looks at single sites, weights come
-    into the L2 cache ahead of time, see cuda/prefetch.py.
+    depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
+    that follow one another are one launch, see cuda/fusion.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """
@@ -75,13 +73,11 @@ class DecodeGraph:
         clock: Clock | None = None,
         branches: bool = True,
         fuse: bool = True,
-        prefetch: bool = False,
     ) -> None:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
-        self.fuse = fuse and clock is None
-        self.prefetch = prefetch and branches and observer is None and clock is None
+        self.fuse = fuse and observer is None and clock is None
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
         self._warm = -1  # Site.switches when every site had run
@@ -196,14 +192,8 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 origin = torch.cuda.current_stream()
                 try:
-                    observed = self.observer is not None
-                    fusions = Fusions(
-                        self.model.sites, self.fuse, self.model.dtype, self._covered(), observed
-                    )
-                    prefetches = Prefetches(self.model.sites, self.prefetch)
-                    branches = Branches(
-                        self.observer, self.clock, self.branches, fusions, prefetches
-                    )
+                    fusions = Fusions(self.model.sites, self.fuse, self.model.dtype)
+                    branches = Branches(self.observer, self.clock, self.branches, fusions)
                     with self._tapped(branches.around):
                         self._body(self.step, branches)
                     branches.finish()

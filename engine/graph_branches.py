@@ -12,7 +12,7 @@ streams of a higher priority, which their nodes keep.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
-from dsv4_bench.engine.cuda.prefetch import Prefetches, prefetch
 from dsv4_bench.engine.graph_nodes import CapturedNodes
 from dsv4_bench.engine.registry import Site
 
@@ -31,18 +30,14 @@ from dsv4_bench.engine.registry import Site
 class Observer(Protocol):
     """Launches of its own beside the sites, on a branch that is joined at the end of the graph.
 
-    `after` and `look` are called while capturing, with that branch as the current stream, behind all
-    sites so far: at the end of a layer, and behind sites that are `due`. Nothing may synchronise.
+    Called while capturing, with that branch as the current stream; nothing may synchronise.
     """
-
-    def due(self, site: Site) -> bool:
-        """Whether not to wait for the end of the layer."""
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """The site has run; its tensors stay valid for the life of the graph."""
 
-    def look(self) -> None:
-        """No more sites for now."""
+    def layer_done(self, layer: int) -> None:
+        """All sites of the layer have run."""
 
     def step_done(self) -> None:
         """All sites have run; a call of `after` from now on is of another capture."""
@@ -87,8 +82,7 @@ class Branches:
     """Runs the sites of a capture that began on the current stream; `sites` lists path, first node, nodes.
 
     `side_by_side` False keeps them in one chain. `fusions` may put a site off: its nodes are then those
-    of a later one. `prefetches` says beside which sites weights are asked for. `failed` is the site that
-    raised, if one did.
+    of a later one. `failed` is the site that raised, if one did.
     """
 
     def __init__(
@@ -97,11 +91,9 @@ class Branches:
         clock: Clock | None,
         side_by_side: bool = True,
         fusions: Fusions | None = None,
-        prefetches: Prefetches | None = None,
     ) -> None:
         self.observer, self.clock, self.side_by_side = observer, clock, side_by_side
         self.fusions = fusions or Fusions({}, False)
-        self.prefetches = prefetches or Prefetches({}, False)
         self.origin = torch.cuda.current_stream()
         self.nodes = CapturedNodes(self.origin.cuda_stream)
         self.sites: list[tuple[str, int, int]] = []
@@ -109,10 +101,6 @@ class Branches:
         self._in_site = False
         self._streams: dict[bool, list[torch.cuda.Stream]] = {False: [self.origin], True: []}
         self._beside = torch.cuda.Stream() if observer else None
-        self._untold: list[
-            tuple[Site, tuple[Any, ...], Any]
-        ] = []  # what the observer is to be told
-        self._ahead: torch.cuda.Stream | None = None  # where weights are prefetched, if any are
         self._kept: list[Any] = []  # so that no memory is used twice between two joins
         self._begin(self.origin, set())
 
@@ -132,8 +120,8 @@ class Branches:
         with _Between(self):
             yield
         self._join()
-        if layer is not None:
-            self._tell()
+        if self.observer is not None and layer is not None:
+            self._observe(lambda observer: observer.layer_done(layer))
 
     def _join(self) -> None:
         """Everything comes together on the stream of the last site, which is the current one."""
@@ -148,14 +136,12 @@ class Branches:
 
     def finish(self) -> None:
         """All branches come together where the capture began."""
-        self._tell()
         if self.observer is not None:
-            self.observer.step_done()
+            self._observe(lambda observer: observer.step_done())
         torch.cuda.set_stream(self.origin)
         self.origin.wait_stream(self._last.stream)
-        for side in (self._beside, self._ahead):
-            if side is not None:
-                self.origin.wait_stream(side)
+        if self._beside is not None:
+            self.origin.wait_stream(self._beside)
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         """Run the op on a stream of its own or on that of the site it waits for."""
@@ -174,14 +160,11 @@ class Branches:
         if call.run is None:
             self.sites.append((site.path, self.nodes.count(), 0))
             self._kept.append((args, call.result))
-            if call.filled:
-                self._saw(site, args, call.result)
             return call.result
         bound = site.spec.bind(args, {})
         reads = storages(call.args)
         writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
         needs = self._needs(reads, writes)
-        self._prefetch(call.sites, needs)
         stream = self._stream(needs, bool(_URGENT.search(site.path)))
         torch.cuda.set_stream(stream)
         if self.clock is not None:
@@ -191,24 +174,11 @@ class Branches:
         self.sites.append((site.path, first, self.nodes.count() - first))
         if self.clock is not None:
             self.clock.stop(site)
-        self._ran(
-            _mark(stream, self._works, needs), reads, writes | _made(result) | storages(call.made)
-        )
-        self._kept.append((call.args, call.made, result))
-        for seen in (*call.earlier, (site, args, result)):
-            self._saw(*seen)
+        self._ran(_mark(stream, self._works, needs), reads, writes | _made(result))
+        self._kept.append((args, result))
+        if self.observer is not None:
+            self._observe(lambda observer: observer.after(site, args, result))
         return result
-
-    def _prefetch(self, sites: list[Site], needs: list[_Work]) -> None:
-        """Ask for weights when `sites` may begin, on a branch that only the end of the graph waits for."""
-        wanted = [tensor for site in sites for tensor in self.prefetches.beside(site)]
-        if not wanted:
-            return
-        self._ahead = self._ahead or torch.cuda.Stream()
-        for work in needs:
-            self._ahead.wait_event(work.event)
-        with torch.cuda.stream(self._ahead):
-            prefetch(wanted)
 
     def _look_behind(self) -> None:
         """Whether torch launched something behind the last site."""
@@ -240,7 +210,12 @@ class Branches:
                 found.append(self._writers[address])
         for address in writes:
             found += self._readers.get(address, [])
-        return _last_ones(found)
+        needs = list({work.number: work for work in found}.values())
+        return [
+            work
+            for work in needs
+            if not any(o is not work and o.covers >> work.number & 1 for o in needs)
+        ]
 
     def _stream(self, needs: list[_Work], urgent: bool) -> torch.cuda.Stream:
         """A stream that holds nothing but what `needs` cover, made to wait for all of them."""
@@ -269,37 +244,12 @@ class Branches:
         streams.append(torch.cuda.Stream(priority=-1 if urgent else 0))
         return streams[-1]
 
-    def _saw(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
-        """A site has its result, which the observer is to be told of."""
-        if self.observer is not None:
-            self._untold.append((site, args, result))
-            if self.observer.due(site):
-                self._tell()
-
-    def _tell(self) -> None:
-        """Tell the observer of the sites since the last time, on its branch, which waits for them."""
-        if self.observer is None or self._beside is None:
-            return
-        for work in _last_ones(self._tails.values()):
-            self._beside.wait_event(work.event)
+    def _observe(self, call: Callable[[Observer], None]) -> None:
+        assert self.observer is not None and self._beside is not None
+        self._beside.wait_event(self._last.event)
         with torch.cuda.stream(self._beside):
-            order = {path: number for number, (path, _, _) in enumerate(self.sites)}
-            for site, args, result in sorted(self._untold, key=lambda seen: order[seen[0].path]):
-                self.observer.after(site, args, result)
-            if self._untold:
-                self.observer.look()
-        self._untold.clear()
+            call(self.observer)
         self._count = self.nodes.count()
-
-
-def _last_ones(works: Iterable[_Work]) -> list[_Work]:
-    """Those that no other one of `works` covers."""
-    found = list({work.number: work for work in works}.values())
-    return [
-        work
-        for work in found
-        if not any(o is not work and o.covers >> work.number & 1 for o in found)
-    ]
 
 
 def _made(result: Any) -> set[int]:

@@ -10,8 +10,6 @@ from dataclasses import replace
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine.cuda.linears import linears
-from dsv4_bench.engine.cuda.prefetch import prefetch
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,
@@ -78,9 +76,6 @@ def main() -> None:
         run("gate", randn(3, 64), tokens, **arguments)
         arguments["weight"] = Weight("gate", "dense", randn(33, 64, dtype=BF16))
         run("gate", randn(3, 64, dtype=BF16), tokens, **arguments)
-    some = [w for w in weights(33, 1040) if w.name in "cde"]
-    linears(randn(1, 1040, dtype=BF16), some, [None, torch.float32, BF16])
-    prefetch([randn(5, 7), randn(33, 4096), randn(1)], blocks=3)
     for d in (33, 512):
         x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
         run("rms_norm", x, weight=randn(d), eps=1e-6)
