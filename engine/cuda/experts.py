@@ -144,13 +144,3 @@ def _run_experts(
         y.data_ptr(),
     )
     return y
-
-
-def moe_fits(bank: ExpertBank, shared: Expert, n: int) -> bool:
-    """Whether routed and shared experts can share launches: not with the kernels of this version."""
-    return False
-
-
-def moe(*_: object, **__: object) -> Tensor:
-    """Raises DSV4Error: see `moe_fits`."""
-    wrong("moe", "routed and shared experts do not share launches")
