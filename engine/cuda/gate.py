@@ -11,12 +11,9 @@ from torch import Tensor
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
 from dsv4_bench.engine.cuda.library import F, I, Library, N, P, floats, sm90, typed, wrong
 from dsv4_bench.engine.cuda.linear import matmul
-from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
-_CHOICE = (P, P, I, N, P, N, F, P, P)  # struct Choice of gate_sm90.cu
-GATE = Library("gate", {"gate": (P, N, N, *_CHOICE), "gate_few": (P, N, N, P, N, P, *_CHOICE)})
-_FEW, _MOST, _WIDEST = 4, 256, 4096  # tokens, experts and columns of the one kernel
+GATE = Library("gate", {"gate": (P, N, N, P, P, I, N, P, N, F, P, P)})
 
 
 @sm90("gate", GATE)
@@ -30,9 +27,9 @@ def gate(
     k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One kernel for up to four tokens in bfloat16, else `linear` and a kernel that chooses."""
+    """`linear` for the scores, then a kernel that chooses."""
     op = "gate"
-    (n, d), count = x.shape, weight.shape[0]
+    (n, _), count = x.shape, weight.shape[0]
     table = rows = where = None
     size = vocabulary = 0
     if tid2eid is not None:
@@ -45,11 +42,7 @@ def gate(
     if (bias is not None and bias.numel() != count) or (rows is not None and rows.shape != (n,)):
         wrong(op, f"x {list(x.shape)}, {count} experts, tokens {list(tokens.shape)}")
     k = k if tid2eid is not None else min(k, count)
-    few = _takes_few(x, weight)
-    if few:
-        scores = x.new_empty(n, count, dtype=torch.float32)
-    else:
-        scores = matmul(op, x, weight, 1, torch.float32)
+    scores = matmul(op, x, weight, 1, torch.float32)
     routing = scores.new_empty(n, k)
     chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
     choice = (
@@ -63,23 +56,5 @@ def gate(
         routing.data_ptr(),
         chosen.data_ptr(),
     )
-    if few:
-        matrix, there = weight.data.data_ptr(), scores.data_ptr()
-        GATE.call("gate_few", x, x.data_ptr(), n, d, matrix, count, there, *choice)
-    else:
-        GATE.call(op, x, scores.data_ptr(), n, count, *choice)
+    GATE.call(op, x, scores.data_ptr(), n, count, *choice)
     return routing, chosen, scores
-
-
-def _takes_few(x: Tensor, weight: Weight) -> bool:
-    packed = pack(weight)
-    given = (x, weight.data)
-    return (
-        0 < len(x) <= _FEW
-        and x.shape[1] == packed.k <= _WIDEST
-        and packed.k % 8 == 0
-        and packed.n <= _MOST
-        and weight.format == "dense"
-        and all(t.dtype == torch.bfloat16 and t.device == x.device for t in given)
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given)
-    )
