@@ -12,7 +12,7 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 struct Pool {
     const void* keys;
     const int* index;  // [n, width]
-    int rows;          // of the pool; INT_MAX for more, which no index reaches
+    int64_t rows;      // of the pool
     int width;
 };
 struct Keys {

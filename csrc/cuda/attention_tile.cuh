@@ -208,14 +208,13 @@ __device__ inline uint4 transpose_quad(uint32_t (&word)[4], int t) {
 
 // Normalised output, and lse.
 template <int w>
-__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c,
-                             const float (&sink)[2]) {
+__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int head = c.row + 8 * i;
         const bool exists = head < work.heads;
         const int64_t at = (int64_t)work.token * p.heads + work.head + head;
-        const Softmax total = with_sink(c.of[i], sink[i]);
+        const Softmax total = with_sink(c.of[i], exists ? p.sink[work.head + head] : 0);
         const float factor = weight_of(c.of[i].most, total.most) / total.sum;
         if (exists && w == 0 && c.t == 0) p.lse[at] = lse_of(total);
         bf16* to = p.o + at * kDim + w * kHalf + 8 * c.t;
@@ -296,8 +295,8 @@ template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
 template <int w> __device__ void compute(const Problem& p, Shared& s) {
     Consumer<w> c(s, p.scale * kLog2e);
     int g = 0;
-    for (int turn = 0; first_work() + turn * works_at_once() < p.works; turn++) {
-        const Work work(p, first_work() + turn * works_at_once());
+    for (int at = first_work(), turn = 0; at < p.works; at += works_at_once(), turn++) {
+        const Work work(p, at);
         const int end = g + work.last - work.first;
         c.clear();
         barrier_wait(&s.q_full, turn % 2);
@@ -306,12 +305,9 @@ template <int w> __device__ void compute(const Problem& p, Shared& s) {
             if (g % kStages == w) c.own_block(g / kStages % 2, g + kStages >= end);
             else c.other_block(g / kStages % 2);
         }
-        float sink[2];  // on their way during the exchange
-        for (int i = 0; i < 2; i++)
-            sink[i] = c.row + 8 * i < work.heads ? p.sink[work.head + c.row + 8 * i] : 0;
         c.finish(turn);
         if (p.part) write_part(p, work, c);
-        else if (p.shares == 1 || join(p, c)) write_output(p, work, c, sink);
+        else if (p.shares == 1 || join(p, c)) write_output(p, work, c);
     }
 }
 
