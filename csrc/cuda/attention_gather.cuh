@@ -3,8 +3,8 @@
 // A CTA takes one token after another: 64 of its heads and a share of its keys, 64 at a time. One
 // warpgroup gathers keys into two stages, each in two halves of the width, in the layout that wgmma
 // reads both as K (contracted over the width) and as V (contracted over keys). Two warpgroups multiply
-// (attention_tile.cuh). With more than one share the unnormalised sums go to memory, and a second
-// kernel combines them.
+// (attention_tile.cuh). Several shares meet in a cluster, or their unnormalised sums go to memory, and a
+// second kernel combines them.
 //
 // Blocks are counted through all tokens of a CTA: block g lies in stage g % 2, and phase g / 2 of every
 // barrier of that stage belongs to it.

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<72>();
+        fewer_registers<72>();  // 72 + 2 * 216 are the 3 * 168 that the CTA starts with
         gather(p, s);
         if (p.shares > 1 && !p.part) {  // the others' `join`
             cluster_sync();
