@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "experts.cuh"
-#include "gemv.cuh"
+#include "halves.cuh"
 
 namespace dsv4 {
 
@@ -27,7 +27,7 @@ constexpr int kSumStride = kFewRows + 4;             // floats from pair to pair
 enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
 
 // NVFP4 is multiplied in fp16, which takes fewer instructions: e2m1 * 2^-14 * e4m3 is exact there, and
-// activations are as gemv.cuh says. The scales of MXFP4 have too wide a range.
+// activations are as halves.cuh says. The scales of MXFP4 have too wide a range.
 template <class Policy> constexpr bool kInHalves = std::is_same_v<Policy, Nvfp4>;
 
 template <class Policy> constexpr bool kRowScales = std::is_base_of_v<Fp4Chunk, Policy>;
@@ -240,7 +240,7 @@ template <class Policy, Product kProduct> struct Few {
     // Eight columns of a pair in the order of the products.
     __device__ static uint4 operand_order(const uint4& v, uint32_t peak) {
         if constexpr (kInHalves<Policy>) {
-            return to_halves<true>(v, HalfRows::exponent_of(peak));
+            return to_halves<true>(v, RowScale::exponent_of(peak));
         } else if constexpr (kRowScales<Policy>) {
             const uint4 twice[2] = {v, v};
             uint32_t b[Policy::kProducts][2];
@@ -311,12 +311,12 @@ template <class Policy, Product kProduct> struct Few {
 
     // all += an expert's sums with its scales, and sums anew.
     __device__ void add_expert(int e, float (&sum)[kGroups][4], float (&all)[kGroups][4]) const {
-        const int exponent = HalfRows::exponent_of(s.peaks[0][e]);
+        const int exponent = RowScale::exponent_of(s.peaks[0][e]);
         const float scale = s.scales[e];
 #pragma unroll
         for (int i = 0; i < 4 * kGroups; i++) {
             float& value = sum[i / 4][i % 4];
-            all[i / 4][i % 4] += HalfRows::undo(value, exponent) * scale;
+            all[i / 4][i % 4] += RowScale::undo(value, exponent) * scale;
             value = 0;
         }
     }
@@ -490,7 +490,7 @@ template <class Policy, Product kProduct> struct Few {
                 total += from[(columns(m.most) * w + pair) * kSumStride];
         }
         if (kInHalves<Policy> && !kTogether)
-            total = HalfRows::undo(total, HalfRows::exponent_of(peaks[pair]));
+            total = RowScale::undo(total, RowScale::exponent_of(peaks[pair]));
         return total * kFactor;
     }
 
