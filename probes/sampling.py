@@ -16,16 +16,19 @@ def sample_rows(rows: Tensor, most: int, what: str = "queries") -> tuple[Tensor,
     count = len(rows)
     if count <= most:
         return rows, ""
-    chosen = torch.linspace(0, count - 1, most, device=rows.device).round().long()
-    return rows[chosen], f"{most} of {count} {what}"
+    return rows[_spaced(count, most, rows.device)], f"{most} of {count} {what}"
 
 
 def sample(count: int, most: int, what: str = "queries") -> tuple[list[int], str]:
     """The same of the rows 0 to count - 1, on the host."""
     if count <= most:
         return list(range(count)), ""
-    chosen = [round(i * (count - 1) / (most - 1)) for i in range(most)]
-    return chosen, f"{most} of {count} {what}"
+    return _spaced(count, most, torch.device("cpu")).tolist(), f"{most} of {count} {what}"
+
+
+def _spaced(count: int, most: int, device: torch.device) -> Tensor:
+    """`most` of the numbers 0 to count - 1 there, which nobody waits for."""
+    return torch.linspace(0, count - 1, most, device=device).round().long()
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -36,4 +36,10 @@ __device__ inline float lse_of(Softmax s) {
     return (s.most == -INFINITY ? 0 : s.most) * kLn2 + logf(s.sum);
 }
 
+// To 2 units in the last place.
+__device__ inline float exp2_approximate(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
 }  // namespace dsv4

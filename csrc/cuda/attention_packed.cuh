@@ -74,20 +74,11 @@ __device__ inline int index_of(const Problem& p, const Work& work, int block, in
     return index;
 }
 
-// A block's 64 rows in their pool, of which lane l of each warp knows those of keys l and l + 32.
-struct Indices {
-    int low, high;
-    __device__ Indices(int low, int high) : low(low), high(high) {}
+// Those of a block that this CTA has.
+struct Indices : dsv4::Indices {
+    using dsv4::Indices::Indices;
     __device__ Indices(const Problem& p, const Work& work, int block, int lane)
-        : low(index_of(p, work, block, lane)), high(index_of(p, work, block, lane + 32)) {}
-    // Which keys exist, a bit each.
-    __device__ uint64_t exist() const {
-        return __ballot_sync(~0u, low >= 0) | (uint64_t)__ballot_sync(~0u, high >= 0) << 32;
-    }
-    // That of key `row` of the 16 of `warp`.
-    __device__ int at(int warp, int row) const {
-        return __shfl_sync(~0u, warp < 2 ? low : high, (16 * warp + row) % 32);
-    }
+        : Indices(index_of(p, work, block, lane), index_of(p, work, block, lane + 32)) {}
 };
 
 // q into shared memory, by cp.async; heads that do not exist are zeros.
@@ -183,12 +174,6 @@ __device__ void gather_packed(const Problem& p, const Work& work, Shared& s) {
         next = last;
     }
     copy_wait<0>();
-}
-
-// To 2 units in the last place.
-__device__ inline float exp2_approximate(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
 }
 
 // logit = q k^T for the 64 heads and this warpgroup's 32 keys of a stage.

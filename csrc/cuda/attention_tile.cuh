@@ -13,12 +13,6 @@
 
 namespace dsv4 {
 
-// To 2 units in the last place.
-__device__ inline float exp2_approximate(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-}
-
 // A reference for the exponents of a row: it follows the largest logit only where that is this much
 // larger, in log2 units. Weights of up to 2^8 lose no precision, and the sums need scaling less often.
 constexpr float kSlack = 8;
