@@ -57,8 +57,8 @@ class DecodeGraph:
     `layers` None: everything from token ids to logits, called with `forward`; a range: these layers
     from residual streams to residual streams, called with `run`. `observer` and `clock` put
     launches of their own into the graph, see graph_branches.py. With `branches` sites that do not
-    depend on each other run side by side; with `fuse`, and nobody who looks at single sites, some
-    that follow one another are one launch, see cuda/fusion.py.
+    depend on each other run side by side; with `fuse`, and without a clock, some share a launch, see
+    cuda/fusion.py.
 
     Raises CannotAnswer if the step cannot be captured. Sites run as routed when it was captured.
     """
@@ -77,7 +77,7 @@ class DecodeGraph:
         self.model, self.cache, self.layers = model, cache, layers
         _check_place(model, self._covered())
         self.observer, self.clock, self.branches = observer, clock, branches
-        self.fuse = fuse and observer is None and clock is None
+        self.fuse = fuse and clock is None
         self.captures = 0
         self._lengths: list[int] = []  # of the sequences, as the device counts them
         self._warm = -1  # Site.switches when every site had run
@@ -192,7 +192,10 @@ class DecodeGraph:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 origin = torch.cuda.current_stream()
                 try:
-                    fusions = Fusions(self.model.sites, self.fuse, self.model.dtype)
+                    observed = self.observer is not None
+                    fusions = Fusions(
+                        self.model.sites, self.fuse, self.model.dtype, self._covered(), observed
+                    )
                     branches = Branches(self.observer, self.clock, self.branches, fusions)
                     with self._tapped(branches.around):
                         self._body(self.step, branches)

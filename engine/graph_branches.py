@@ -12,7 +12,7 @@ streams of a higher priority, which their nodes keep.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,14 +30,18 @@ from dsv4_bench.engine.registry import Site
 class Observer(Protocol):
     """Launches of its own beside the sites, on a branch that is joined at the end of the graph.
 
-    Called while capturing, with that branch as the current stream; nothing may synchronise.
+    `after` and `look` are called while capturing, with that branch as the current stream, behind all
+    sites so far: at the end of a layer, and behind sites that are `due`. Nothing may synchronise.
     """
+
+    def due(self, site: Site) -> bool:
+        """Whether not to wait for the end of the layer."""
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """The site has run; its tensors stay valid for the life of the graph."""
 
-    def layer_done(self, layer: int) -> None:
-        """All sites of the layer have run."""
+    def look(self) -> None:
+        """No more sites for now."""
 
     def step_done(self) -> None:
         """All sites have run; a call of `after` from now on is of another capture."""
@@ -101,6 +105,9 @@ class Branches:
         self._in_site = False
         self._streams: dict[bool, list[torch.cuda.Stream]] = {False: [self.origin], True: []}
         self._beside = torch.cuda.Stream() if observer else None
+        self._untold: list[
+            tuple[Site, tuple[Any, ...], Any]
+        ] = []  # what the observer is to be told
         self._kept: list[Any] = []  # so that no memory is used twice between two joins
         self._begin(self.origin, set())
 
@@ -120,8 +127,8 @@ class Branches:
         with _Between(self):
             yield
         self._join()
-        if self.observer is not None and layer is not None:
-            self._observe(lambda observer: observer.layer_done(layer))
+        if layer is not None:
+            self._tell()
 
     def _join(self) -> None:
         """Everything comes together on the stream of the last site, which is the current one."""
@@ -136,8 +143,9 @@ class Branches:
 
     def finish(self) -> None:
         """All branches come together where the capture began."""
+        self._tell()
         if self.observer is not None:
-            self._observe(lambda observer: observer.step_done())
+            self.observer.step_done()
         torch.cuda.set_stream(self.origin)
         self.origin.wait_stream(self._last.stream)
         if self._beside is not None:
@@ -160,6 +168,8 @@ class Branches:
         if call.run is None:
             self.sites.append((site.path, self.nodes.count(), 0))
             self._kept.append((args, call.result))
+            if call.filled:
+                self._saw(site, args, call.result)
             return call.result
         bound = site.spec.bind(args, {})
         reads = storages(call.args)
@@ -174,10 +184,12 @@ class Branches:
         self.sites.append((site.path, first, self.nodes.count() - first))
         if self.clock is not None:
             self.clock.stop(site)
-        self._ran(_mark(stream, self._works, needs), reads, writes | _made(result))
-        self._kept.append((args, result))
-        if self.observer is not None:
-            self._observe(lambda observer: observer.after(site, args, result))
+        self._ran(
+            _mark(stream, self._works, needs), reads, writes | _made(result) | storages(call.made)
+        )
+        self._kept.append((call.args, call.made, result))
+        for seen in (*call.earlier, (site, args, result)):
+            self._saw(*seen)
         return result
 
     def _look_behind(self) -> None:
@@ -210,12 +222,7 @@ class Branches:
                 found.append(self._writers[address])
         for address in writes:
             found += self._readers.get(address, [])
-        needs = list({work.number: work for work in found}.values())
-        return [
-            work
-            for work in needs
-            if not any(o is not work and o.covers >> work.number & 1 for o in needs)
-        ]
+        return _last_ones(found)
 
     def _stream(self, needs: list[_Work], urgent: bool) -> torch.cuda.Stream:
         """A stream that holds nothing but what `needs` cover, made to wait for all of them."""
@@ -244,12 +251,37 @@ class Branches:
         streams.append(torch.cuda.Stream(priority=-1 if urgent else 0))
         return streams[-1]
 
-    def _observe(self, call: Callable[[Observer], None]) -> None:
-        assert self.observer is not None and self._beside is not None
-        self._beside.wait_event(self._last.event)
+    def _saw(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
+        """A site has its result, which the observer is to be told of."""
+        if self.observer is not None:
+            self._untold.append((site, args, result))
+            if self.observer.due(site):
+                self._tell()
+
+    def _tell(self) -> None:
+        """Tell the observer of the sites since the last time, on its branch, which waits for them."""
+        if self.observer is None or self._beside is None:
+            return
+        for work in _last_ones(self._tails.values()):
+            self._beside.wait_event(work.event)
         with torch.cuda.stream(self._beside):
-            call(self.observer)
+            order = {path: number for number, (path, _, _) in enumerate(self.sites)}
+            for site, args, result in sorted(self._untold, key=lambda seen: order[seen[0].path]):
+                self.observer.after(site, args, result)
+            if self._untold:
+                self.observer.look()
+        self._untold.clear()
         self._count = self.nodes.count()
+
+
+def _last_ones(works: Iterable[_Work]) -> list[_Work]:
+    """Those that no other one of `works` covers."""
+    found = list({work.number: work for work in works}.values())
+    return [
+        work
+        for work in found
+        if not any(o is not work and o.covers >> work.number & 1 for o in found)
+    ]
 
 
 def _made(result: Any) -> set[int]:

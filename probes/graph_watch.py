@@ -19,6 +19,9 @@ from dsv4_bench.probes.readings import Call, Reading, fetch
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
 _VALUES_A_SITE = 64, 8  # integers that a call has in the ring, and more for each sequence
 _STEPS = 4
+# Ops behind which to look at all since the last time: where long ones follow, beside which it costs little,
+# so that little is left when the layer ends.
+_LOOK_BEHIND = ("attention", "gate")
 
 
 def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
@@ -29,7 +32,7 @@ def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
 class GraphWatch:
     """The observer of a decode graph of `batch` sequences: `probes` look at `sites` at every replay.
 
-    One launch a layer, on a branch beside the sites, leaves every answer in a ring on the device;
+    A few launches a layer, on a branch beside the sites, leave every answer in a ring on the device;
     `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
     probes that cannot be in a graph, and where the fused kernel does not run.
     """
@@ -80,6 +83,10 @@ class GraphWatch:
 
     # -- while a graph is captured
 
+    def due(self, site: Site) -> bool:
+        """Whether to be told of `site` and those before it at once."""
+        return site.op in _LOOK_BEHIND
+
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """Ask the probes about a site that has run."""
         if self._over:  # captured anew
@@ -96,16 +103,12 @@ class GraphWatch:
             self._calls.append(call)
             self._fresh.append(call)
 
-    def layer_done(self, layer: int) -> None:
-        """Record one launch for everything asked since the last."""
-        self._launch()
-
     def step_done(self) -> None:
-        """The same for what is behind the layers; the step is over with it."""
-        self._launch()
+        """The step is over."""
         self._over = True
 
-    def _launch(self) -> None:
+    def look(self) -> None:
+        """Record one launch for everything asked since the last."""
         first, views = len(self._slots), []
         for question in unanswered(self._fresh):
             if question.request.kind == "values":

@@ -1,12 +1,13 @@
 """Times probes on a GPU: in the graph of a V4-Flash decode layer, op by op, and the reduction alone.
 
-    python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 3]
+    python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 1,4]
         [--observers stats,reduced,default,exponents,clock] [--json OUT.json]
 
-`reduced` are the default probes that the one launch a layer answers, `default` all of them that work in
-a graph: softmax has a launch of its own.
+`default` are all default probes that work in a graph, `reduced` those without the softmax probe, which has
+a launch of its own; `unfused` is the graph without an observer whose sites have a launch each.
 Method: `layer` rows replay the same layers captured with and without an observer, in turns, random
-weights and caches, as bench_cuda_layer.py does; ratio = time with / time without. `eager` rows are wall
+weights and caches, as bench_cuda_layer.py does; ratio = time with / time without. A graph of one layer
+waits for its last statistics; of several, they run beside the next layer. `eager` rows are wall
 time of the same layers launched one by one. `tensor` rows are one tensor: a graph of copies over
 buffers that rotate beyond the L2; torch's own isnan, isinf, amax, square().mean() with .item() each
 are wall time.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -42,7 +44,7 @@ from dsv4_bench.probes.observation import Watch
 from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.session import DEFAULT_PROBES
 
-MOST = 1.05  # of the graph's time, for the probes of the one launch
+MOST = 1.05  # of the graph's time, for the default probes
 GRAPH_PROBES = [probe.name for probe in split(make_probes(DEFAULT_PROBES))[0]]
 
 
@@ -71,6 +73,7 @@ def layer_row(
         "default": lambda: {"observer": watch(model, GRAPH_PROBES, batch)},
         "exponents": lambda: {"observer": watch(model, [*GRAPH_PROBES, "exponents"], batch)},
         "clock": lambda: {"clock": SiteClock(len(model.sites), model.device)},
+        "unfused": lambda: {"fuse": False},
     }
     observers = {"without": {}, **{name: makers[name]() for name in wanted}}
     cache = filled_cache(model, batch, context, 640)
@@ -80,19 +83,19 @@ def layer_row(
         graph._x.normal_()
     times = in_turns(graphs)
     each = {name: round((us - between) / len(layers), 2) for name, us in times.items()}
-    observer = observers["reduced"]["observer"]
+    observer = observers["default"]["observer"]
     observer.readings()
-    graphs["reduced"].replay()
+    graphs["default"].replay()
     began = time.perf_counter()
     readings = observer.readings()
     fetch = 1e6 * (time.perf_counter() - began)
     return {
         **{"what": "layer", "layer": kind, "batch": batch, "context": context},
-        **{"us": each.pop("without"), "with_us": each},
+        **{"layers": len(layers), "us": each.pop("without"), "with_us": each},
         **{"ratio": {name: round(times[name] / times["without"], 4) for name in each}},
         **{
-            "most": {"reduced": MOST},
-            "probes": reduced,
+            "most": {"default": MOST},
+            "probes": GRAPH_PROBES,
             "answers": len(observer._slots) // len(layers),
         },
         **{"readings": len(readings) // len(layers), "fetch_us": round(fetch, 1)},
@@ -214,8 +217,8 @@ def main() -> int:
     parser.add_argument("--kinds", default="CSA,HCA,SWA")
     parser.add_argument("--batch", default="1,64")
     parser.add_argument("--context", default="4096")
-    parser.add_argument("--copies", type=int, default=3)
-    parser.add_argument("--observers", default="reduced,default,clock")
+    parser.add_argument("--copies", default="1,4")
+    parser.add_argument("--observers", default="reduced,default,unfused,clock")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -233,14 +236,14 @@ def main() -> int:
     for shape in ((1, 4096), (64, 4096), (4096, 4096), (4096, 32768)):
         add(tensor_row(shape))
     add(tensor_row((4096, 4096), exponents=True))
-    for kind in args.kinds.split(","):
-        model = random_model(layers_of((KINDS[kind],) * args.copies))
+    for kind, copies in itertools.product(args.kinds.split(","), args.copies.split(",")):
+        model = random_model(layers_of((KINDS[kind],) * int(copies)))
         model.set_route(parse_route(["kernel"]))
-        for context in map(int, args.context.split(",")):
-            for batch in map(int, args.batch.split(",")):
-                add(layer_row(model, kind, batch, context, args.observers.split(",")))
-                if batch == 1:
-                    add(eager_row(model, kind, batch, context))
+        for context, batch in itertools.product(args.context.split(","), args.batch.split(",")):
+            sizes = (model, kind, int(batch), int(context))
+            add(layer_row(*sizes, args.observers.split(",")))
+            if batch == "1":
+                add(eager_row(*sizes))
         del model
         gc.collect()
         torch.cuda.empty_cache()

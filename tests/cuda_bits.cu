@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../csrc/cuda/halves.cuh"
+#include "../csrc/cuda/gemv.cuh"
 
 using namespace dsv4;
 

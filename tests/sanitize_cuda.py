@@ -10,6 +10,8 @@ from dataclasses import replace
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.cuda.experts import moe
+from dsv4_bench.engine.cuda.linears import linears
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,
@@ -48,8 +50,14 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def expert_cases(inner: int, d: int) -> None:
-    for first, second in zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True):
-        expert = Expert(first, second, replace(first))
+    kinds = zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True)
+    experts = [Expert(first, second, replace(first)) for first, second in kinds]
+    nvfp4, mxfp4, fp8 = experts[:3]
+    for m, routed in ((1, nvfp4), (5, mxfp4)):
+        x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
+        params = {"bank": [routed] * 3, "shared": fp8, "limit": 2.0, "dtype": BF16}
+        moe(x, torch.rand(m, 2).to(CUDA), ids, **params)
+    for expert in experts:
         bank = [expert, expert, expert]
         for m in (1, 5, 40):
             x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
@@ -76,6 +84,8 @@ def main() -> None:
         run("gate", randn(3, 64), tokens, **arguments)
         arguments["weight"] = Weight("gate", "dense", randn(33, 64, dtype=BF16))
         run("gate", randn(3, 64, dtype=BF16), tokens, **arguments)
+    some = [w for w in weights(33, 1040) if w.name in "cde"]
+    linears(randn(1, 1040, dtype=BF16), some, [None, torch.float32, BF16])
     for d in (33, 512):
         x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
         run("rms_norm", x, weight=randn(d), eps=1e-6)

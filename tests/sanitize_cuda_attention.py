@@ -107,10 +107,9 @@ def indexer() -> None:
 def compressor_of_one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> None:
     """A window that closes, one that stays open, one that closes and has no place in the cache."""
     ratio, dim = len(ape), 128
-    starts = torch.tensor([ratio - 1, 0, ratio - 1])
-    step = FixedStep(torch.zeros(3).long().cuda(), starts.cuda(), 128, 256, {ratio: 64})
-    table = [[start, 1, b, b] for b, start in enumerate(starts.tolist())]
-    step._tables = {ratio: torch.tensor(table).cuda()}  # for initcheck, as above
+    starts = torch.tensor([ratio - 1, 0, ratio - 1]).cuda()
+    step = FixedStep(torch.zeros(3).long().cuda(), starts, 128, 256, {ratio: 64})
+    step._tables = {ratio: step.sequence_table(ratio).cpu().cuda()}  # for initcheck, as above
     kernel("compressor", kv[:3], gate[:3], *states, step, ape=ape)
     compressed_entry(
         *(kv[:3], gate[:3], *states, step),

@@ -9,6 +9,9 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
+from dsv4_bench.engine.kv_entry import pack
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
@@ -135,6 +138,20 @@ def test_nan_stays_with_its_token() -> None:
     assert spoilt["o"][4, 11].isnan().all()
     for name, value in spoilt.items():
         assert torch.equal(value[keep], clean[name][keep]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("n, widths", [(1, (128, 512)), (5, (128, 200)), (2, (65, 0))])
+def test_rope_in_the_same_launch(n: int, widths: tuple[int, int], packed: bool) -> None:
+    args, params = case(n, 64, *widths)
+    if packed:
+        args = (args[0], pack(args[1], 584), args[2], pack(args[3], 584), args[4])
+    positions, freqs = torch.randint(1 << 20, (n,), device="cuda"), torch.rand(32, device="cuda")
+    assert joins_rope(args[0], args[1], args[2], args[4], freqs)
+    (want,) = kernel(
+        "rope", kernel("attention", *args, **params)["o"], positions, freqs=freqs, inverse=True
+    ).values()
+    assert torch.equal(attention_rope(*args, positions, **params, freqs=freqs), want)
 
 
 def test_views() -> None:

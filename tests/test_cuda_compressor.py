@@ -13,14 +13,14 @@ from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.cuda.compressor import entry_fits
-from dsv4_bench.engine.cuda.fusion import _Chain, _launch
+from dsv4_bench.engine.cuda.fused import KINDS, Chain, entry
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, Site
 from dsv4_bench.engine.step import Step
 
 pytestmark = pytest.mark.gpu
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
-KINDS = [(4, 512), (4, 128), (128, 512), (4, 64), (128, 136)]  # ratio, width of an entry
+ENTRIES = [(4, 512), (4, 128), (128, 512), (4, 64), (128, 136)]  # ratio, width of an entry
 STARTS = (0, 2, 3, 6, 127, 128, 1023, 65_535)
 CAPACITY = 20_000
 
@@ -41,7 +41,7 @@ def tokens(ratio: int, dim: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return kv, score, torch.randn(ratio, width, device=CUDA)
 
 
-@pytest.mark.parametrize("ratio, dim", [*KINDS, (4, 33)])
+@pytest.mark.parametrize("ratio, dim", [*ENTRIES, (4, 33)])
 def test_one_token_has_the_bits_of_the_kernel_for_many(ratio: int, dim: int) -> None:
     """The same sequences, once beside one that brings three tokens."""
     torch.manual_seed(2)
@@ -73,7 +73,7 @@ def sites(ratio: int, dim: int, ape: Tensor, weight: Tensor | None) -> list[Site
     return found
 
 
-@pytest.mark.parametrize("ratio, dim", KINDS)
+@pytest.mark.parametrize("ratio, dim", ENTRIES)
 @pytest.mark.parametrize("dtype", [None, torch.float32, BF16])
 def test_an_entry_in_one_launch_has_the_bits_of_the_four(
     ratio: int, dim: int, dtype: torch.dtype | None
@@ -96,7 +96,7 @@ def test_an_entry_in_one_launch_has_the_bits_of_the_four(
     args = (kv, score, *fused, step)
     assert entry_fits(*args, ape=ape)
     chain = [args, (later,), (later, places), (later, slots, found)]
-    _launch(_Chain([pool, norm, rope, write], chain, []))
+    entry(Chain(KINDS[2], [], [pool, norm, rope, write], chain))
     torch.cuda.synchronize()
     closed = sum(start % ratio == ratio - 1 for start in STARTS)
     assert int((~found.isnan().all(-1)).sum()) == closed > 0
@@ -107,7 +107,7 @@ def test_an_entry_in_one_launch_has_the_bits_of_the_four(
     for _ in range(20):
         for state, value in zip(fused, before, strict=True):
             state.copy_(value)
-        _launch(_Chain([pool, norm, rope, write], chain, []))
+        entry(Chain(KINDS[2], [], [pool, norm, rope, write], chain))
         assert torch.equal(found.view(torch.int16), first.view(torch.int16))
 
 
@@ -126,6 +126,6 @@ def test_what_one_launch_does_not_take() -> None:
     later = torch.full((1, 64), torch.nan, device=CUDA, dtype=BF16)
     kept = [s.clone() for s in args[2:4]]
     chain = [args, (later,), (later, places), (later, slots, other)]
-    _launch(_Chain([pool, norm, rope, write], chain, []))
+    entry(Chain(KINDS[2], [], [pool, norm, rope, write], chain))
     wanted = rope(norm(pool(kv, score, *kept, step).to(BF16)), places)
     assert torch.equal(other[0], wanted[0].float())

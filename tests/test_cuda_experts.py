@@ -14,6 +14,7 @@ from test_cpu_kernels import make_weight
 from test_cuda_linear import BF16, CUDA, close, kernel, on_gpu, random_weight, truth
 from torch import Tensor
 
+from dsv4_bench.engine.cuda import experts as cuda_experts
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
@@ -171,6 +172,87 @@ def test_experts_in_a_graph_and_of_one_stacked_tensor(n):
 
 def kernel_only(x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert]) -> Tensor:
     return IMPLEMENTATIONS["experts"]["sm90"].function(x, routing, ids, bank=bank, limit=7.0)
+
+
+# ------------------------------------------------------------------------------ all experts together
+
+TOGETHER = [
+    ("nvfp4", "fp8_e8m0"),
+    ("nvfp4", "fp8_f32"),
+    ("mxfp4", "fp8_e8m0"),
+    ("mxfp4", "fp8_f32"),
+]
+
+
+def one_by_one(
+    x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert], shared: Expert
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the three ops return after each other, float32 [n, d]; the sum before its cast."""
+    run = {
+        name: IMPLEMENTATIONS[name]["sm90"].function
+        for name in ("experts", "shared_expert", "moe_sum")
+    }
+    routed = run["experts"](x, routing, ids, bank=bank, limit=2.0)
+    beside = run["shared_expert"](x, expert=shared, limit=2.0)
+    return routed, beside, run["moe_sum"](routed, beside, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("routed, beside", TOGETHER)
+@pytest.mark.parametrize(
+    "d, inner, shared_inner", [(256, 128, 128), (160, 96, 32), (1024, 512, 1024)]
+)
+def test_moe_is_the_three_ops_to_the_bit(routed, beside, d, inner, shared_inner):
+    bank = make_experts(routed, 10, d, inner)
+    (shared,) = make_experts(beside, 1, d, shared_inner)
+    for n in (1, 2, 3, 8):
+        x, ids = torch.randn(n, d, device=CUDA).to(BF16), choose(n, 4, 10)
+        routing = torch.rand(n, 4, device=CUDA)
+        assert cuda_experts.moe_fits(bank, shared, n)
+        *parts, want = one_by_one(x, routing, ids, bank, shared)
+        outs = (torch.full_like(want, math.nan), torch.full_like(want, math.nan))
+        for dtype in (torch.float32, BF16):
+            for given in (None, None, outs):
+                got = cuda_experts.moe(
+                    x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=dtype, outs=given
+                )
+                assert torch.equal(got, want.to(dtype)), (n, dtype)
+        assert all(torch.equal(out, part) for out, part in zip(outs, parts, strict=True)), n
+        true = truth("experts", x, routing, ids, bank=bank, limit=2.0)
+        true = true + truth("shared_expert", x, expert=shared, limit=2.0)
+        close(want, true, f"{n} tokens", limit=1e-3)
+
+
+@pytest.mark.parametrize("routed, beside", [TOGETHER[0], TOGETHER[2]])
+@pytest.mark.parametrize("d, inner", [(4096, 2048), (7168, 3072)])
+def test_moe_at_model_shapes(routed, beside, d, inner):
+    bank, (shared,) = random_experts(routed, 24, d, inner), random_experts(beside, 1, d, inner)
+    for n in (1, 8):
+        x, ids = torch.randn(n, d, device=CUDA).to(BF16), choose(n, 6, 24)
+        x[:, 7] *= 100  # an outlier channel
+        x[n - 1] *= 2.0**-60
+        routing = torch.rand(n, 6, device=CUDA)
+        _, _, want = one_by_one(x, routing, ids, bank, shared)
+        got = [
+            cuda_experts.moe(
+                x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=torch.float32
+            )
+            for _ in range(20)
+        ]
+        assert all(torch.equal(value, want) for value in got)
+
+
+def test_moe_takes_few_tokens_of_formats_that_go_together():
+    nvfp4, mxfp4, fp8 = (make_experts(kind, 2, 128, 64) for kind in ("nvfp4", "mxfp4", "fp8_e8m0"))
+    assert cuda_experts.moe_fits(nvfp4, fp8[0], 8)
+    assert not cuda_experts.moe_fits(nvfp4, fp8[0], 9)
+    assert not cuda_experts.moe_fits(nvfp4, fp8[0], 0)
+    assert not cuda_experts.moe_fits(mxfp4, nvfp4[0], 1)
+    assert not cuda_experts.moe_fits(fp8, fp8[0], 1)
+    x, ids = torch.randn(1, 128, device=CUDA).to(BF16), torch.zeros(1, 1, device=CUDA).int()
+    with pytest.raises(DSV4Error, match="do not go together"):
+        cuda_experts.moe(
+            x, ids.float(), ids, bank=fp8, shared=fp8[0], limit=2.0, dtype=torch.float32
+        )
 
 
 def test_experts_of_unlike_formats_are_refused():

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import ragged
 import torch
+from gpu_weights import RandomCheckpoint, filled_cache, layers_of
 from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda, demo
+from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
-from dsv4_bench.engine.cuda.fusion import _Chain, _launch
+from dsv4_bench.engine.cuda import fusion
+from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -32,6 +35,9 @@ reason = cuda.library._device_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
+# By launches of their own, where a graph has V4-Flash's widths.
+PUT_OFF = """L0/attn/compressor/pool L0/attn/q_head_norm L0/attn/core L0/ffn/hc_post
+             L1/attn/kv_rope L1/ffn/experts L1/ffn/hc_pre"""
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 
 
@@ -103,6 +109,54 @@ def test_graph_has_the_bits_of_the_same_step_op_by_op(
     for ours, theirs in zip(graphed.layers, eager.layers, strict=True):
         for name, tensor in theirs.tensors().items():
             assert torch.equal(ours.tensors()[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def flash() -> Transformer:
+    """Three layers of V4-Flash's widths with few experts: what launches for several sites take."""
+    config = replace(layers_of((4, 128, 0)), n_routed_experts=16)
+    model = Transformer(RandomCheckpoint(config), torch.bfloat16, "cuda")  # type: ignore[arg-type]
+    model.set_route(parse_route(["kernel"]))
+    return model
+
+
+def filled_alike(model: Transformer, batch: int) -> Cache:
+    torch.manual_seed(5)
+    return filled_cache(model, batch, 509, 256)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_of_real_sizes_have_the_bits_of_the_same_step_op_by_op(
+    flash: Transformer, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "JOINS", ())  # they round otherwise
+    ours, theirs = (filled_alike(flash, batch) for _ in range(2))
+    graph = DecodeGraph(flash, ours)
+    tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    step = fixed_step(flash, theirs, graph.step.limit, tokens)
+    for number in range(5):  # over the end of a window of 4, and of 128
+        ids = [100 * number + b for b in range(batch)]
+        tokens.copy_(torch.tensor(ids))
+        wanted = run_step(flash, theirs, step)
+        found = graph.forward(ids)
+        assert wanted.isfinite().all() and torch.equal(found, wanted), number
+    for layer, other in zip(ours.layers, theirs.layers, strict=True):
+        for name, tensor in other.tensors().items():
+            assert torch.equal(layer.tensors()[name], tensor), name
+    without = {path for path, _, nodes in graph.sites() if nodes == 0}
+    assert set(PUT_OFF.split()) <= without, without
+
+
+def test_linears_of_one_input_are_joined_within_rounding(flash: Transformer) -> None:
+    graph = DecodeGraph(flash, filled_alike(flash, 1), range(1))
+    without = {path for path, _, nodes in graph.sites() if nodes == 0}
+    assert {"L0/attn/wkv", "L0/attn/index/weights_proj", "L0/attn/compressor/wgate"} <= without
+    x = torch.randn(1, 4, 4096, device="cuda").bfloat16()
+    step = fixed_step(flash, filled_alike(flash, 1), graph.step.limit, graph.step.tokens)
+    step.advance()
+    with torch.inference_mode():
+        wanted = flash.layers[0](x, filled_alike(flash, 1).layers[0], step)
+    assert relative_l2(graph.run(x), wanted) < 0.02
 
 
 def test_replays_are_bit_identical(model: Transformer) -> None:
@@ -231,14 +285,26 @@ def test_fused_norm_rope_and_write_have_the_bits_of_the_three(
         slots = torch.tensor([7, -1, 2, 0, 19][:n], device="cuda")
         y = rope(norm(x), positions)
         if not cached:
-            chain = _Chain([norm, rope], [(x,), (x, positions)], [])
-            assert torch.equal(_launch(chain), y)
+            args = [(x,), (x, positions)]
+            for observed in (False, True):
+                inner = [torch.full_like(x, torch.nan)]
+                chain = Chain(KINDS[0], [], [norm, rope], args, inner, observed)
+                assert torch.equal(norm_rope(chain), y)
+                assert torch.equal(inner[0], norm(x)) == observed
             continue
         wanted = torch.full((20, d), torch.nan, device="cuda", dtype=torch.bfloat16)
         found = wanted.clone()
         write(y, slots, wanted)
-        _launch(_Chain([norm, rope, write], [(x,), (x, positions), (x, slots, found)], []))
-        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+        args = [(x,), (x, positions), (x, slots, found)]
+        for observed in (False, True):
+            found.fill_(torch.nan)
+            inner = [torch.full_like(x, torch.nan) for _ in range(2)]
+            norm_rope(Chain(KINDS[1], [], [norm, rope, write], args, inner, observed))
+            assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+            assert [torch.equal(*pair) for pair in zip(inner, (norm(x), y), strict=True)] == [
+                observed,
+                observed,
+            ]
 
 
 def test_every_site_has_its_nodes(model: Transformer) -> None:
@@ -267,7 +333,7 @@ class Peaks:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.layers: list[int] = []
+        self.looks = self.steps = 0
         self.values = torch.zeros(1024, device="cuda")
 
     def wants(self, site: Site) -> bool:
@@ -285,11 +351,14 @@ class Peaks:
             self.values[len(self.paths)].copy_(value.float().abs().max())
         self.paths.append(site.path)
 
-    def layer_done(self, layer: int) -> None:
-        self.layers.append(layer)
+    def due(self, site: Site) -> bool:
+        return site.op == "gate"
+
+    def look(self) -> None:
+        self.looks += 1
 
     def step_done(self) -> None:
-        self.layers.append(-1)
+        self.steps += 1
 
 
 class Ticks:
@@ -306,10 +375,13 @@ class Ticks:
     stop = start
 
 
-def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer) -> None:
+@pytest.mark.parametrize("clocked", [False, True])
+def test_observer_and_clock_see_every_site_and_change_nothing(
+    model: Transformer, clocked: bool
+) -> None:
     ids = texts(3)
     plain, eager = DecodeGraph(model, prefilled(model, ids)), prefilled(model, ids)
-    peaks, ticks = Peaks(), Ticks()
+    peaks, ticks = Peaks(), Ticks() if clocked else None
     seen = DecodeGraph(model, prefilled(model, ids), observer=peaks, clock=ticks)
     step = fixed_step(model, eager, seen.step.limit, torch.zeros_like(seen.step.tokens))
     for number in range(3):
@@ -324,8 +396,10 @@ def test_observer_and_clock_see_every_site_and_change_nothing(model: Transformer
             set_taps(model.sites.values(), None)
         assert expected.paths == peaks.paths
         assert torch.equal(expected.values, peaks.values)
-    assert peaks.layers == [*range(6), -1]
+    assert (peaks.looks, peaks.steps) == (2 * 6 + 1, 1)
     assert peaks.paths == [path for path, _, _ in seen.sites()]
+    if ticks is None:
+        return
     assert ticks.places == [path for path in peaks.paths for _ in range(2)]
     assert bool((ticks.counts[: len(ticks.places)] == 3).all())
 

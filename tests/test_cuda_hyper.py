@@ -124,8 +124,8 @@ def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
         truth = u * (u.square().mean(1, keepdim=True) + eps).rsqrt() * weight.double()
         worst = ((normed.double() - truth).abs() / truth.abs().clamp_min(1e-30)).max().item()
         assert worst <= 1.001 * 2**-8, worst
-        outs = torch.empty_like(x), *(torch.empty_like(gate) for gate in gates)
+        outs = tuple(torch.empty_like(like) for like in (x, y, *gates))
         norm = {"weight": weight, "weight_eps": eps, "outs": outs}
         again = hc_post_pre_norm(y, x, *gates, **norm, **params)
         assert all(map(torch.equal, again, (*rest, normed)))
-        assert all(again[i] is out for i, out in zip((0, 2, 3), outs, strict=True))
+        assert all(a is out for a, out in zip(again[:4], outs, strict=True))

@@ -12,33 +12,31 @@ from dsv4_bench.engine.step import Step
 PROCESSORS = 132
 
 
-@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("widths", [(0, 0), (1, 0), (128, 512), (64, 0), (128, 1024), (70, 8192)])
 @pytest.mark.parametrize("heads", [1, 64, 65, 128])
 def test_no_share_is_empty_and_all_run_at_once(
-    heads: int, widths: tuple[int, int], clusters: bool
+    heads: int, widths: tuple[int, int], few: bool
 ) -> None:
     blocks = sum(-(-width // 64) for width in widths)
     for n in (1, 2, 3, 8, 14, 20, 31, 40, 64, 131, 132, 4096):
-        how = plan(n, heads, widths, PROCESSORS, clusters)
+        how = plan(n, heads, widths, PROCESSORS, few)
         tiles, each = n * -(-heads // how.heads), -(-blocks // how.shares)
         assert how.shares == 1 or tiles * how.shares <= 2 * PROCESSORS
         if blocks:
             assert (how.shares - 1) * each < blocks
-        if how.combined:
-            assert how.heads == 64 and 1 < how.shares <= 64
-        elif how.heads == 16:  # what a CTA has room for, and a cluster
-            assert clusters and each <= 2 and how.shares <= 16
+        if how.heads < 64:  # what a CTA has room for, and a cluster
+            assert few and each <= 2 and how.shares <= 16 and not how.combined
+        elif how.combined:
+            assert 1 < how.shares <= 64
         else:
-            assert how.shares in ((1, 2, 4) if clusters else (1,))
+            assert how.shares in (1, 2, 4)
 
 
 def test_few_tokens_use_many_processors() -> None:
     assert plan(1, 64, (128, 512), PROCESSORS) == Plan(16, 10)  # a block of 64 keys each
-    assert plan(1, 64, (128, 512), PROCESSORS, False) == Plan(64, 10, combined=True)
     assert plan(1, 64, (128, 8192), PROCESSORS) == Plan(64, 44, combined=True)
     assert plan(64, 64, (128, 512), PROCESSORS) == Plan(64, 2)
-    assert plan(64, 64, (128, 512), PROCESSORS, False) == Plan(64, 2, combined=True)
     assert plan(67, 64, (128, 512), PROCESSORS) == Plan(64, 1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_launches import pretend
 from torch import Tensor
 
 from dsv4_bench.engine import generate, graph, graph_branches
@@ -132,11 +133,11 @@ def test_a_graph_decodes_as_op_by_op_and_grows(
 def test_sites_that_are_put_off_make_the_same(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if norm, rope and write were kernels; what the last of them launches runs them one by one."""
+    """As if all were kernels; where norm, rope and write are launched, they run one by one."""
     plain, cache = prefilled(model), prefilled(model)
-    for site in model.sites.values():
-        monkeypatch.setattr(site.stamp, "implementation", "sm90")
+    ran = pretend(model, monkeypatch)
     decode = DecodeGraph(model, cache)
+    assert ran == {"streams": 5, "core": 3, "moe": 3, "linears": 3}
     for tokens in ([9, 8], [7, 6], [5, 4], [3, 2]):
         assert close(decode.forward(tokens), eager(model, plain, tokens))
     norm, rope, write = (
@@ -153,6 +154,26 @@ def test_sites_that_are_put_off_make_the_same(
     assert all(
         fusions.take(site, (x, positions, x)).run is not None for site in (norm, rope, write)
     )
+
+
+def test_a_join_is_of_one_input_and_of_kernels(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = pretend(model, monkeypatch)
+    wq_a, wkv, wgate = (model.sites[f"L2/attn/{n}"] for n in ("wq_a", "wkv", "compressor/wgate"))
+    x, other = torch.randn(2, 1, model.config.hidden_size)
+    fusions = Fusions(model.sites)
+    call = fusions.take(wq_a, (x,))
+    assert call.run is not None and close(call.run(), wq_a.run((x,)))
+    assert len(call.made) == 3 and ran["linears"] == 1
+    known = fusions.take(wkv, (x,))
+    assert known.run is None and close(known.result, wkv.run((x,)))
+    again = fusions.take(wgate, (other,))  # not what was joined
+    assert again.run is not None and close(again.run(), wgate.run((other,)))
+    monkeypatch.setattr(wkv.stamp, "implementation", "reference")
+    call = Fusions(model.sites).take(wq_a, (x,))
+    assert call.run is not None and close(call.run(), wq_a.run((x,))) and not call.made
+    assert ran["linears"] == 1
 
 
 @pytest.mark.usefixtures("pretended")

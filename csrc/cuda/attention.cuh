@@ -12,7 +12,7 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 struct Pool {
     const void* keys;
     const int* index;  // [n, width]
-    int64_t rows;      // of the pool
+    int rows;          // of the pool; INT_MAX for more, which no index reaches
     int width;
 };
 struct Keys {
@@ -34,12 +34,6 @@ __device__ inline Softmax with_sink(Softmax s, float sink) {
 }
 __device__ inline float lse_of(Softmax s) {
     return (s.most == -INFINITY ? 0 : s.most) * kLn2 + logf(s.sum);
-}
-
-// To 2 units in the last place.
-__device__ inline float exp2_approximate(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
 }
 
 }  // namespace dsv4

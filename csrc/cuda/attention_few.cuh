@@ -1,4 +1,4 @@
-// Attention of few tokens: a cluster for each token and 16 of its heads, a share of the keys a CTA.
+// Attention of few tokens: a cluster for each token and 16 or 32 of its heads, a share of the keys a CTA.
 //
 // A CTA copies its one or two blocks of 64 keys at once. Heads are the columns of both products, so that
 // few of them cost little: logits^T [64 keys, heads] = k q^T, and output^T [512, heads] = v^T p^T. Warpgroup
@@ -7,18 +7,20 @@
 #pragma once
 
 #include "attention_gather.cuh"
+#include "rope.cuh"
 
 namespace dsv4 {
 
-constexpr int kColumns = 16;  // heads of a CTA
 constexpr int kFewThreads = 256, kFewBlocks = 2, kMostRanks = 16;
 constexpr int kPartPitch = kDim + 4;  // floats; 4 spread the banks
 
-struct Few {
+template <int kColumns> struct Few {
     char q[kColumns * kDim * 2];  // 8 chunks of kColumns rows of 128 bytes, swizzled
     char weights[kFewBlocks][kColumns * kBlock * 2];
     float most[kFewBlocks][4][kColumns], sums[kFewBlocks][4][kColumns];  // of each warp's 16 keys
     Softmax shares[kMostRanks][kColumns];                                // from every CTA
+    float factor[kMostRanks][kColumns];                                  // of a CTA's sums
+    float sink[kColumns];
     alignas(8) uint8_t exists[kFewBlocks][8];                                       // a bit a key
 };
 
@@ -36,10 +38,23 @@ __device__ __forceinline__ void multiply_few(float (&c)[8], uint64_t a, uint64_t
         : DSV4_F8(c, 0)
         : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kRows));
 }
+template <int kRows>
+__device__ __forceinline__ void multiply_few(float (&c)[16], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, p, 1, 1, %19, 0;\n"
+        "}\n"
+        : DSV4_F8(c, 0), DSV4_F8(c, 8)
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kRows));
+}
 
-struct FewHeads {
+template <int kColumns, bool kPacked> struct FewHeads {
     const Problem& p;
-    Few& s;
+    Few<kColumns>& s;
     char* keys;  // [blocks][kTileBytes]; later the sums, [kColumns][kPartPitch] floats
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int w = __shfl_sync(~0u, thread / 128, 0);  // so that the compiler knows it to be uniform
@@ -47,7 +62,7 @@ struct FewHeads {
     const int groups, head, rank, ranks, first, blocks;
     const int64_t token;
 
-    __device__ FewHeads(const Problem& p, Few& s, char* keys)
+    __device__ FewHeads(const Problem& p, Few<kColumns>& s, char* keys)
         : p(p), s(s), keys(keys), groups((p.heads + kColumns - 1) / kColumns),
           head(blockIdx.x % groups * kColumns), rank(blockIdx.z), ranks(p.shares),
           first(rank * p.per_share),
@@ -61,6 +76,7 @@ struct FewHeads {
 #pragma unroll
         for (int b = 0; b < kFewBlocks; b++)
             index[b] = b < blocks ? index_of(p, token, first + b, 8 * warp + lane % 8) : -1;
+        const float sink = thread < kColumns && head + thread < p.heads ? p.sink[head + thread] : 0;
         const bf16* q = p.q + (token * p.heads + head) * kDim;
 #pragma unroll
         for (int i = 0; i < kColumns / 4; i++) {
@@ -75,9 +91,11 @@ struct FewHeads {
             if (b >= blocks) break;
             const uint32_t exist = __ballot_sync(~0u, index[b] >= 0) & 0xff;
             if (lane == 0) s.exists[b][warp] = exist;
-            copy_block(b, index[b]);
+            if constexpr (kPacked) decode_block(b, index[b]);
+            else copy_block(b, index[b]);
         }
         copy_commit();
+        if (thread < kColumns) s.sink[thread] = sink;
         copy_wait<0>();
         fence_async_proxy();
     }
@@ -95,6 +113,18 @@ struct FewHeads {
             copy16(to + unit_offset(8 * warp + r, lane), from, key[r] >= 0);
             copy16(to + unit_offset(8 * warp + r, lane + 32), from + kDim, key[r] >= 0);
         }
+    }
+    __device__ void decode_block(int b, int indices) const {
+        const Pool pool = pool_of(p, first + b);
+        EntryCodes codes[8];
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            const int key = checked(pool, __shfl_sync(~0u, indices, r));
+            if (key >= 0)
+                codes[r] = EntryCodes((const char*)pool.keys + (int64_t)key * kEntryBytes, lane);
+        }
+#pragma unroll
+        for (int r = 0; r < 8; r++) codes[r].store(keys + b * kTileBytes, 8 * warp + r, lane);
     }
 
     // Logits of this warpgroup's block, in log2 units, and the largest of each warp and head.
@@ -126,8 +156,10 @@ struct FewHeads {
 
     // The largest logit of a head, of all blocks.
     __device__ float most_of(int column) const {
+        const float* from = &s.most[0][0][column];
         float most = -INFINITY;
-        for (int i = 0; i < 4 * blocks; i++) most = fmaxf(most, s.most[i / 4][i % 4][column]);
+#pragma unroll 4
+        for (int i = 0; i < 4 * blocks; i++) most = fmaxf(most, from[i * kColumns]);
         return most;
     }
 
@@ -159,7 +191,9 @@ struct FewHeads {
         for (int i = thread; i < ranks * kColumns; i += kFewThreads) {
             const int column = i % kColumns;
             Softmax share = {most_of(column), 0};
-            for (int k = 0; k < 4 * blocks; k++) share.sum += s.sums[k / 4][k % 4][column];
+            const float* sums = &s.sums[0][0][column];
+#pragma unroll 4
+            for (int k = 0; k < 4 * blocks; k++) share.sum += sums[k * kColumns];
             remote_write(remote_address(shared_address(&s.shares[rank][column]), i / kColumns),
                          *(uint64_t*)&share);
         }
@@ -193,7 +227,36 @@ struct FewHeads {
                 part[(i / 4 * 8 + 2 * t + i % 2) * kPartPitch + 64 * c + i / 2 % 2 * 8] = sum[c][i];
     }
 
-    // This CTA's slice of the heads' output, of all shares, and lse.
+    // Two pairs of a row of o, of which the first is `pair`; every rounding is that of op rope.
+    __device__ uint2 turned_back(uint2 pairs, int pair) const {
+        auto turned = [&](uint32_t word, int i) {
+            const float2 cs = turn(p.positions[token], p.freqs[i], true);
+            const float even = low_bf16(word), odd = high_bf16(word);
+            return pack_bf16(__fmaf_rn(even, cs.x, -__fmul_rn(odd, cs.y)),
+                             __fmaf_rn(even, cs.y, __fmul_rn(odd, cs.x)));
+        };
+        return {turned(pairs.x, pair), turned(pairs.y, pair + 1)};
+    }
+
+    // What each CTA's sums are to be multiplied by, and lse.
+    __device__ void weigh_shares() {
+        for (int i = thread; i < ranks * kColumns; i += kFewThreads) {
+            const int column = i % kColumns;
+            Softmax all = {-INFINITY, 0};
+#pragma unroll 1
+            for (int k = 0; k < ranks; k++) all.most = fmaxf(all.most, s.shares[k][column].most);
+#pragma unroll 1
+            for (int k = 0; k < ranks; k++)
+                all.sum += s.shares[k][column].sum * weight_of(s.shares[k][column].most, all.most);
+            const Softmax total = with_sink(all, s.sink[column]);
+            s.factor[i / kColumns][column] =
+                weight_of(s.shares[i / kColumns][column].most, total.most) / total.sum;
+            if (i / kColumns == rank && rank == 0 && head + column < p.heads)
+                p.lse[token * p.heads + head + column] = lse_of(total);
+        }
+    }
+
+    // This CTA's slice of the heads' output, of all shares.
     __device__ void combine() {
         constexpr int kUnits = kColumns * (kDim / 4);
         for (int unit = kUnits * rank / ranks + thread; unit < kUnits * (rank + 1) / ranks;
@@ -202,35 +265,31 @@ struct FewHeads {
             const uint32_t part =
                 shared_address(keys) + (column * kPartPitch + 4 * at) * sizeof(float);
             if (head + column >= p.heads) break;
-            Softmax all = {-INFINITY, 0};
-            for (int i = 0; i < ranks; i++) all.most = fmaxf(all.most, s.shares[i][column].most);
-            for (int i = 0; i < ranks; i++)
-                all.sum += s.shares[i][column].sum * weight_of(s.shares[i][column].most, all.most);
-            const Softmax total = with_sink(all, p.sink[head + column]);
             float4 result = {};
-#pragma unroll 8
+#pragma unroll 5
             for (int i = 0; i < ranks; i++) {
                 const float4 v = remote_load4(remote_address(part, i));
-                const float factor = weight_of(s.shares[i][column].most, total.most) / total.sum;
+                const float factor = s.factor[i][column];
                 result.x += v.x * factor;
                 result.y += v.y * factor;
                 result.z += v.z * factor;
                 result.w += v.w * factor;
             }
             const int64_t out = token * p.heads + head + column;
-            store8(p.o + out * kDim + 4 * at, pack_bf16(result.x, result.y),
-                   pack_bf16(result.z, result.w));
-            if (at == 0) p.lse[out] = lse_of(total);
+            uint2 pairs = {pack_bf16(result.x, result.y), pack_bf16(result.z, result.w)};
+            if (p.positions && 4 * at >= kPlain) pairs = turned_back(pairs, (4 * at - kPlain) / 2);
+            store8(p.o + out * kDim + 4 * at, pairs.x, pairs.y);
         }
     }
 };
 
 // grid (tokens * groups of heads, 1, shares), a cluster along z.
+template <int kColumns, bool kPacked>
 __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     extern __shared__ char memory[];
     char* keys = (shared_address(memory) + 1023) / 1024 * 1024 - shared_address(memory) + memory;
-    Few& s = *reinterpret_cast<Few*>(keys + p.per_share * kTileBytes);
-    FewHeads few(p, s, keys);
+    auto& s = *reinterpret_cast<Few<kColumns>*>(keys + p.per_share * kTileBytes);
+    FewHeads<kColumns, kPacked> few(p, s, keys);
     cluster_arrive_relaxed();
     let_next_start();
     wait_for_previous();
@@ -245,21 +304,23 @@ __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     few.announce();
     few.multiply_values();
     cluster_sync();
+    few.weigh_shares();
+    __syncthreads();
     few.combine();
     cluster_sync();  // others may still read this CTA's sums
 }
 
-inline int launch_few(const Problem& p, int64_t n, void* stream) {
-    size_t shared = 1024 + p.per_share * kTileBytes + sizeof(Few);
+template <int kColumns, bool kPacked> int launch_few(const Problem& p, int64_t n, void* stream) {
+    size_t shared = 1024 + p.per_share * kTileBytes + sizeof(Few<kColumns>);
     const size_t part = 1024 + sizeof(float) * kColumns * kPartPitch;
     if (shared < part) shared = part;
-    int status = allow_shared(attention_few_kernel, shared);
+    int status = allow_shared(attention_few_kernel<kColumns, kPacked>, shared);
     if (!status && p.shares > 8)
-        status = cudaFuncSetAttribute(attention_few_kernel,
+        status = cudaFuncSetAttribute(attention_few_kernel<kColumns, kPacked>,
                                       cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (status) return status;
     const int64_t groups = ceil_div(p.heads, kColumns);
-    return launch_clusters(p.shares, attention_few_kernel,
+    return launch_clusters(p.shares, attention_few_kernel<kColumns, kPacked>,
                            dim3(n * groups, 1, p.shares), dim3(kFewThreads), shared, stream, p);
 }
 

@@ -3,8 +3,8 @@
 // A CTA takes one token after another: 64 of its heads and a share of its keys, 64 at a time. One
 // warpgroup gathers keys into two stages, each in two halves of the width, in the layout that wgmma
 // reads both as K (contracted over the width) and as V (contracted over keys). Two warpgroups multiply
-// (attention_tile.cuh). Several shares meet in a cluster, or their unnormalised sums go to memory, and a
-// second kernel combines them.
+// (attention_tile.cuh). With more than one share the unnormalised sums go to memory, and a second
+// kernel combines them.
 //
 // Blocks are counted through all tokens of a CTA: block g lies in stage g % 2, and phase g / 2 of every
 // barrier of that stage belongs to it.
@@ -21,14 +21,17 @@
 
 #include "attention.cuh"
 #include "hopper.cuh"
+#include "kv_entry.cuh"
 
 namespace dsv4 {
 
-constexpr int kDim = 512;                           // head width
+constexpr int kDim = 512, kPlain = 448;             // head width; of it without rope, in packed pools
 constexpr int kHeads = 64, kBlock = 64;             // heads and keys of a tile
 constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
 constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 128-byte swizzle
 constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
+constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
+constexpr int kAhead = 7;  // packed rows that a producer warp has under way
 constexpr int kHalf = kDim / 2;
 
 struct Shared {
@@ -39,6 +42,7 @@ struct Shared {
     float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
     uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
     uint64_t full[kStages][2], empty[kStages][2], weighed[kStages], q_full, q_empty;
+    alignas(16) char entries[kProducers / 32][kAhead][kEntryBytes];
 };
 
 struct Problem {
@@ -46,13 +50,16 @@ struct Problem {
     Keys keys;
     const float* sink;
     float scale;
-    int64_t heads;
+    int heads;
     int works;              // tokens times groups of 64 heads times shares
     int shares, per_share;  // of a token's key blocks, and blocks in one
     bf16* o;
     float* lse;
     float* part;         // [n, heads, shares, 512] unnormalised
     Softmax* part_sums;  // [n, heads, shares]
+    // The last kDim - kPlain dimensions of o turned back, unless null: of each token, of each pair.
+    const int64_t* positions;
+    const float* freqs;
 };
 
 __host__ __device__ inline int blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }
@@ -117,40 +124,28 @@ struct Indices {
     }
 };
 
-// A producer's part of a tile: 16 bytes of every chunk of four rows. Eight lanes share a row.
+// A producer's part of a block of keys: 16 bytes of every chunk of four rows. Eight lanes share a row.
 struct Part {
-    const int row, unit;      // the first of rows `row` + 4 i, and within a chunk
-    const char* from[4];
-    unsigned exist = 0;  // a bit a row
+    const int row, unit;  // the first of rows `row` + 4 i, and within a chunk
+    Pool pool;
+    int index[4];
 
-    __device__ Part(int warp, int lane) : row(16 * warp + lane / 8), unit(lane % 8) {}
+    __device__ Part(const Pool& pool, const Indices& rows, int warp, int lane)
+        : row(16 * warp + lane / 8), unit(lane % 8), pool(pool) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) index[i] = checked(pool, rows.at(warp, lane / 8 + 4 * i));
+    }
     // Starts copying half of the width; zeros where there is no row.
     __device__ void copy_half(const char* tile, int half) const {
         const uint32_t to = shared_address(tile) + half * (kTileBytes / 2);
 #pragma unroll
-        for (int chunk = 0; chunk < 4; chunk++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                copy16(to + unit_offset(row + 4 * i, 8 * chunk + unit),
-                       from[i] + half * kDim + chunk * 128, exist >> i & 1);
-    }
-    // q of a work; heads that do not exist are zeros.
-    __device__ void take_q(const Problem& p, const Work& work) {
-        const bf16* q = p.q + ((int64_t)work.token * p.heads + work.head) * kDim + 8 * unit;
-#pragma unroll
         for (int i = 0; i < 4; i++) {
-            const bool exists = row + 4 * i < work.heads;
-            exist = i > 0 ? exist | exists << i : exists;
-            from[i] = (const char*)(q + (exists ? row + 4 * i : 0) * kDim);
-        }
-    }
-    // The keys of a block.
-    __device__ void take_keys(const Pool& pool, const Indices& rows) {
+            const char* from = (const char*)pool.keys + (int64_t)max(index[i], 0) * (2 * kDim) +
+                               half * kDim + 16 * unit;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int index = checked(pool, rows.at(row / 16, row % 16 + 4 * i));
-            exist = i > 0 ? exist | (index >= 0) << i : index >= 0;
-            from[i] = (const char*)pool.keys + (int64_t)max(index, 0) * (2 * kDim) + 16 * unit;
+            for (int chunk = 0; chunk < 4; chunk++)
+                copy16(to + unit_offset(row + 4 * i, 8 * chunk + unit), from + chunk * 128,
+                       index[i] >= 0);
         }
     }
 };
@@ -168,33 +163,44 @@ __device__ void open_half(Shared& s, int g, int half, int thread, uint64_t exist
 // The blocks of all works of a CTA, one after another; from the end on there are none.
 struct Blocks {
     const Problem& p;
-    int at, token, first, last, block;  // of the work; of its blocks; now
+    int at, token;    // of the work
+    int block, left;  // of the work's; from this one on
 
     __device__ Blocks(const Problem& p) : p(p), at(first_work()) { begin(); }
     __device__ void begin() {
         const Work work(p, at);
         token = work.token;
-        block = first = work.first;
-        last = work.last;
+        block = work.first;
+        left = work.last - work.first;
     }
     __device__ bool exist() const { return at < p.works; }
-    __device__ bool begin_work() const { return block == first; }
-    __device__ void advance() {
-        if (++block < last) return;
+    // True where the next block begins a work.
+    __device__ bool advance() {
+        block++;
+        if (--left > 0) return false;
         at += works_at_once();
         begin();
+        return true;
     }
     __device__ Indices indices(int lane) const {
         return exist() ? Indices(p, token, block, lane) : Indices(-1, -1);
     }
 };
 
-// q of work `at`, number `turn` of this CTA, once the one before is no longer read.
-__device__ void next_q(const Problem& p, int at, Shared& s, int turn, Part& part) {
+// q of work `at`, number `turn` of this CTA, once the one before is no longer read; heads that do not
+// exist are zeros.
+__device__ void next_q(const Problem& p, int at, Shared& s, int turn) {
+    const int thread = threadIdx.x - kConsumers, unit = thread % 64;
+    const Work work(p, at);
     if (turn > 0) barrier_wait(&s.q_empty, (turn - 1) % 2);
-    part.take_q(p, Work(p, at));
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) part.copy_half(s.q, half);
+    int row = thread / 64;
+    const bf16* from =
+        p.q + ((int64_t)work.token * p.heads + work.head + row) * kDim + 8 * unit;
+#pragma unroll 2
+    for (; row < kHeads; row += kProducers / 64, from += kProducers / 64 * kDim) {
+        const bool exists = row < work.heads;
+        copy16(shared_address(s.q) + unit_offset(row, unit), exists ? from : p.q, exists);
+    }
     copy_arrive(&s.q_full);
 }
 
@@ -202,15 +208,15 @@ __device__ void next_q(const Problem& p, int at, Shared& s, int turn, Part& part
 // rows that do not exist are zeros, so that 0 * row is 0.
 __device__ void gather(const Problem& p, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    Part part(warp, lane);
     Blocks now(p);
     Indices next = now.indices(lane);
+    bool begins = true;
     for (int g = 0, turn = 0; now.exist(); g++) {
-        if (now.begin_work()) next_q(p, now.at, s, turn++, part);
+        if (begins) next_q(p, now.at, s, turn++);
         const Indices rows = next;
         const uint64_t exists = rows.exist();
-        part.take_keys(pool_of(p, now.block), rows);
-        now.advance();
+        const Part part(pool_of(p, now.block), rows, warp, lane);
+        begins = now.advance();
         next = now.indices(lane);
 #pragma unroll 1
         for (int half = 0; half < 2; half++) {
@@ -220,6 +226,101 @@ __device__ void gather(const Problem& p, Shared& s) {
         }
     }
     copy_commit();
+    copy_wait<0>();
+}
+
+// ---------------------------------------------------------------- packed pools
+//
+// A warp decodes an entry, 8 codes to the 16 bytes of one unit, into a row of a tile: lane l makes units l
+// and l + 32, of which those from 56 on are rope values, not codes. Entries lie at multiples of 8 bytes.
+struct EntryCodes {
+    uint2 low = {}, high = {}, rope = {};
+    uint8_t low_scale = 0, high_scale = 0;
+
+    __device__ EntryCodes() {}  // of a row that does not exist: zeros
+    __device__ EntryCodes(const char* entry, int lane)
+        : low(*(const uint2*)(entry + 8 * lane)), low_scale(entry[kScalesAt + lane / 8]),
+          high_scale(entry[kScalesAt + 4 + lane / 8]) {
+        if (lane < 24) {
+            high = *(const uint2*)(entry + 256 + 8 * lane);
+        } else {
+            const uint2* values = (const uint2*)(entry + kPlain + 16 * (lane - 24));
+            high = values[0];
+            rope = values[1];
+        }
+    }
+    __device__ void store(char* tile, int row, int lane) const {
+        *(uint4*)(tile + unit_offset(row, lane)) = decode_codes(low, scale_of(low_scale));
+        uint4 unit = {high.x, high.y, rope.x, rope.y};
+        if (lane < 24) unit = decode_codes(high, scale_of(high_scale));
+        *(uint4*)(tile + unit_offset(row, lane + 32)) = unit;
+    }
+};
+
+// Entries on their way from memory, in a ring of the warp's own; zero bytes where there is no row.
+struct EntryRing {
+    const int lane;
+    char (&slots)[kAhead][kEntryBytes];
+
+    // Starts copying a row.
+    __device__ void fetch(int slot, const Pool& pool, int row) const {
+        const int index = checked(pool, row);
+        const char* entry = (const char*)pool.keys + (int64_t)max(index, 0) * kEntryBytes + 8 * lane;
+        const uint32_t to = shared_address(slots[slot]) + 8 * lane;
+        copy8(to, entry, index >= 0);
+        copy8(to + 256, entry + 256, index >= 0);
+        if (8 * lane < kEntryBytes - 512) copy8(to + 512, entry + 512, index >= 0);
+    }
+};
+
+// A block, -1 for none, and its rows in its pool; the work that it begins, -1 for none.
+struct Source {
+    int block, begins;
+    Indices rows;
+    __device__ Source(const Blocks& at, bool first, int lane)
+        : block(at.exist() ? at.block : -1), begins(first ? at.at : -1), rows(at.indices(lane)) {}
+};
+
+// The producers of packed pools: as `gather`.
+__device__ void gather_packed(const Problem& p, Shared& s) {
+    const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
+    const EntryRing ring = {lane, s.entries[warp]};
+    Blocks ahead(p);
+    Source rows(ahead, true, lane);
+    bool begins = ahead.advance();
+    Source next(ahead, begins, lane);
+    for (int r = 0; r < kAhead; r++) {
+        ring.fetch(r, pool_of(p, rows.block), rows.rows.at(warp, r));
+        copy_commit();
+    }
+    int slot = 0;
+    for (int g = 0, turn = 0; rows.block >= 0; g++) {
+        if (rows.begins >= 0) next_q(p, rows.begins, s, turn++);
+        char* tile = s.keys[g % kStages];
+        const uint64_t exists = rows.rows.exist();
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) open_half(s, g, half, thread, exists);
+#pragma unroll 1
+        for (int r = 0; r < 16; r++) {
+            copy_wait<kAhead - 1>();
+            __syncwarp();
+            const EntryCodes codes(ring.slots[slot], lane);
+            __syncwarp();
+            const bool wraps = r + kAhead >= 16;
+            const Indices from = {wraps ? next.rows.low : rows.rows.low,
+                                  wraps ? next.rows.high : rows.rows.high};
+            ring.fetch(slot, pool_of(p, wraps ? next.block : rows.block),
+                       from.at(warp, (r + kAhead) % 16));
+            copy_commit();
+            slot = slot + 1 == kAhead ? 0 : slot + 1;
+            codes.store(tile, 16 * warp + r, lane);
+        }
+        fence_async_proxy();
+        for (int half = 0; half < 2; half++) barrier_arrive(&s.full[g % kStages][half]);
+        rows = next;
+        begins = ahead.advance();
+        next = Source(ahead, begins, lane);
+    }
     copy_wait<0>();
 }
 

@@ -1,13 +1,15 @@
 // Op attention: softmax over window rows and selected entries with a sink, K = V, shared by all heads.
 
+#include <limits.h>
+
 #include "attention_any.cuh"
 #include "attention_few.cuh"
-#include "attention_packed.cuh"
 #include "attention_tile.cuh"
 
 namespace dsv4 {
 namespace {
 
+template <bool kPacked>
 __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(Problem p) {
     extern __shared__ char memory[];
     Shared& s = *reinterpret_cast<Shared*>((shared_address(memory) + 1023) / 1024 * 1024 -
@@ -28,8 +30,9 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<72>();  // 72 + 2 * 216 are the 3 * 168 that the CTA starts with
-        gather(p, s);
+        fewer_registers<72>();
+        if constexpr (kPacked) gather_packed(p, s);
+        else gather(p, s);
         if (p.shares > 1 && !p.part) {  // the others' `join`
             cluster_sync();
             cluster_sync();
@@ -84,28 +87,17 @@ __global__ void __launch_bounds__(kDim / 4)
 }
 
 // At most one CTA a processor.
-int launch_attention(const Problem& p, void* stream) {
+int launch_attention(void (*kernel)(Problem), const Problem& p, void* stream) {
     const size_t shared = sizeof(Shared) + 1024;  // to align it
-    int device, processors, status = allow_shared(attention_kernel, shared);
+    int device, processors, status = allow_shared(kernel, shared);
     if (!status) status = cudaGetDevice(&device);
     if (!status)
         status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (status) return status;
     const int64_t blocks = p.works < processors ? p.works : processors;
     const int ranks = p.part ? 1 : p.shares;
-    return launch_clusters(ranks, attention_kernel, dim3(blocks / ranks, 1, ranks),
-                           kConsumers + kProducers, shared, stream, p);
-}
-
-// A CTA for each work, of packed pools.
-int launch_packed(const Problem& q, void* stream) {
-    const packed::Problem p = {q.q, q.keys, q.sink, q.scale, q.heads, q.shares,
-                               q.per_share, q.o, q.lse, q.part, q.part_sums};
-    const size_t shared = sizeof(packed::Shared) + 1024;
-    const int status = allow_shared(packed::attention_packed_kernel, shared);
-    return status ? status
-                  : launch(packed::attention_packed_kernel, dim3(q.works),
-                           kConsumers + kProducers, shared, stream, p);
+    return launch_clusters(ranks, kernel, dim3(blocks / ranks, 1, ranks), kConsumers + kProducers,
+                           shared, stream, p);
 }
 
 }  // namespace
@@ -115,39 +107,47 @@ using namespace dsv4;
 
 // o [n, heads, dim] and lse [n, heads] of q [n, heads, dim] over rows of window [window_rows, dim]
 // and entries [entry_rows, dim]; indices [n, width], -1 for none. Where plain > 0, the rows of both
-// pools are packed entries with `plain` dimensions in codes. `shares` CTAs of `columns` heads (16 or 64)
-// share a token's blocks of 64 keys, none without any. They are a cluster: at most 16 of 16 heads with
-// one or two blocks each, or 1, 2 or 4 of 64 heads; or, where `part` is not null, up to 64 of 64 heads
-// that a second kernel combines by way of part [n, heads, shares, dim] and part_sums [n, heads, shares, 2].
-// Several shares of packed pools need `part`.
+// pools are packed entries with `plain` dimensions in codes. `shares` CTAs of `columns` heads (16, 32,
+// 64) share a token's blocks of 64 keys, none without any. They are a cluster, at most 16 with one or
+// two blocks each, or 1, 2 or 4 of 64 heads; where `part` is not null, a second kernel combines up to 64
+// of 64 heads by way of part [n, heads, shares, dim] and part_sums [n, heads, shares, 2]. Where positions
+// [n] and freqs [32] are not null, the last 64 dimensions of o are turned back; not with 64 heads.
 DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window_rows,
                                const int* window_index, int64_t window_width, const void* entries,
                                int64_t entry_rows, const int* entry_index, int64_t entry_width,
                                const float* sink, float scale, int64_t n, int64_t heads,
                                int64_t dim, int64_t plain, int64_t columns, int64_t shares,
-                               float* part, float* part_sums, void* o, float* lse, int dtype,
-                               void* stream) {
-    Keys keys = {{window, window_index, window_rows, (int)window_width},
-                 {entries, entry_index, entry_rows, (int)entry_width}};
+                               float* part, float* part_sums, const int64_t* positions,
+                               const float* freqs, void* o, float* lse, int dtype, void* stream) {
+    auto few = [](int64_t rows) { return (int)(rows < INT_MAX ? rows : INT_MAX); };
+    Keys keys = {{window, window_index, few(window_rows), (int)window_width},
+                 {entries, entry_index, few(entry_rows), (int)entry_width}};
     int64_t blocks = blocks_of(window_width) + blocks_of(entry_width);
-    if (shares > kMostShares) return kUnsupported;
-    if (dtype == DSV4_BF16 && dim == kDim && (plain == 0 || plain == packed::kPlain) && scale > 0 &&
-        blocks > 0) {
-        if (plain && shares > 1 && !part) return kUnsupported;
+    const bool tensor_cores = dtype == DSV4_BF16 && dim == kDim &&
+                              (plain == 0 || plain == kPlain) && scale > 0 && blocks > 0;
+    if (shares > kMostShares || (positions && !(tensor_cores && columns < kHeads)))
+        return kUnsupported;
+    if (tensor_cores) {
         Problem p = {(const bf16*)q,
                      keys,
                      sink,
                      scale,
-                     heads,
+                     (int)heads,
                      (int)(n * ceil_div(heads, kHeads) * shares),
                      (int)shares,
                      (int)ceil_div(blocks, shares),
                      (bf16*)o,
                      lse,
                      part,
-                     (Softmax*)part_sums};
-        if (columns == kColumns) return plain ? kUnsupported : launch_few(p, n, stream);
-        int status = plain ? launch_packed(p, stream) : launch_attention(p, stream);
+                     (Softmax*)part_sums,
+                     positions,
+                     freqs};
+        if (columns == 16)
+            return (plain ? launch_few<16, true> : launch_few<16, false>)(p, n, stream);
+        if (columns == 32)
+            return (plain ? launch_few<32, true> : launch_few<32, false>)(p, n, stream);
+        int status = launch_attention(plain ? attention_kernel<true> : attention_kernel<false>, p,
+                                      stream);
         if (status || !part) return status;
         return launch(combine_kernel, dim3(n * heads), kDim / 4, 0, stream, (const float*)part,
                       (const Softmax*)part_sums, sink, heads, (int)shares, (bf16*)o, lse);

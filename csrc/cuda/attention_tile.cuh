@@ -13,6 +13,12 @@
 
 namespace dsv4 {
 
+// To 2 units in the last place.
+__device__ inline float exp2_approximate(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
 // A reference for the exponents of a row: it follows the largest logit only where that is this much
 // larger, in log2 units. Weights of up to 2^8 lose no precision, and the sums need scaling less often.
 constexpr float kSlack = 8;
@@ -64,7 +70,6 @@ template <int w> struct Consumer {
             wgmma_64x64(logit, a + step, b + step, k > 0);
         }
         wgmma_commit();
-        wgmma_wait<0>();
     }
     __device__ uint64_t values(int stage) const {
         return matrix_descriptor(shared_address(s.keys[stage]) + w * (kTileBytes / 2), kChunk, 1024);
@@ -117,14 +122,22 @@ template <int w> struct Consumer {
                        weight[4 * k + 3]);
     }
 
-    // A block of this warpgroup's parity.
-    __device__ void own_block(int phase, bool last) {
+    // The products of a block of the other's are under way: over before those of the next own one.
+    __device__ void end_other(bool under_way) {
+        if (under_way) arrive(&s.empty[1 - w][w]);
+    }
+
+    // A block of this warpgroup's parity, while the products of the other's before it may be under way.
+    __device__ void own_block(int phase, bool last, bool under_way) {
         barrier_wait(&s.full[w][0], phase);
         const uint64_t exists = s.exists[w][0];
         if (exists) {
             float logit[32];
             uint32_t weight[16];
             multiply_keys(logit, w, phase);
+            wgmma_wait<1>();
+            end_other(under_way);
+            wgmma_wait<0>();
             if (last) arrive(&s.q_empty);
             float from[2];
             refer(logit, from, exists);
@@ -139,18 +152,20 @@ template <int w> struct Consumer {
                 wgmma_64x256(sum, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
                              weight[4 * k + 3], b + (k * 16 * 128 >> 4));
             wgmma_commit();
-            wgmma_wait<0>();
         } else {
             barrier_wait(&s.full[w][1], phase);
+            wgmma_wait<0>();
+            end_other(under_way);
             if (last) arrive(&s.q_empty);
             if (t < 2) s.most[w][row + 8 * t] = t ? of[1].most : of[0].most;
             arrive(&s.weighed[w]);
         }
+        wgmma_wait<0>();
         arrive(&s.empty[w][w]);
     }
 
-    // A block of the other one's.
-    __device__ void other_block(int phase) {
+    // Starts a block of the other one's.
+    __device__ void begin_other(int phase) {
         const int stage = 1 - w;
         barrier_wait(&s.full[stage][w], phase);
         const uint64_t exists = s.exists[stage][w];
@@ -165,9 +180,7 @@ template <int w> struct Consumer {
             for (int k = 0; k < kBlock / 16; k++)
                 wgmma_64x256(sum, a + (k * 32 >> 4), b + (k * 16 * 128 >> 4));
             wgmma_commit();
-            wgmma_wait<0>();
         }
-        arrive(&s.empty[stage][w]);
     }
 
     // Afterwards the sums are those of whole rows; `turn` is the number of the work.
@@ -202,13 +215,14 @@ __device__ inline uint4 transpose_quad(uint32_t (&word)[4], int t) {
 
 // Normalised output, and lse.
 template <int w>
-__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c) {
+__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c,
+                             const float (&sink)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int head = c.row + 8 * i;
         const bool exists = head < work.heads;
         const int64_t at = (int64_t)work.token * p.heads + work.head + head;
-        const Softmax total = with_sink(c.of[i], exists ? p.sink[work.head + head] : 0);
+        const Softmax total = with_sink(c.of[i], sink[i]);
         const float factor = weight_of(c.of[i].most, total.most) / total.sum;
         if (exists && w == 0 && c.t == 0) p.lse[at] = lse_of(total);
         bf16* to = p.o + at * kDim + w * kHalf + 8 * c.t;
@@ -289,19 +303,32 @@ template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
 template <int w> __device__ void compute(const Problem& p, Shared& s) {
     Consumer<w> c(s, p.scale * kLog2e);
     int g = 0;
-    for (int at = first_work(), turn = 0; at < p.works; at += works_at_once(), turn++) {
-        const Work work(p, at);
-        const int end = g + work.last - work.first;
+    for (int turn = 0; first_work() + turn * works_at_once() < p.works; turn++) {
+        int at = first_work() + turn * works_at_once();
+        const Work begun(p, at);
+        const int end = g + begun.last - begun.first;
         c.clear();
         barrier_wait(&s.q_full, turn % 2);
         if (end - g == 1 && g % kStages != w) c.arrive(&s.q_empty);  // it has no block of its own
-        for (; g < end; g++) {
-            if (g % kStages == w) c.own_block(g / kStages % 2, g + kStages >= end);
-            else c.other_block(g / kStages % 2);
+        while (g < end) {
+            const bool under_way = g % kStages != w;
+            if (under_way) c.begin_other(g++ / kStages % 2);
+            if (g < end) {
+                c.own_block(g / kStages % 2, g + kStages >= end, under_way);
+                g++;
+            } else {
+                wgmma_wait<0>();
+                c.end_other(under_way);
+            }
         }
+        asm volatile("" : "+r"(at));  // so that `work` is computed anew, not kept in registers
+        const Work work(p, at);
+        float sink[2];  // on their way during the exchange
+        for (int i = 0; i < 2; i++)
+            sink[i] = c.row + 8 * i < work.heads ? p.sink[work.head + c.row + 8 * i] : 0;
         c.finish(turn);
         if (p.part) write_part(p, work, c);
-        else if (p.shares == 1 || join(p, c)) write_output(p, work, c);
+        else if (p.shares == 1 || join(p, c)) write_output(p, work, c, sink);
     }
 }
 

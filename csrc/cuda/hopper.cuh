@@ -192,6 +192,11 @@ __device__ __forceinline__ void remote_expect(uint32_t barrier, uint32_t bytes) 
                  : "memory");
 }
 // Plain accesses; a cluster barrier orders them.
+__device__ __forceinline__ uint32_t remote_load(uint32_t remote) {
+    uint32_t value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+    return value;
+}
 __device__ __forceinline__ uint2 remote_load2(uint32_t remote) {
     uint2 value;
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"

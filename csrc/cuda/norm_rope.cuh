@@ -15,10 +15,12 @@ template <class W> struct NormRope {
 };
 
 // A block of Threads threads writes one row to y: thread t has the elements [8 t, 8 t + 8) in v, or none.
-// At every step the numbers of rms_norm and rope, also their roundings. partial: Threads / 32 floats.
+// At every step the numbers of rms_norm and rope, also their roundings. What the norm makes goes to
+// `normed`, the row also to `turned`. Null pointers: nowhere. partial: Threads / 32 floats.
 template <int Threads, class W>
 __device__ inline void norm_rope_row(const NormRope<W>& p, Vector<bf16> v, int64_t position, bf16* y,
-                                     float* partial) {
+                                     float* partial, bf16* normed = nullptr,
+                                     bf16* turned = nullptr) {
     constexpr int V = Vector<bf16>::kSize;
     const int first = threadIdx.x * V, rotated = first - (p.d - 2 * p.half);
     const bool mine = first < p.d;
@@ -33,12 +35,13 @@ __device__ inline void norm_rope_row(const NormRope<W>& p, Vector<bf16> v, int64
 #pragma unroll
         for (int j = 0; j < V; j++) sum += to_float(v.at[j]) * to_float(v.at[j]);
     const float factor = 1 / sqrtf(block_sum<Threads>(sum, partial) / (float)p.d + p.eps);
-    if (!mine || y == nullptr) return;
+    if (!mine || !(y || normed || turned)) return;
 #pragma unroll
     for (int j = 0; j < V; j++) {
         float value = to_float(v.at[j]) * factor;
         v.at[j] = from_float<bf16>(p.weight ? value * to_float(gain.at[j]) : value);
     }
+    if (normed) store_vector(normed + first, v);
     if (rotated >= 0)
 #pragma unroll
         for (int j = 0; j < V; j += 2) {
@@ -47,7 +50,8 @@ __device__ inline void norm_rope_row(const NormRope<W>& p, Vector<bf16> v, int64
             v.at[j] = from_float<bf16>(even * cs.x - odd * cs.y);
             v.at[j + 1] = from_float<bf16>(even * cs.y + odd * cs.x);
         }
-    store_vector(y + first, v);
+    if (turned) store_vector(turned + first, v);
+    if (y) store_vector(y + first, v);
 }
 
 }  // namespace dsv4

@@ -12,7 +12,7 @@ constexpr int kHeads = 16;                        // of a tile, the rows of a ma
 constexpr int kTiles = 4;                         // at a time, a warp each
 constexpr int kShares = kBlocks * kWarps / kTiles;  // of the keys
 constexpr int kKeys = 8;                          // of a group, its columns
-constexpr int kGroups = 5, kSteps = 4;            // that a warp has under way, and of a row's elements
+constexpr int kGroups = 5, kSteps = 2;  // that a warp has under way: groups, and 32 elements of rows
 constexpr int kMostHeads = 128, kMostSamples = 8;
 constexpr int kFields = 8;                        // of a result
 
@@ -126,16 +126,16 @@ struct Tile {
             exist[j] = __ballot_sync(~0u, keys[j] != nullptr);
             if (!keys[j]) keys[j] = queries[0];
         }
+        float lse[2];
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+            lse[row] = has(row) ? job.lse[token * job.heads + head + 8 * row] : 0;
         int from = 0;
 #pragma unroll 1
         for (; from + 32 * kSteps <= job.dim; from += 32 * kSteps)
             multiply_at<kSteps>(logits, queries, keys, from);
 #pragma unroll 1
         for (; from < job.dim; from += 32) multiply_at<1>(logits, queries, keys, from);
-        float lse[2];
-#pragma unroll
-        for (int row = 0; row < 2; row++)
-            lse[row] = has(row) ? job.lse[token * job.heads + head + 8 * row] : 0;
 #pragma unroll
         for (int j = 0; j < kGroups; j++) {
 #pragma unroll
@@ -165,84 +165,84 @@ struct Tile {
     }
 };
 
-// The sum over a block, in thread 0; likewise the largest.
-__device__ inline double block_total(double x, double* shared) {
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    double total = 0;
-    for (int w = 0; w < kWarps; w++) total += shared[w];
-    __syncthreads();
-    return total;
-}
-
-__device__ inline float block_largest(float x, double* shared) {
-    for (int offset = 16; offset > 0; offset /= 2)
-        x = larger(x, __shfl_xor_sync(~0u, x, offset));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    for (int w = 0; w < kWarps; w++) x = larger(x, (float)shared[w]);
-    __syncthreads();
-    return x;
-}
-
-// Every cluster sums the sink's weight over tokens of its own: this block's part of them.
-__device__ inline double sinks_of(const Job& job, double* shared) {
-    const int64_t blocks = (int64_t)gridDim.x * kBlocks, block = blockIdx.x * kBlocks + blockIdx.z;
-    double sum = 0;
-    for (int64_t i = block * kThreads + threadIdx.x; i < job.n * job.heads; i += blocks * kThreads)
-        sum += expf(job.sink[i % job.heads] - job.lse[i]);
-    return block_total(sum, shared);
-}
-
+// Every block's results in the memory of its cluster's first one.
 struct Shared {
-    Masses shares[kWarps / kTiles][kMostHeads];  // by the warps' shares of the keys
-    Masses block[kMostHeads];
-    float sinks;
-    double totals[kWarps];
+    Masses shares[kWarps / kTiles][kMostHeads];  // this block's, by the warps' shares of the keys
+    Masses masses[kBlocks][kMostHeads];
+    float sinks[kBlocks][kWarps];
+    double partial[kMostHeads / 32][kFields];
 };
 
-__device__ inline Masses masses_of(const Masses* at, int rank) {
-    Masses found;
-    found.window = load_from_block(&at->window, rank);
-    found.entries = load_from_block(&at->entries, rank);
-    found.entropy = load_from_block(&at->entropy, rank);
-    found.largest = load_from_block(&at->largest, rank);
-    return found;
+// To the same address of the cluster's first block.
+__device__ inline void store_to_first(float* at, float value) {
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, 0;\n"
+                 "st.shared::cluster.f32 [remote], %1;\n}" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(at)),
+                 "f"(value)
+                 : "memory");
+}
+__device__ inline void store_to_first(Masses* at, const Masses& value) {
+    store_to_first(&at->window, value.window), store_to_first(&at->entries, value.entries);
+    store_to_first(&at->entropy, value.entropy), store_to_first(&at->largest, value.largest);
 }
 
-// By the first block of a cluster: all blocks' keys, all heads.
-__device__ inline void conclude(const Job& job, int64_t token, Shared& s) {
-    const int head = threadIdx.x;
-    Masses all;
-    float over = -INFINITY, under = -INFINITY;
+// The clusters share all tokens' sinks among them: this warp's part.
+__device__ inline float sinks_of(const Job& job) {
+    const int64_t blocks = (int64_t)gridDim.x * kBlocks, block = blockIdx.x * kBlocks + blockIdx.z;
+    float sum = 0;
+    for (int64_t i = block * kThreads + threadIdx.x; i < job.n * job.heads; i += blocks * kThreads)
+        sum += expf(job.sink[i % job.heads] - job.lse[i]);
+    return warp_sum(sum);
+}
+
+// By the first block of a cluster: all blocks' keys, all heads. `sink` is the weight of this thread's.
+__device__ inline void conclude(const Job& job, Shared& s, float sink) {
+    constexpr int kSums = 4, kAll = 7;  // the first ones are summed, of the others the largest is taken
+    static_assert(kBlocks * kWarps <= kMostHeads);
+    const int head = threadIdx.x, lane = head % 32;
+    double values[kAll] = {0, 0, 0, 0, -INFINITY, -INFINITY, -INFINITY};
+    if (head < kBlocks * kWarps) values[0] = (&s.sinks[0][0])[head];
     if (head < job.heads) {
-        for (int rank = 0; rank < kBlocks; rank++) add(all, masses_of(&s.block[head], rank));
-        float sink = expf(job.sink[head] - job.lse[token * job.heads + head]);
-        float sum = all.window + all.entries + sink;
-        over = sum - 1, under = 1 - sum;
+        Masses all;
+        for (int rank = 0; rank < kBlocks; rank++) add(all, s.masses[rank][head]);
+        float over = all.window + all.entries + sink - 1;
+        values[1] = all.window, values[2] = all.entries, values[3] = all.entropy;
+        values[4] = all.largest, values[5] = over, values[6] = -over;
     }
-    double sinks = 0;
-    if (threadIdx.x < kBlocks) sinks = load_from_block(&s.sinks, threadIdx.x);
-    double* out = job.out + blockIdx.x * kFields;
-    double totals[] = {block_total(sinks, s.totals),         block_total(all.window, s.totals),
-                       block_total(all.entries, s.totals),   block_total(all.entropy, s.totals),
-                       block_largest(all.largest, s.totals), block_largest(over, s.totals),
-                       block_largest(under, s.totals),       0};
-    if (threadIdx.x == 0)
-        for (int f = 0; f < kFields; f++) out[f] = totals[f];
+    const auto join = [](int f, double a, double b) {
+        return f < kSums ? a + b : b > a || b != b ? b : a;  // NaN stays
+    };
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2)
+#pragma unroll
+        for (int f = 0; f < kAll; f++)
+            values[f] = join(f, values[f], __shfl_xor_sync(~0u, values[f], offset));
+    if (lane == 0 && head < kMostHeads)
+#pragma unroll
+        for (int f = 0; f < kAll; f++) s.partial[head / 32][f] = values[f];
+    __syncthreads();
+    if (head >= kFields) return;
+    double value = head < kAll ? s.partial[0][head] : 0;
+    for (int w = 1; w < kMostHeads / 32 && head < kAll; w++)
+        value = join(head, value, s.partial[w][head]);
+    job.out[blockIdx.x * kFields + head] = value;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ Job job) {
     __shared__ Shared s;
-    const int warp = threadIdx.x / 32, part = warp / kTiles;
+    const int warp = threadIdx.x / 32, part = warp / kTiles, rank = blockIdx.z;
     const int64_t token = job.sample[blockIdx.x];
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
     let_next_start();
     wait_for_previous();
+    float sink = 0, lse = 0;  // of this thread's head, asked for early
+    if (rank == 0 && threadIdx.x < job.heads)
+        sink = job.sink[threadIdx.x], lse = job.lse[token * job.heads + threadIdx.x];
+    const float sinks = sinks_of(job);
     const int groups = (int)((job.window.width + kKeys - 1) / kKeys +
                              (job.entries.width + kKeys - 1) / kKeys);
     const int each = (groups + kShares - 1) / kShares;
-    const int first = min((blockIdx.z * (kWarps / kTiles) + part) * each, groups);
+    const int first = min((rank * (kWarps / kTiles) + part) * each, groups);
     const int last = min(first + each, groups);
     for (int head = warp % kTiles * kHeads; head < job.heads; head += kTiles * kHeads) {
         Tile tile(job, token, head);
@@ -251,16 +251,16 @@ __global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_const
         for (int row = 0; row < 2; row++)
             if (tile.t == 0 && tile.has(row)) s.shares[part][tile.head + 8 * row] = tile.of[row];
     }
-    double sinks = sinks_of(job, s.totals);
-    if (threadIdx.x == 0) s.sinks = (float)sinks;
+    __syncthreads();
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the first block is there
+    if (threadIdx.x % 32 == 0) store_to_first(&s.sinks[rank][warp], sinks);
     if (threadIdx.x < job.heads) {
         Masses sum;
         for (int i = 0; i < kWarps / kTiles; i++) add(sum, s.shares[i][threadIdx.x]);
-        s.block[threadIdx.x] = sum;
+        store_to_first(&s.masses[rank][threadIdx.x], sum);
     }
     cluster_barrier();
-    if (blockIdx.z == 0) conclude(job, token, s);
-    cluster_barrier();  // the first block has read what the others hold
+    if (rank == 0) conclude(job, s, expf(sink - lse));
 }
 
 }  // namespace

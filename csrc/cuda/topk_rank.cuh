@@ -88,8 +88,14 @@ __device__ inline void rank_candidates(Ranking& s, int regions, uint32_t low, ui
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int kLog = 11, kEach = kCandidates / kThreads;
     static_assert(1 << kLog == kRankBins && kRankBins == 4 * kThreads);
+    // Bins of equal width in the scores where those are on both sides of 0, where keys are far apart.
     const int shift = max(0, 32 - __clz(most - low) - kLog);
-    auto bin_of = [&](uint64_t candidate) { return (most - (uint32_t)(candidate >> 32)) >> shift; };
+    const float top = score_of(most), bottom = score_of(low), scale = (kRankBins - 1) / (top - bottom);
+    const bool linear = bottom < 0 && top > 0 && scale > 0;  // and finite
+    auto bin_of = [&](uint64_t candidate) -> uint32_t {
+        const uint32_t key = candidate >> 32;
+        return linear ? min((int)((top - score_of(key)) * scale), kRankBins - 1) : (most - key) >> shift;
+    };
     uint32_t place[kEach];  // in its bin
 #pragma unroll
     for (int j = 0; j < kEach; j++) {

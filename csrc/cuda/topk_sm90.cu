@@ -13,8 +13,9 @@ namespace {
 
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
-constexpr int kFew = kCandidates;  // scores that are not worth a bound
-constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
+// CTAs of a short row; where each has at most kFewEach scores to rank, no bound is worth its time.
+constexpr int64_t kLeastParts = 8, kMostParts = 32, kLeastPartsOfFew = 32, kMostPartsOfFew = 128;
+constexpr int kFewEach = kCandidates / kMostPartsOfFew;
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
 // ---------------------------------------------------------------- few short rows
@@ -43,7 +44,7 @@ __device__ void rank_own(const Ranking& s, uint32_t taken, uint32_t owned, uint3
     }
 }
 
-// All scores of a row of at most kFew are candidates.
+// All scores of a row of few are candidates.
 template <int Quads>
 __device__ void few_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts, int* index) {
     const uint32_t count = share.count;
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     share.read(total, visible + row);
     __syncthreads();  // the counters are set
     bool done = false;
-    if (parts > 1 && share.count <= kFew) {
+    if (parts > 1 && share.count <= kFewEach * parts) {
         few_topk(s, share, k, part, parts, index);
         done = true;
     } else if (total <= kThreads * 4 * Quads) {
@@ -144,10 +145,11 @@ int launch_whole(int64_t processors, const float* score, const int64_t* visible,
                  int k, int* index, void* stream) {
     static const int allowed = allow_shared(whole_topk_kernel<Quads>, sizeof(Shared));
     if (allowed) return allowed;
-    const int64_t most = total <= kFew ? kMostPartsOfFew : kMostParts;
+    const bool few = total <= kCandidates;
+    const int64_t least = few ? kLeastPartsOfFew : kLeastParts, most = few ? kMostPartsOfFew : kMostParts;
     int parts = 1;
     while (parts < most && 2 * parts * n <= processors) parts *= 2;
-    if (parts < kLeastParts || total > kShort) parts = 1;
+    if (parts < least || total > kShort) parts = 1;
     return launch(whole_topk_kernel<Quads>, dim3(n * parts), kThreads, sizeof(Shared), stream, score,
                   visible, total, k, parts, index);
 }
@@ -161,7 +163,8 @@ template <int Quads> __device__ void summarise(Shared& s, const Share<Quads>& sh
     const Extremes its = find_extremes(s, share, group);
     const bool equal = its.low == its.most && __syncthreads_and(share.all_are(its.most));
     const uint32_t ctas = share.ctas;
-    if (its.finite()) bound = find_bound(s, group, its, (k + ctas - 1) / ctas);
+    if (equal) bound = its.most;
+    else if (its.finite()) bound = find_bound(s, group, its, (k + ctas - 1) / ctas);
     if (threadIdx.x < ctas)
         remote_store(remote_address(shared_address(&s.summary[share.rank]), threadIdx.x),
                      float4{bound, its.most, equal ? 1.0f : 0.0f, 0},
@@ -227,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
     let_next_start();
-    s.clear();
     for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.ranking.start[i] = 0;
+    s.clear();
     if (threadIdx.x == 0) {
         barrier_init(&s.summarised, 1);
         barrier_init(&s.collected, ctas);

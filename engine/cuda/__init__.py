@@ -8,6 +8,7 @@ import dsv4_bench.engine.cuda.gate
 import dsv4_bench.engine.cuda.hyper
 import dsv4_bench.engine.cuda.indexer
 import dsv4_bench.engine.cuda.linear
+import dsv4_bench.engine.cuda.linears
 import dsv4_bench.engine.cuda.rows
 import dsv4_bench.engine.cuda.sm100
 import dsv4_bench.engine.cuda.softmax_stats

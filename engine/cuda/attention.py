@@ -29,14 +29,13 @@ from dsv4_bench.engine.kv_entry import plain_of
 
 ATTENTION = Library(
     "attention",
-    {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, I)},
+    {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, I)},
 )
 _KEYS, _HEADS, _MOST_SHARES = 64, 64, 64  # of a block; as in attention_sm90.cu
-_DIM = 512  # of what clusters take
-# Of a CTA that shares its token's keys with a cluster: its heads; its blocks of keys and how many such
-# CTAs a processor has room for, the preferred first; the largest cluster.
-_FEW_HEADS = 16
-_FEW = ((1, 2), (2, 1))
+_DIM, _ROPE = 512, 64  # of what the tensor-core kernels take; rotated by `attention_rope`
+# Heads and blocks of keys of a CTA that shares its token with a cluster, the preferred ones first; how
+# many such CTAs a processor has room for; the largest cluster.
+_FEW = ((16, 1, 2), (32, 2, 1))
 _MOST_RANKS = 16
 
 
@@ -51,30 +50,37 @@ class Plan:
     """How many heads a CTA takes, and how many CTAs share the keys of one token.
 
     Each share gets the same number of blocks of 64 keys, the last one perhaps fewer, none nothing.
-    Shares are a cluster, which adds them up, unless a second kernel combines them.
+    With 16 or 32 heads the shares are a cluster, which adds them up; with 64 a second kernel does.
     """
 
     heads: int
     shares: int
-    combined: bool = False
+    combined: bool = False  # by a second kernel
 
 
-def plan(
-    n: int, heads: int, widths: tuple[int, int], available: int, clusters: bool = True
-) -> Plan:
-    """For n tokens on `available` processors; `clusters`: whether the kernels for the keys have them."""
+def plan(n: int, heads: int, widths: tuple[int, int], available: int, few: bool = True) -> Plan:
+    """For n tokens on `available` processors; `few`: whether their keys are ones that clusters take."""
     blocks = sum(-(-width // _KEYS) for width in widths)
-    for most, resident in _FEW if clusters else ():
-        shares, tiles = -(-blocks // most), n * -(-heads // _FEW_HEADS)
+    for columns, most, resident in _FEW if few else ():
+        shares = -(-blocks // most)
+        tiles = n * -(-heads // columns)
         if 0 < shares <= _MOST_RANKS and tiles * shares <= resident * available:
-            return Plan(_FEW_HEADS, shares)
+            return Plan(columns, shares)
     tiles = n * -(-heads // _HEADS)
     most = min(available // max(tiles, 1), _MOST_SHARES)
     if most < 2 or blocks < 2:
         return Plan(_HEADS, 1)
-    if clusters and most < 8 and blocks <= 32:
+    if most < 8 and blocks <= 32:
         return Plan(_HEADS, 4 if most >= 4 and 3 * -(-blocks // 4) < blocks else 2)
     return Plan(_HEADS, -(-blocks // -(-blocks // most)), combined=True)
+
+
+def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
+    n, heads, dim = q.shape
+    few = dim == _DIM and q.dtype == torch.bfloat16
+    if window.dtype == torch.uint8:
+        few = few and plain_of(dim, window.shape[1]) == _DIM - _ROPE
+    return plan(n, heads, widths, processors(q.device), few)
 
 
 @sm90("attention", ATTENTION)
@@ -88,6 +94,56 @@ def attention(
     sink: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    return _launch(q, window, window_index, entries, entry_index, sink, scale, None, None)
+
+
+def joins_rope(
+    q: Tensor, window: Tensor, window_index: Tensor, entry_index: Tensor | None, freqs: Tensor
+) -> bool:
+    """Whether `attention_rope` takes such arguments: decode of few tokens."""
+    width = 0 if entry_index is None else entry_index.shape[1]
+    if q.dim() != 3 or 2 * freqs.numel() != _ROPE or not q.numel():
+        return False
+    return _plan(q, window, (window_index.shape[1], width)).heads < _HEADS
+
+
+def attention_rope(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    positions: Tensor,
+    *,
+    sink: Tensor,
+    scale: float,
+    freqs: Tensor,
+) -> Tensor:
+    """o of `attention`, then the inverse `rope` by `positions` [n] and `freqs` [32], in one launch.
+
+    To the last bit what the two give one after the other. Takes what `joins_rope` says.
+    """
+    positions, freqs = typed("rope", positions, torch.int64), floats("rope", freqs)
+    if positions.shape != (q.shape[0],) or not joins_rope(
+        q, window, window_index, entry_index, freqs
+    ):
+        wrong("attention_rope", f"positions {list(positions.shape)}, q {list(q.shape)}")
+    where, turns = positions.data_ptr(), freqs.data_ptr()
+    return _launch(q, window, window_index, entries, entry_index, sink, scale, where, turns)[0]
+
+
+def _launch(
+    q: Tensor,
+    window: Tensor,
+    window_index: Tensor,
+    entries: Tensor | None,
+    entry_index: Tensor | None,
+    sink: Tensor,
+    scale: float,
+    positions: int | None,
+    freqs: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o and lse; o turned back where the addresses of positions and freqs are given."""
     op = "attention"
     q, kind = activation(op, q)
     n, heads, dim = q.shape
@@ -105,11 +161,9 @@ def attention(
         wrong(op, f"sink is {list(sink.shape)}, q has {heads} heads")
     o = torch.empty_like(q)
     lse = q.new_empty((n, heads), dtype=torch.float32)
-    clusters = dim == _DIM and q.dtype == window.dtype == torch.bfloat16
-    widths = window_index.shape[1], entry_width
-    how = plan(n, heads, widths, processors(q.device), clusters)
+    how = _plan(q, window, (window_index.shape[1], entry_width))
     part = part_sums = None
-    if how.combined:
+    if how.heads == _HEADS and how.combined:
         part = lse.new_empty((n, heads, how.shares, dim))
         part_sums = lse.new_empty((n, heads, how.shares, 2))
     ATTENTION.call(
@@ -134,6 +188,8 @@ def attention(
         how.shares,
         None if part is None else part.data_ptr(),
         None if part_sums is None else part_sums.data_ptr(),
+        positions,
+        freqs,
         o.data_ptr(),
         lse.data_ptr(),
         kind,

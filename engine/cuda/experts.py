@@ -1,4 +1,4 @@
-"""The `sm90` implementations of the routed and shared experts, and the table of their weights.
+"""The `sm90` implementations of the routed and shared experts, alone and together; their weights' table.
 
 Contracts are those of the references in `ops`. Nothing here synchronises with the GPU.
 """
@@ -30,10 +30,14 @@ from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
 
 EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P)})
+MOE = Library("moe", {"moe": (P, N, N, P, P, N, P, N, N, I, P, N, I, F, P, P, P, P, P, P, P, I)})
+_MOST_TOKENS = 8  # whose shared expert runs beside the routed ones
+# enum dsv4_format: those of a shared expert by those of the routed ones.
+_BESIDE = {0: (2, 3), 1: (2, 3)}
 
 
 class ExpertTable:
-    """The experts of a bank as the kernels take them: structs w1, w2, w3 of each, on the GPU.
+    """Experts as the kernels take them: structs w1, w2, w3 of each, on the GPU.
 
     Making it reads the whole bank. All experts have one shape and format; global scales may differ.
     """
@@ -108,6 +112,85 @@ def _shared_table(expert: Expert) -> ExpertTable:
     return entry[1]
 
 
+def moe_fits(bank: ExpertBank, shared: Expert, n: int) -> bool:
+    """Whether `moe` takes n tokens of these experts. The first call for a bank packs its weights."""
+    if not 0 < n <= _MOST_TOKENS:
+        return False
+    routed, beside = table_of(bank), _shared_table(shared)
+    return beside.d == routed.d and beside.format in _BESIDE.get(routed.format, ())
+
+
+def moe(
+    x: Tensor,
+    routing: Tensor,
+    experts: Tensor,
+    *,
+    bank: ExpertBank,
+    shared: Expert,
+    limit: float,
+    dtype: torch.dtype,
+    outs: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Ops experts, shared_expert and moe_sum of few tokens, to the bit, in the launches of the first.
+
+    x [n, d] bfloat16, routing [n, k] float32, experts [n, k] int32 -> [n, d] in `dtype`, float32 or
+    bfloat16. `outs`, float32 [n, d] each, are filled with what the first two ops return. Raises
+    DSV4Error for what `moe_fits` does not take.
+    """
+    op = "moe"
+    if not moe_fits(bank, shared, len(x)):
+        wrong(
+            op, f"{len(x)} tokens, or formats of routed and shared experts that do not go together"
+        )
+    if routing.shape != experts.shape or experts.dim() != 2 or len(experts) != len(x):
+        wrong(op, f"x {list(x.shape)}, routing {list(routing.shape)}, ids {list(experts.shape)}")
+    table, beside = table_of(bank), _shared_table(shared)
+    x = _checked(op, x, table)
+    ids, weights = typed(op, experts, torch.int32), floats(op, routing)
+    (n, k), device = ids.shape, x.device
+    y = torch.empty(x.shape, dtype=dtype, device=device)
+    hidden, shared_hidden = x.new_empty(n * k, table.inner), x.new_empty(n, beside.inner)
+    partial = torch.empty(n * k, table.d, dtype=torch.float32, device=device)
+    routed_y = None if outs is None else outs[0].data_ptr()
+    shared_y = torch.empty(x.shape, dtype=torch.float32, device=device) if outs is None else outs[1]
+    lists = torch.empty(4 * n * k + 1, dtype=torch.int32, device=device)
+    MOE.call(
+        "moe",
+        x,
+        x.data_ptr(),
+        n,
+        table.d,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        k,
+        table.tensor.data_ptr(),
+        len(table.packed),
+        table.inner,
+        table.format,
+        beside.tensor.data_ptr(),
+        beside.inner,
+        beside.format,
+        limit,
+        hidden.data_ptr(),
+        shared_hidden.data_ptr(),
+        partial.data_ptr(),
+        routed_y,
+        shared_y.data_ptr(),
+        lists.data_ptr(),
+        y.data_ptr(),
+        DTYPES[dtype],
+    )
+    return y
+
+
+def _checked(op: str, x: Tensor, table: ExpertTable) -> Tensor:
+    """`x` dense, of the experts' width and bfloat16."""
+    x, kind = activation(op, x)
+    if x.dim() != 2 or x.shape[1] != table.d or kind != DTYPES[torch.bfloat16]:
+        wrong(op, f"x {list(x.shape)} {x.dtype}, w1 [{table.inner}, {table.d}]; x must be bfloat16")
+    return x
+
+
 def _run_experts(
     op: str,
     x: Tensor,
@@ -116,9 +199,7 @@ def _run_experts(
     table: ExpertTable,
     limit: float,
 ) -> Tensor:
-    x, kind = activation(op, x)
-    if x.dim() != 2 or x.shape[1] != table.d or kind != DTYPES[torch.bfloat16]:
-        wrong(op, f"x {list(x.shape)} {x.dtype}, w1 [{table.inner}, {table.d}]; x must be bfloat16")
+    x = _checked(op, x, table)
     n, k = len(x), 1 if ids is None else ids.shape[1]
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     hidden = x.new_empty(n * k, table.inner)

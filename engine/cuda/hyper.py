@@ -145,21 +145,21 @@ def hc_post_pre_norm(
     *,
     weight: Tensor,
     weight_eps: float,
-    outs: tuple[Tensor, Tensor, Tensor] | None = None,
+    outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     **pre: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`hc_post_pre` and, last, `rms_norm` of its u with `weight` [d]; see `joins_norm`.
 
-    The new streams, post and comb go to `outs`, dense and like x, post and comb, if given.
+    The new streams, u, post and comb go to `outs`, dense and like x, y, post and comb, if given.
     """
     if joins_norm(x):
         return _post_pre(y, x, post, comb, (weight, weight_eps), outs, **pre)
-    new, u, *gates = hc_post_pre(y, x, post, comb, **pre)
-    given = outs or (new, *gates)
-    for out, value in zip(given, (new, *gates), strict=True):
+    made = hc_post_pre(y, x, post, comb, **pre)
+    given = outs or made
+    for out, value in zip(given, made, strict=True):
         if out is not value:
             out.copy_(value)
-    return given[0], u, given[1], given[2], rms_norm(u, weight=weight, eps=weight_eps)
+    return *given, rms_norm(given[1], weight=weight, eps=weight_eps)
 
 
 def _fuses(x: Tensor) -> bool:
@@ -172,7 +172,7 @@ def _post_pre(
     post: Tensor,
     comb: Tensor,
     norm: tuple[Tensor, float] | None = None,
-    outs: tuple[Tensor, Tensor, Tensor] | None = None,
+    outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     *,
     fn: Tensor,
     scale: Tensor,
@@ -189,8 +189,8 @@ def _post_pre(
     if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
         wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
     post, comb = floats(op, post), floats(op, comb)
-    new, new_post, new_comb = outs or tuple(torch.empty_like(like) for like in (x, post, comb))
-    u, normed = torch.empty_like(y), y.new_empty(0)
+    new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
+    normed = y.new_empty(0)
     inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
     weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
     outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())

@@ -1,0 +1,66 @@
+"""Launches that serve several sites, pretended on the CPU by the ops' references, and how often each ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_bench.engine.cuda import fused
+from dsv4_bench.engine.model import Transformer
+from dsv4_bench.engine.registry import OPS
+
+
+def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """All sites of `model` count as kernels, and all launches of fused.py but norm_rope's take everything."""
+    ran: Counter[str] = Counter()
+
+    def reference(op: str, *args: Any, **params: Any) -> Any:
+        return OPS[op].reference(*args, **params)
+
+    def hc_post_pre_norm(
+        *args: Tensor, weight: Tensor, weight_eps: float, outs: tuple[Tensor, ...], **pre: Any
+    ) -> tuple[Tensor, ...]:
+        ran["streams"] += 1
+        new = reference("hc_post", *args)
+        u, post, comb = reference("hc_pre", new, **pre)
+        for out, value in zip(outs, (new, u, post, comb), strict=True):
+            out.copy_(value)
+        return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
+
+    def attention_rope(*args: Any, sink: Any, scale: float, freqs: Tensor) -> Tensor:
+        ran["core"] += 1
+        o, _ = reference("attention", *args[:5], sink=sink, scale=scale)
+        return reference("rope", o, args[5], freqs=freqs, inverse=True)
+
+    def moe(
+        x: Tensor,
+        *choice: Tensor,
+        bank: Any,
+        shared: Any,
+        limit: float,
+        dtype: torch.dtype,
+        outs: tuple[Tensor, ...] | None,
+    ) -> Tensor:
+        ran["moe"] += 1
+        routed = reference("experts", x, *choice, bank=bank, limit=limit)
+        both = routed, reference("shared_expert", x, expert=shared, limit=limit)
+        for out, value in zip(outs or (), both, strict=outs is not None):
+            out.copy_(value)
+        return reference("moe_sum", *both, dtype=dtype)
+
+    def linears(x: Tensor, weights: Any, out_dtypes: Any) -> tuple[Tensor, ...]:
+        ran["linears"] += 1
+        pairs = zip(weights, out_dtypes, strict=True)
+        return tuple(reference("linear", x, weight=w, out_dtype=t) for w, t in pairs)
+
+    for site in model.sites.values():
+        monkeypatch.setattr(site.stamp, "implementation", "sm90")
+    for name in ("joins_norm", "joins_rope", "moe_fits", "joins_linears"):
+        monkeypatch.setattr(fused, name, lambda *_: True)
+    for function in (hc_post_pre_norm, attention_rope, moe, linears):
+        monkeypatch.setattr(fused, function.__name__, function)
+    return ran

@@ -1,0 +1,90 @@
+"""Several linears of one row in one launch, against float64. Skipped where there is no H100 or H200."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_cpu_kernels import make_weight, oracle_weight, same
+from test_cuda_linear import BF16, CUDA, LIMIT, on_gpu, random_weight
+from torch import Tensor
+
+import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
+from dsv4_bench.engine.cuda.linears import joins_linears, linears
+from dsv4_bench.engine.formats import Weight
+from dsv4_bench.engine.registry import OPS
+
+pytestmark = pytest.mark.gpu
+
+F32 = torch.float32
+# A CSA layer's products of its normed input: format, rows, result.
+LAYER = [
+    ("fp8", 1024, None),
+    ("fp8", 512, None),
+    ("bf16", 1024, F32),
+    ("bf16", 1024, F32),
+    ("bf16", 256, F32),
+    ("bf16", 256, F32),
+    ("bf16", 64, None),
+]
+
+
+def check(found: list[Tensor], wanted: list[Tensor]) -> None:
+    torch.cuda.synchronize()
+    for y, exact in zip(found, wanted, strict=True):
+        same(y.cpu(), exact.to(y.dtype).cpu(), LIMIT[y.dtype])
+
+
+@pytest.mark.parametrize("k", [16, 80, 512, 1040, 4096, 8192])
+def test_ragged_shapes_and_mixed_formats(k: int) -> None:
+    torch.manual_seed(k)
+    kinds = [("bf16", 1), ("fp8", 33), ("fp8_f32", 130), ("bf16", 16), ("bf16", 47), ("fp8", 129)]
+    weights = [make_weight(kind, n, k) for kind, n in kinds]
+    dtypes = [F32, BF16, None, BF16, F32, F32]
+    for shape in ((1, k), (1, 1, k)):
+        x = torch.randn(shape).to(BF16)
+        x[..., 3] *= 300  # an outlier channel
+        on = [on_gpu(w) for w in weights]
+        assert joins_linears(x.to(CUDA), on, dtypes)
+        found = linears(x.to(CUDA), on, dtypes)
+        assert [y.dtype for y in found] == [dtype or BF16 for dtype in dtypes]
+        check(found, [x.double() @ oracle_weight(w).T for w in weights])
+
+
+@pytest.mark.parametrize("k", [4096, 7168])
+def test_a_layer_a_hundred_times(k: int) -> None:
+    torch.manual_seed(1)
+    weights = [random_weight(kind, n, k) for kind, n, _ in LAYER]
+    dtypes = [dtype for *_, dtype in LAYER]
+    x = torch.randn(1, k, device=CUDA).to(BF16)
+    found = linears(x, weights, dtypes)
+    reference = OPS["linear"].reference
+    check(found, [reference(x.double(), weight=w, out_dtype=torch.float64) for w in weights])
+    for _ in range(100):
+        again = linears(x, weights, dtypes)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
+def test_nan_and_infinity_stay_where_they_are() -> None:
+    """In one weight row, in one scale, and in x: in every result."""
+    weights = [on_gpu(make_weight(kind, 64, 256)) for kind in ("bf16", "fp8_f32", "fp8")]
+    weights[0].data[5, 7], weights[1].scale[0, 1] = torch.nan, torch.inf  # type: ignore[index]
+    x = torch.randn(1, 256, device=CUDA).to(BF16)
+    dense, scaled, plain = (y[0] for y in linears(x, weights, [F32] * 3))
+    assert dense.isnan().nonzero().tolist() == [[5]]
+    assert not scaled.isfinite().any() and plain.isfinite().all()
+    x[0, 9] = torch.nan
+    assert all(y.isnan().all() for y in linears(x, weights, [F32] * 3))
+
+
+def test_what_is_not_joined() -> None:
+    good = [on_gpu(make_weight(kind, 64, 256)) for kind in ("bf16", "fp8")]
+    x, dtypes = torch.randn(1, 256, device=CUDA).to(BF16), [None, None]
+    assert joins_linears(x, good, dtypes)
+    assert not joins_linears(x, good[:1], dtypes[:1])
+    assert not joins_linears(x, good * 5, dtypes * 5)
+    assert not joins_linears(x.float(), good, dtypes)
+    assert not joins_linears(x.expand(2, 256).contiguous(), good, dtypes)
+    assert not joins_linears(x, good, [None, torch.float16])
+    for kind, n, k in (("nvfp4", 64, 256), ("f32", 64, 256), ("bf16", 64, 128)):
+        other: Weight = on_gpu(make_weight(kind, n, k))
+        assert not joins_linears(x, [good[0], other], dtypes)
