@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: tui test lint types check bench screenshots clean
+.PHONY: tui test lint types check bench bench-gpu screenshots clean
 
 tui: $(STAMP)
 	$(BIN)/dsv4-bench tui
@@ -28,6 +28,10 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_cpu.py
 	$(BIN)/python tests/bench_engine.py
 	$(BIN)/python tests/bench_check.py
+
+# On a machine with a Hopper GPU: builds, then microseconds, floor and peers of every CUDA op and shape; JSON into build/gpu.
+bench-gpu: $(STAMP)
+	PATH=$(CURDIR)/$(BIN):$$PATH tests/gpu_run.sh build/gpu build layer bench
 
 screenshots: $(STAMP)
 	$(BIN)/python tests/tui/screenshots.py docs
