@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     __shared__ float value[kWarps][kMostWidth];
     __shared__ Softmax part[kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = layout.dim;
-    const int64_t row = blockIdx.x, token = row / heads;
+    const int64_t row = blockIdx.x;
+    const int token = row / heads;
     let_next_start();
     wait_for_previous();
     float query[kElements], sum[kElements] = {};
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int which = 0; which < 2; which++) {
         Pool pool = keys.pick(which);
         for (int k = warp; k < pool.width; k += kWarps) {
-            int64_t index = pool.index[token * pool.width + k];
+            int64_t index = pool.index[(int64_t)token * pool.width + k];
             if (index < 0) continue;
             if (index >= pool.rows) __trap();
             const uint8_t* key =
