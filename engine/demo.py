@@ -29,10 +29,11 @@ def cache_folder() -> Path:
 def resolve_checkpoint(argument: str | None) -> Path:
     """The folder a command works on: `argument`, else $DSV4_CKPT, else the demo.
 
-    Raises BadCheckpoint if the folder that was named is not there.
+    The demo also goes by the name "demo", unless a folder has it. Raises BadCheckpoint if the
+    folder that was named is not there.
     """
     named = argument or os.environ.get("DSV4_CKPT")
-    if not named:
+    if not named or (named == "demo" and not Path(named).exists()):
         return demo_checkpoint()
     folder = Path(named).expanduser()
     if not folder.is_dir():

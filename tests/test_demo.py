@@ -200,6 +200,10 @@ def test_argument_then_variable_then_demo(tmp_path: Path, monkeypatch: pytest.Mo
         demo.resolve_checkpoint(None)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert demo.resolve_checkpoint("~/a") == tmp_path / "a"
+    monkeypatch.chdir(tmp_path)
+    assert demo.resolve_checkpoint("demo") == demo.SHIPPED
+    (tmp_path / "demo").mkdir()  # one's own folder of that name goes first
+    assert demo.resolve_checkpoint("demo") == Path("demo")
 
 
 def test_a_demo_that_somebody_took_files_from(
