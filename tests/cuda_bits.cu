@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../csrc/cuda/gemv.cuh"
+#include "../csrc/cuda/halves.cuh"
 
 using namespace dsv4;
 

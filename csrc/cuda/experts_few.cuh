@@ -346,12 +346,12 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
     // all += an expert's sums with its scales, and sums anew.
     __device__ void add_expert(int e, const uint32_t (&peaks)[kFewPairs], float (&sum)[kGroups][4],
                                float (&all)[kGroups][4]) const {
-        const int exponent = HalfRows::exponent_of(peaks[e]);
+        const int exponent = RowScale::exponent_of(peaks[e]);
         const float scale = s.down[e].global_scale;
 #pragma unroll
         for (int i = 0; i < 4 * kGroups; i++) {
             float& value = sum[i / 4][i % 4];
-            all[i / 4][i % 4] += HalfRows::undo(value, exponent) * scale;
+            all[i / 4][i % 4] += RowScale::undo(value, exponent) * scale;
             value = 0;
         }
     }
@@ -456,7 +456,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
             for (int w = 0; w < kAcross; w++) total += from[kColumns * w * kSumStride];
         }
         if (!halves(work)) return total * Policy::kFactor;
-        if (!kTogether) total = HalfRows::undo(total, HalfRows::exponent_of(peaks[pair]));
+        if (!kTogether) total = RowScale::undo(total, RowScale::exponent_of(peaks[pair]));
         return total * HalfFp4::kFactor;
     }
 

@@ -1,18 +1,18 @@
 // One warp's products for experts of few pairs: 16 weight rows times up to eight pairs, a chunk of
-// columns for each member of a quad (decode.cuh), in fp16 (gemv.cuh) or bf16.
+// columns for each member of a quad (decode.cuh), in fp16 (halves.cuh) or bf16.
 #pragma once
 
 #include <type_traits>
 
 #include "experts.cuh"
-#include "gemv.cuh"
+#include "halves.cuh"
 
 namespace dsv4 {
 
 template <class Policy> constexpr bool kRowScales = std::is_base_of_v<Fp4Chunk, Policy>;
 
 // NVFP4 is always multiplied in fp16, which takes fewer instructions: e2m1 * 2^-14 * e4m3 is exact there,
-// and activations are as gemv.cuh says. The scales of MXFP4 have too wide a range for that.
+// and activations are as halves.cuh says. The scales of MXFP4 have too wide a range for that.
 template <class Policy> constexpr bool kInHalves = std::is_same_v<Policy, Nvfp4>;
 
 // Up to two pairs leave columns of the second operand free: column 2 m + t has pair t's activations for
@@ -27,7 +27,7 @@ template <class Policy> struct FewProducts {
     // Eight columns of a pair in the order of the products.
     __device__ static uint4 operand_order(bool halves, const uint4& v, uint32_t peak) {
         if constexpr (kRowScales<Policy>)
-            if (halves) return to_halves<true>(v, HalfRows::exponent_of(peak));
+            if (halves) return to_halves<true>(v, RowScale::exponent_of(peak));
         if constexpr (kRowScales<Policy> && !kInHalves<Policy>) {
             const uint4 twice[2] = {v, v};
             uint32_t b[Policy::kProducts][2];

@@ -6,7 +6,7 @@
 // the next kernel begins to fill its rings.
 #pragma once
 
-#include "gemv.cuh"
+#include "halves.cuh"
 #include "linear.cuh"
 #include "ring.cuh"
 
@@ -66,7 +66,7 @@ template <class Policy> struct FewPlan : FewShape {
 // ---------------------------------------------------------------- activations
 
 // A warp's own columns of the activation rows in shared memory, `vectors` of eight columns a row: fp16
-// times a power of two for each row (gemv.cuh), or bf16 where the weights are. Vector v of stage i lies
+// times a power of two for each row (halves.cuh), or bf16 where the weights are. Vector v of stage i lies
 // in the order that the steps of the matrix unit take: [stage][step][vector of a chunk][member].
 template <class Policy> struct OwnColumns {
     static constexpr bool kHalf = !std::is_same_v<Policy, Bf16>;
@@ -115,7 +115,7 @@ template <class Policy> struct OwnColumns {
                     load(r, base, more);
                     most = max(most, largest(more));
                 }
-                e = HalfRows::exponent_of(__reduce_max_sync(~0u, most));
+                e = RowScale::exponent_of(__reduce_max_sync(~0u, most));
                 if (lane == r) exponent = e;
             }
 #pragma unroll 1
@@ -144,7 +144,7 @@ template <class Policy> struct OwnColumns {
     }
     // All threads of the warp.
     __device__ float restored(float sum, int row) const {
-        if constexpr (kHalf) return HalfRows::undo(sum, __shfl_sync(~0u, exponent, row));
+        if constexpr (kHalf) return RowScale::undo(sum, __shfl_sync(~0u, exponent, row));
         else return sum;
     }
 };

@@ -6,7 +6,7 @@
 // row stay together in shared memory: a copy whose 32-byte sectors are torn apart takes twice as long.
 #pragma once
 
-#include "gemv.cuh"
+#include "halves.cuh"
 
 namespace dsv4 {
 
