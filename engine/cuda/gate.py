@@ -9,11 +9,31 @@ import torch
 from torch import Tensor
 
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
-from dsv4_bench.engine.cuda.library import F, I, Library, N, P, floats, sm90, typed, wrong
+from dsv4_bench.engine.cuda.library import (
+    F,
+    I,
+    Library,
+    N,
+    P,
+    dense,
+    floats,
+    sm90,
+    typed,
+    wrong,
+)
 from dsv4_bench.engine.cuda.linear import matmul
+from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
-GATE = Library("gate", {"gate": (P, N, N, P, P, I, N, P, N, F, P, P)})
+GATE = Library(
+    "gate",
+    {
+        "gate_sums": (P, N, N, P, N, P),
+        "gate": (P, N, P, N, N, P, P, I, N, P, N, F, P, P),
+    },
+)
+_COLUMNS, _MOST_EXPERTS = 128, 1024  # that a block of gate_sums adds up; that it takes
+_MOST_TOKENS = 128  # with more, the partial sums are no less traffic than what op linear rereads
 
 
 @sm90("gate", GATE)
@@ -27,7 +47,7 @@ def gate(
     k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear` for the scores, then a kernel that chooses."""
+    """A product in many partial sums (of many tokens: op linear), then a kernel that adds up and chooses."""
     op = "gate"
     (n, _), count = x.shape, weight.shape[0]
     table = rows = where = None
@@ -42,7 +62,12 @@ def gate(
     if (bias is not None and bias.numel() != count) or (rows is not None and rows.shape != (n,)):
         wrong(op, f"x {list(x.shape)}, {count} experts, tokens {list(tokens.shape)}")
     k = k if tid2eid is not None else min(k, count)
-    scores = matmul(op, x, weight, 1, torch.float32)
+    if _in_partial_sums(x, weight):
+        scores = x.new_empty((n, count), dtype=torch.float32)
+        sums = _partial_sums(x, weight)
+    else:
+        scores = matmul(op, x, weight, 1, torch.float32)
+        sums = scores[None]
     routing = scores.new_empty(n, k)
     chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
     choice = (
@@ -56,5 +81,29 @@ def gate(
         routing.data_ptr(),
         chosen.data_ptr(),
     )
-    GATE.call(op, x, scores.data_ptr(), n, count, *choice)
+    GATE.call(op, x, sums.data_ptr(), len(sums), scores.data_ptr(), n, count, *choice)
     return routing, chosen, scores
+
+
+def _in_partial_sums(x: Tensor, weight: Weight) -> bool:
+    """Whether the kernel made for few tokens takes these: bfloat16 in whole vectors."""
+    n, d = x.shape
+    return (
+        0 < n <= _MOST_TOKENS
+        and d == weight.shape[1]
+        and d % 8 == 0
+        and weight.shape[0] <= _MOST_EXPERTS
+        and weight.format == "dense"
+        and x.dtype == weight.data.dtype == torch.bfloat16
+        and x.is_cuda
+        and x.device == weight.data.device
+    )
+
+
+def _partial_sums(x: Tensor, weight: Weight) -> Tensor:
+    """[ceil(d / 128), n, experts] float32 that add up to x W^T."""
+    x, (data, _) = dense(x), pack(weight).keep
+    (n, d), count = x.shape, weight.shape[0]
+    sums = x.new_empty((-(-d // _COLUMNS), n, count), dtype=torch.float32)
+    GATE.call("gate_sums", x, x.data_ptr(), n, d, data.data_ptr(), count, sums.data_ptr())
+    return sums
