@@ -11,9 +11,8 @@
 using namespace dsv4;
 
 template <class Policy> static void print(int64_t n, int64_t k, int64_t groups, int rows) {
-    const int64_t stages = ceil_div(k / Policy::kChunk, kStageChunks);
     const int64_t group = groups > 1 ? n / groups / 16 : 0;
-    const auto plan = FewPlan<Policy>::best(ceil_div(n, 16), group, (int)stages, rows);
+    const auto plan = FewPlan<Policy>::best(ceil_div(n, 16), group, k, rows);
     std::printf("%d %d %d %d %d %lld %zu\n", plan.split, plan.places(), plan.rounds, plan.all, plan.own,
                 (long long)plan.blocks, plan.bytes());
 }

@@ -16,47 +16,57 @@ namespace dsv4 {
 // kResident: blocks that a multiprocessor has room for.
 struct FewShape {
     static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kResident = 2;
+    static constexpr int kMostRounds = 8;
 };
 constexpr int kFewRows = 4;
 constexpr size_t kFewShared = 226 * 1024;  // bytes, of all resident blocks
 
 // ---------------------------------------------------------------- how the work is divided
 
-// A block goes over `rounds` tiles at each of its kWarps / split places, and a warp over `own` of the
-// `all` stages of their columns.
-template <class Policy> struct FewPlan : FewShape {
-    static constexpr int kMostRounds = 8;
-    int split, rounds, all, own, rows;
-    int64_t blocks;
+// What a block does: `rounds` tiles of a matrix at each of its kWarps / split places. A warp goes over
+// `own` of the `all` stages of their columns.
+template <class Policy> struct FewBlock : FewShape {
+    int split, rounds, all, own, rows;  // rows: of activations
 
+    __host__ __device__ FewBlock(int split, int rounds, int64_t k, int rows)
+        : split(split), rounds(rounds),
+          all(((int)(k / Policy::kChunk) + kStageChunks - 1) / kStageChunks), own((all + split - 1) / split), rows(rows) {}
     __host__ __device__ int places() const { return kWarps / split; }
     __host__ __device__ int tiles() const { return places() * rounds; }
     __host__ __device__ int vectors() const { return own * Policy::kChunk; }  // of a warp's activation row
-
-    // `tiles` of the matrix, `group` of them in a group.
-    FewPlan(int64_t tiles, int64_t group, int all, int rows, int split)
-        : split(split), all(all), own((int)ceil_div(all, split)), rows(rows) {
-        const int64_t needed = ceil_div(tiles, (int64_t)kProcessors * places());
-        rounds = (int)(needed < kMostRounds ? needed : kMostRounds);
-        while (rounds > 1 && group % this->tiles()) rounds--;
-        blocks = ceil_div(tiles, (int64_t)this->tiles());
-    }
-    size_t bytes() const {
+    __host__ __device__ size_t bytes() const {
         return kWarps * (kDepth * sizeof(Slot<Policy>) + (size_t)rows * vectors() * sizeof(uint4) +
                          (size_t)rounds * rows * 16 * sizeof(float));
     }
     // In stages of one warp.
     double cost() const {
-        if (bytes() > kFewShared) return 1e30;
-        const double waves = (double)ceil_div(blocks, (int64_t)kProcessors);
-        const bool alone = bytes() > kFewShared / kResident - 1024;
         const bool scattered = split < kWarps && all > 8;  // 128 bytes here and there
-        return waves * rounds * (own + 0.25) * (alone ? 1.5 : 1) * (scattered ? 1.5 : 1);
+        return rounds * (own + 0.25) * (scattered ? 1.5 : 1);
     }
-    static FewPlan best(int64_t tiles, int64_t group, int all, int rows) {
-        FewPlan best(tiles, group, all, rows, kWarps);
+};
+
+// All blocks of a matrix.
+template <class Policy> struct FewPlan : FewBlock<Policy> {
+    using Base = FewBlock<Policy>;
+    using Base::places, Base::rounds, Base::kWarps;
+    int64_t blocks;
+
+    // `tiles` of the matrix, `group` of them in a group; its rows have k columns.
+    FewPlan(int64_t tiles, int64_t group, int64_t k, int rows, int split) : Base(split, 1, k, rows) {
+        const int64_t needed = ceil_div(tiles, (int64_t)kProcessors * places());
+        rounds = (int)(needed < Base::kMostRounds ? needed : Base::kMostRounds);
+        while (rounds > 1 && group % this->tiles()) rounds--;
+        blocks = ceil_div(tiles, (int64_t)this->tiles());
+    }
+    double cost() const {
+        if (this->bytes() > kFewShared) return 1e30;
+        const bool alone = this->bytes() > kFewShared / Base::kResident - 1024;
+        return (double)ceil_div(blocks, (int64_t)kProcessors) * Base::cost() * (alone ? 1.5 : 1);
+    }
+    static FewPlan best(int64_t tiles, int64_t group, int64_t k, int rows) {
+        FewPlan best(tiles, group, k, rows, kWarps);
         for (int split = kWarps / 2; split >= 1; split /= 2) {
-            const FewPlan plan(tiles, group, all, rows, split);
+            const FewPlan plan(tiles, group, k, rows, split);
             if (group % plan.places() == 0 && plan.cost() < best.cost()) best = plan;
         }
         return best;
@@ -278,56 +288,54 @@ template <class Policy> struct TileSums {
 template <class Policy> constexpr float kFewFactor = Half<Policy>::kFactor;
 template <> inline constexpr float kFewFactor<Bf16> = 1;
 
-// Adds up what warps left, [tile][split][rows][16], and writes it. All threads of the block.
-template <class Y, class Policy>
-__device__ void write_few_sums(const Product& p, const FewPlan<Policy>& plan, const float* sums) {
+// Adds up what warps left, [tile][split][rows][16], and stores it. All threads of the block.
+template <class Policy, class Store>
+__device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBlock<Policy>& block,
+                               const float* sums, Store store) {
     __syncthreads();
-    const int rows = plan.rows;
-    for (int i = threadIdx.x; i < plan.tiles() * rows * 16; i += blockDim.x) {
+    const int rows = block.rows;
+    for (int i = threadIdx.x; i < block.tiles() * rows * 16; i += blockDim.x) {
         const int tile = i / (rows * 16), row = i / 16 % rows;
-        const int64_t n = (blockIdx.x * (int64_t)plan.tiles() + tile) * 16 + i % 16;
-        if (n >= p.w.n) continue;
+        const int64_t n = row0 + tile * 16 + i % 16;
+        if (n >= w.n) continue;
         float total = 0;
 #pragma unroll
         for (int s = 0; s < FewShape::kWarps; s++)
-            if (s < plan.split) total += sums[((tile * plan.split + s) * rows + row) * 16 + i % 16];
+            if (s < block.split) total += sums[((tile * block.split + s) * rows + row) * 16 + i % 16];
         total *= kFewFactor<Policy>;
-        ((Y*)p.y)[row * p.y_stride + n] = from_float<Y>(total * p.w.global_scale);
+        store(row, n, total * w.global_scale);
     }
 }
 
-// All tiles of a block are in one group.
-template <class Policy, class Y>
-__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
-    few_kernel(const Product p, const FewPlan<Policy> plan) {
+// One block: weight rows from row0 on, as many as its tiles have, times activation rows `stride` apart;
+// store(activation row, weight row, product). `memory` has block.bytes().
+template <class Policy, class Store>
+__device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<Policy>& block,
+                             const bf16* x, int64_t stride, char* memory, Store store) {
     using Shape = FewShape;
-    extern __shared__ __align__(16) char memory[];
-    let_next_start();
     auto* slots = (Slot<Policy>*)memory;
     auto* vectors = (uint4*)(slots + Shape::kWarps * Shape::kDepth);
-    auto* sums = (float*)(vectors + Shape::kWarps * plan.rows * plan.vectors());
-    const int warp = threadIdx.x / 32, place = warp / plan.split, s = warp % plan.split;
-    const int64_t tile0 = blockIdx.x * (int64_t)plan.tiles();
-    const int left = max((int)((p.w.n + 15) / 16 - tile0) - place, 0);  // tiles: the last block's
-    const Strip strip{(tile0 + place) * 16, plan.places() * 16,
-                      min(plan.rounds, (left + plan.places() - 1) / plan.places()), s, plan.all,
-                      plan.split};
+    auto* sums = (float*)(vectors + Shape::kWarps * block.rows * block.vectors());
+    const int warp = threadIdx.x / 32, place = warp / block.split, s = warp % block.split;
+    const int left = max((int)((w.n - row0 + 15) / 16) - place, 0);  // tiles: the last block's
+    const Strip strip{row0 + place * 16, block.places() * 16,
+                      min(block.rounds, (left + block.places() - 1) / block.places()), s, block.all,
+                      block.split};
     slots += warp * Shape::kDepth;
-    Ring<Policy, Shape::kDepth> ring(p.w, slots, strip);
+    Ring<Policy, Shape::kDepth> ring(w, slots, strip);
 #pragma unroll 1
     for (int i = 0; i < Shape::kEarly; i++) ring.fill();
-    StageScales<Policy> scales(p.w, strip);
+    StageScales<Policy> scales(w, strip);
     wait_for_previous();
 
     // Loads queue up behind the copies of a block: those of the activations come before most of them.
-    const int rows = tile0 * 16 < p.w.n ? plan.rows : 0;
-    OwnColumns<Policy> x{vectors + warp * plan.rows * plan.vectors(), rows, plan.vectors()};
-    x.fill((const bf16*)p.x + tile0 * 16 / p.per_group * p.w.k, p.x_stride, (int)p.w.k, s, plan.split,
-           [&] {
+    const int rows = row0 < w.n ? block.rows : 0;
+    OwnColumns<Policy> columns_of_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
+    columns_of_x.fill(x, stride, (int)w.k, s, block.split, [&] {
 #pragma unroll 1
-               for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
-           });
-    Columns<Policy> columns(x, Lane());
+        for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
+    });
+    Columns<Policy> columns(columns_of_x, Lane());
     const int own = strip.stages();
     for (int t = 0; t < strip.tiles; t++) {
         TileSums<Policy> tile;
@@ -339,10 +347,23 @@ __global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
             columns.load(i);
             tile.add(piece, columns, scales.of(i));
         }
-        tile.keep(sums + ((t * plan.places() + place) * plan.split + s) * plan.rows * 16, x);
+        tile.keep(sums + ((t * block.places() + place) * block.split + s) * block.rows * 16, columns_of_x);
         scales.next_tile();
     }
-    write_few_sums<Y>(p, plan, sums);
+    store_few_sums(w, row0, block, sums, store);
+}
+
+// All tiles of a block are in one group.
+template <class Policy, class Y>
+__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
+    few_kernel(const Product p, const FewBlock<Policy> block) {
+    extern __shared__ __align__(16) char memory[];
+    let_next_start();
+    const int64_t row0 = blockIdx.x * (int64_t)block.tiles() * 16;
+    const bf16* x = (const bf16*)p.x + row0 / p.per_group * p.w.k;
+    multiply_few(p.w, row0, block, x, p.x_stride, memory, [&](int row, int64_t n, float value) {
+        ((Y*)p.y)[row * p.y_stride + n] = from_float<Y>(value);
+    });
 }
 
 // kUnsupported for more rows than the kernel takes, if a tile would span groups, or if rows of scales do
@@ -353,15 +374,15 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const int64_t group = p.per_group < p.w.n ? p.per_group / 16 : 0;
     if (p.m > (kWords > 0 ? 1 : kFewRows) || chunks * kWords / 2 % 4 || (group && p.per_group % 16))
         return kUnsupported;
-    const auto plan = FewPlan<Policy>::best(ceil_div(p.w.n, 16), group,
-                                            (int)ceil_div(chunks, kStageChunks), (int)p.m);
+    const auto plan = FewPlan<Policy>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
     if (plan.bytes() > kFewShared) return kUnsupported;
     auto kernel = few_kernel<Policy, Y>;
     const int status = allow_shared(kernel, plan.bytes());
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.
     const int64_t blocks = plan.blocks < kProcessors ? kProcessors : plan.blocks;
-    return launch(kernel, dim3(blocks), plan.kThreads, plan.bytes(), stream, p, plan);
+    return launch(kernel, dim3(blocks), plan.kThreads, plan.bytes(), stream, p,
+                  (FewBlock<Policy>)plan);
 }
 
 }  // namespace dsv4

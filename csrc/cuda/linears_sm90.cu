@@ -1,94 +1,117 @@
 // Several products of one activation row in one launch: op linear for weights that are given the same input.
 //
-// A block multiplies 16 weight rows, its eight warps share the columns. All blocks of a decode layer's
-// small matrices fit on the GPU at once, so that none waits for those of another matrix.
+// A block multiplies rows of one matrix as linear does (few_rows.cuh). Together the matrices have about one
+// block a multiprocessor, all with nearly as many bytes to read.
 
 #include "dispatch.cuh"
-#include "gemv.cuh"
+#include "few_rows.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kMost = 8;  // matrices a launch
-constexpr int kWarps = 8, kThreads = kWarps * 32, kRows = 16;
 
 struct Products {
     const bf16* x;  // [k]
     int64_t k;
-    int count;
+    int count, split;
     dsv4_weight w[kMost];
-    void* y[kMost];       // [w.n]
-    int y_dtype[kMost];   // enum dsv4_dtype
-    int64_t end[kMost];   // of each matrix' blocks
+    void* y[kMost];     // [w.n]
+    int y_dtype[kMost];  // enum dsv4_dtype
+    int rows[kMost];     // of a block
+    int end[kMost];      // of the matrix' blocks
 };
 
-// A block's share: the steps [first, last) of this warp's columns, of `steps`.
-template <class Policy> struct Share {
-    int steps, first, last;
-    __device__ explicit Share(int64_t k) : steps(steps_of<Policy>(k)) {
-        const int each = (steps + kWarps - 1) / kWarps, warp = threadIdx.x / 32;
-        first = min(warp * each, steps);
-        last = min(first + each, steps);
-    }
-};
+// ---------------------------------------------------------------- how rows are divided
 
-// Sums of the rows from row0 on over this warp's columns; without the format's factor and the global scale.
-template <class Policy>
-__device__ void multiply(const Products& p, const dsv4_weight& w, int64_t row0, char* memory,
-                         float (&sums)[kRows]) {
-    const Share<Policy> share(p.k);
-    if constexpr (kHasHalf<Policy>) {
-        Gemv<Policy, 1> rows(w, row0, share.first, share.last);
-        wait_for_previous();
-        HalfRows x(memory, 1, rows.staged_vectors(share.steps));
-        stage_rows<Half<Policy>::kPermuted>(x, 1, (int)p.k, [&](int) { return p.x; });
-        float out[1][2];
-        rows.run(x, share.first, 0, out);
-        if (rows.lane.member == 0)
-#pragma unroll
-            for (int h = 0; h < 2; h++) sums[rows.lane.group + 8 * h] = x.restore(out[0][h], 0);
-    } else {
-        Stream<Policy, 1> stream(w, row0, share.first, share.last);
-        wait_for_previous();
-        auto* staged = (uint4*)memory;
-        for (int v = threadIdx.x; v < p.k / 8; v += kThreads) staged[v] = ((const uint4*)p.x)[v];
-        __syncthreads();
-        const Lane& lane = stream.lane;
-        const bf16* x[1] = {lane.group == 0 ? (const bf16*)memory : nullptr};
-        float sum[2] = {};
-        stream.for_each_step(share.first, [&](int slot, int at) {
-            typename Stream<Policy, 1>::X now;
-            stream.fetch_x(now, x, at);
-            float part[1][4] = {};  // the matrix unit cuts low bits off what it adds to
-            stream.step(slot, now, part);
-#pragma unroll
-            for (int h = 0; h < 2; h++) sum[h] += part[0][2 * h];
-        });
-        if (lane.member == 0)
-#pragma unroll
-            for (int h = 0; h < 2; h++) sums[lane.group + 8 * h] = sum[h];
-    }
+bool takes(const dsv4_weight& w, int64_t k) {
+    return w.k == k && k % 16 == 0 &&
+           (w.format == DSV4_DENSE_BF16 || w.format == DSV4_FP8_E8M0 || w.format == DSV4_FP8_F32);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) linears_kernel(const Products p) {
+// Tiles of a block that has `rows` rows, in turn at its places.
+template <class Policy> __host__ __device__ FewBlock<Policy> block_of(int rows, int split, int64_t k) {
+    const int places = FewShape::kWarps / split, tiles = (rows + 15) / 16;
+    return FewBlock<Policy>(split, (tiles + places - 1) / places, k, 1);
+}
+
+// Rows of a block. A tile of FP8 lies in one block of scales, so that these are whole tiles.
+struct Division {
+    int split, rows[kMost], end[kMost];
+    double cost;    // of the longest block, in stages of a warp
+    size_t shared;  // of the largest
+
+    // Blocks of no more than `bytes` of weights each, as far as they can be so small.
+    Division(const Products& p, int split, int64_t bytes) : split(split), cost(0), shared(0) {
+        const int most = FewShape::kMostRounds * FewShape::kWarps / split * 16;
+        int blocks = 0;
+        for (int i = 0; i < p.count; i++) {
+            const bool dense = p.w[i].format == DSV4_DENSE_BF16;
+            const int unit = dense ? 1 : 16;
+            const int64_t allowed = bytes / (p.k * (dense ? 2 : 1)) / unit * unit;
+            const int64_t some = allowed < unit ? unit : allowed < most ? allowed : most;
+            const int64_t count = ceil_div(p.w[i].n, some);
+            rows[i] = (int)ceil_div(ceil_div(p.w[i].n, count), unit) * unit;
+            end[i] = blocks += (int)ceil_div(p.w[i].n, rows[i]);
+            with_policy(p.w[i].format, p.k, [&](auto policy) {
+                const auto block = block_of<decltype(policy)>(rows[i], split, p.k);
+                if (block.cost() > cost) cost = block.cost();
+                if (block.bytes() > shared) shared = block.bytes();
+                return 0;
+            });
+        }
+    }
+    int blocks(const Products& p) const { return end[p.count - 1]; }
+
+    // The smallest blocks of which a multiprocessor has one, else the largest.
+    static Division fair(const Products& p, int split) {
+        const int64_t most = (int64_t)FewShape::kMostRounds * FewShape::kWarps / split * 16 * 2 * p.k;
+        int64_t total = 0;
+        for (int i = 0; i < p.count; i++)
+            total += p.w[i].n * p.k * (p.w[i].format == DSV4_DENSE_BF16 ? 2 : 1);
+        int64_t bytes = ceil_div(total, kProcessors);
+        while (bytes < most && Division(p, split, bytes).blocks(p) > kProcessors) bytes += p.k;
+        Division found(p, split, bytes);
+        found.cost *= ceil_div(found.blocks(p), (int64_t)kProcessors);
+        if (found.shared > kFewShared) found.cost = 1e30;
+        return found;
+    }
+    static Division best(const Products& p) {
+        Division best = fair(p, FewShape::kWarps);
+        for (int split = FewShape::kWarps / 2; split >= 1; split /= 2) {
+            const Division other = fair(p, split);
+            if (other.cost < best.cost) best = other;
+        }
+        return best;
+    }
+};
+
+// ---------------------------------------------------------------- kernel
+
+__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
+    linears_kernel(const Products p) {
     extern __shared__ __align__(16) char memory[];
-    __shared__ float sums[kWarps][kRows];
     let_next_start();
+    const int b = blockIdx.x;
     int i = 0;
-    while (blockIdx.x >= p.end[i]) i++;
-    const dsv4_weight w = p.w[i];
-    const int64_t row0 = (blockIdx.x - (i > 0 ? p.end[i - 1] : 0)) * kRows;
-    float(&mine)[kRows] = sums[threadIdx.x / 32];
-    if (w.format == DSV4_DENSE_BF16) multiply<Bf16>(p, w, row0, memory, mine);
-    else if (w.format == DSV4_FP8_E8M0) multiply<Fp8<uint8_t>>(p, w, row0, memory, mine);
-    else multiply<Fp8<float>>(p, w, row0, memory, mine);
-    __syncthreads();
-    const int64_t row = row0 + threadIdx.x;
-    if (threadIdx.x >= kRows || row >= w.n) return;
-    float total = 0;
-    for (int s = 0; s < kWarps; s++) total += sums[s][threadIdx.x];
-    if (p.y_dtype[i] == DSV4_F32) ((float*)p.y[i])[row] = total;
-    else ((bf16*)p.y[i])[row] = from_float<bf16>(total);
+    while (i < p.count && b >= p.end[i]) i++;
+    if (i == p.count) return;
+    const int64_t row0 = (b - (i > 0 ? p.end[i - 1] : 0)) * (int64_t)p.rows[i];
+    dsv4_weight part = p.w[i];
+    if (part.n > row0 + p.rows[i]) part.n = row0 + p.rows[i];
+    void* y = p.y[i];
+    const bool wide = p.y_dtype[i] == DSV4_F32;
+    auto store = [=](int, int64_t n, float value) {
+        if (wide) ((float*)y)[n] = value;
+        else ((bf16*)y)[n] = from_float<bf16>(value);
+    };
+    auto multiply = [&](auto policy) {
+        const auto block = block_of<decltype(policy)>(p.rows[i], p.split, p.k);
+        multiply_few(part, row0, block, p.x, 0, memory, store);
+    };
+    if (part.format == DSV4_DENSE_BF16) multiply(Bf16{});
+    else if (part.format == DSV4_FP8_E8M0) multiply(Fp8<uint8_t>{});
+    else multiply(Fp8<float>{});
 }
 
 }  // namespace
@@ -97,24 +120,25 @@ __global__ void __launch_bounds__(kThreads, 2) linears_kernel(const Products p) 
 using namespace dsv4;
 
 // y[i] [w[i]->n] in y_dtype[i] = x [k] bfloat16 times w[i]: bf16 or FP8, k a multiple of 16, all at
-// multiples of 16 bytes. Blocks are started in the order of the matrices: the largest first.
+// multiples of 16 bytes.
 DSV4_EXPORT int dsv4_linears(const void* x, int64_t k, int64_t count, const dsv4_weight* const* w,
                              void* const* y, const int* y_dtype, void* stream) {
-    if (count < 1 || count > kMost || k % 16) return kUnsupported;
+    if (count < 1 || count > kMost) return kUnsupported;
     Products p = {(const bf16*)x, k, (int)count};
-    int64_t blocks = 0;
     for (int i = 0; i < count; i++) {
-        const int32_t format = w[i]->format;
-        if (w[i]->k != k || (format != DSV4_DENSE_BF16 && format != DSV4_FP8_E8M0 && format != DSV4_FP8_F32))
-            return kUnsupported;
+        if (!takes(*w[i], k)) return kUnsupported;
         p.w[i] = *w[i];
         p.y[i] = y[i];
         p.y_dtype[i] = y_dtype[i];
-        p.end[i] = blocks += ceil_div(w[i]->n, kRows);
     }
-    const int vectors = Gemv<Fp8<float>, 1>::staged_vectors(steps_of<Fp8<float>>(k));
-    const size_t shared = HalfRows::bytes(1, vectors);
-    const int status = allow_shared(linears_kernel, shared);
+    const Division division = Division::best(p);
+    if (division.shared > kFewShared) return kUnsupported;
+    p.split = division.split;
+    for (int i = 0; i < count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
+    const int status = allow_shared(linears_kernel, division.shared);
     if (status != cudaSuccess) return status;
-    return launch(linears_kernel, dim3(blocks), kThreads, shared, stream, p);
+    // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
+    const int blocks = division.blocks(p);
+    return launch(linears_kernel, dim3(blocks < kProcessors ? kProcessors : blocks), FewShape::kThreads,
+                  division.shared, stream, p);
 }
