@@ -5,16 +5,15 @@ comes after those that wrote storages it reads or writes, and after those that r
 Torch operations between two sites are captured behind the first of them, and what they make counts
 as that site's.
 
-Branches compete for processors. Sites on the longest way to a layer's attention are captured on
-streams of a higher priority, which their nodes keep.
+Branches compete for processors: graph_order.py says which sites are captured earlier than they are
+called, which wait for more than they read, and which on streams of a higher priority, that nodes keep.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
+from dsv4_bench.engine.graph_order import AFTER, URGENT
 from dsv4_bench.engine.registry import Site
 
 
@@ -54,9 +54,6 @@ class Clock(Protocol):
     def stop(self, site: Site) -> None: ...
 
 
-_URGENT = re.compile(r"/attn/(wq_a|q_norm|index/.*)$")  # paths of sites
-
-
 @dataclass
 class _Work:
     """What a stream holds up to one site. `covers` has a bit for it and for all it comes after."""
@@ -65,6 +62,17 @@ class _Work:
     event: torch.cuda.Event
     number: int
     covers: int
+
+
+@dataclass
+class _Captured:
+    """A site that has been captured, with its nodes; the observer is told of `seen` when it is called."""
+
+    args: tuple[Any, ...]
+    result: Any
+    nodes: tuple[int, int]  # the first, and how many
+    work: _Work | None = None  # None if a later site's launch does its work
+    seen: list[tuple[Site, tuple[Any, ...], Any]] = field(default_factory=list)
 
 
 def _mark(stream: torch.cuda.Stream, number: int, before: Iterable[_Work]) -> _Work:
@@ -118,6 +126,8 @@ class Branches:
         self._tails = {stream: self._last}
         self._writers = dict.fromkeys(given, self._last)
         self._readers: dict[int, list[_Work]] = {}
+        self._named: dict[str, _Work] = {}  # by the site's path below the layer
+        self._early: dict[str, _Captured] = {}  # by path: sites that have not been called yet
         self._count = self.nodes.count()
 
     @contextmanager
@@ -153,44 +163,58 @@ class Branches:
 
     def around(self, site: Site, args: tuple[Any, ...]) -> Any:
         """Run the op on a stream of its own or on that of the site it waits for."""
-        self._in_site = True
+        self._in_site, self._site = True, site
         try:
             return self._run(site, args)
         except Exception:
-            self.failed = self.failed or site
+            self.failed = self.failed or self._site
             raise
         finally:
             self._in_site = False
 
     def _run(self, site: Site, args: tuple[Any, ...]) -> Any:
         self._look_behind()
+        done = self._early.pop(site.path, None)
+        if done is None or done.args[0] is not args[0]:
+            for one, given in self.fusions.group_of(site, args):
+                self._early[one.path] = self._capture(one, given)
+            done = self._early.pop(site.path)
+        if done.work is not None:  # what torch launches next comes behind this site
+            self._last = self._tails[done.work.stream]
+            torch.cuda.set_stream(done.work.stream)
+        self.sites.append((site.path, *done.nodes))
+        for seen in done.seen:
+            self._saw(*seen)
+        return done.result
+
+    def _capture(self, site: Site, args: tuple[Any, ...]) -> _Captured:
+        self._site = site
         call = self.fusions.take(site, args)
         if call.run is None:
-            self.sites.append((site.path, self.nodes.count(), 0))
             self._kept.append((args, call.result))
+            done = _Captured(args, call.result, (self.nodes.count(), 0))
             if call.filled:
-                self._saw(site, args, call.result)
-            return call.result
+                (address,) = _made(call.result)
+                done.work, done.seen = self._writers[address], [(site, args, call.result)]
+            return done
         bound = site.spec.bind(args, {})
         reads = storages(call.args)
         writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
-        needs = self._needs(reads, writes)
-        stream = self._stream(needs, bool(_URGENT.search(site.path)))
+        needs = self._needs(reads, writes, _name(site))
+        stream = self._stream(needs, bool(URGENT.search(site.path)))
         torch.cuda.set_stream(stream)
         if self.clock is not None:
             self.clock.start(site)
         first = self.nodes.count()
         result = call.run()
-        self.sites.append((site.path, first, self.nodes.count() - first))
+        nodes = first, self.nodes.count() - first
         if self.clock is not None:
             self.clock.stop(site)
-        self._ran(
-            _mark(stream, self._works, needs), reads, writes | _made(result) | storages(call.made)
-        )
+        work = _mark(stream, self._works, needs)
+        self._ran(work, reads, writes | _made(result) | storages(call.made))
+        self._named[_name(site)] = work
         self._kept.append((call.args, call.made, result))
-        for seen in (*call.earlier, (site, args, result)):
-            self._saw(*seen)
-        return result
+        return _Captured(args, result, nodes, work, [*call.earlier, (site, args, result)])
 
     def _look_behind(self) -> None:
         """Whether torch launched something behind the last site."""
@@ -212,11 +236,12 @@ class Branches:
             self._writers[address], self._readers[address] = work, []
         self._count = self.nodes.count()
 
-    def _needs(self, reads: set[int], writes: set[int]) -> list[_Work]:
+    def _needs(self, reads: set[int], writes: set[int], name: str) -> list[_Work]:
         """The works that a site with these storages comes after, without those that others cover."""
         if not self.side_by_side:
             return [self._last]
         found = [self._first]
+        found += [self._named[other] for other in AFTER.get(name, ()) if other in self._named]
         for address in reads:
             if address in self._writers:
                 found.append(self._writers[address])
@@ -282,6 +307,11 @@ def _last_ones(works: Iterable[_Work]) -> list[_Work]:
         for work in found
         if not any(o is not work and o.covers >> work.number & 1 for o in found)
     ]
+
+
+def _name(site: Site) -> str:
+    """Its path below the layer."""
+    return site.path.partition("/")[2]
 
 
 def _made(result: Any) -> set[int]:

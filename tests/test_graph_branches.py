@@ -18,6 +18,7 @@ from dsv4_bench.engine import graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda import fusion
 from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph import fixed_step
 from dsv4_bench.engine.graph_branches import Branches
@@ -269,6 +270,59 @@ def test_independent_sites_do_run_side_by_side(model: Transformer, launches: Lau
         ("L2/attn/hc_pre", "L1/ffn/gate"),
     ]:
         assert after(later, earlier), (later, earlier)
+
+
+def test_an_order_of_capture_and_what_waits_for_more_than_it_reads(
+    model: Transformer, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without joins: captured in a group's order at its first call, listed and told of when called."""
+    late, early = "attn/compressor/wgate", "attn/index/weights_proj"
+    monkeypatch.setattr(fusion, "JOINS", ())
+    monkeypatch.setattr(fusion, "GROUPS", ((early, "attn/wq_a", late), ("ffn/shared", "ffn/gate")))
+    alone = [kind for kind in fusion.KINDS if kind.first != "ffn/experts"]  # has the shared one
+    monkeypatch.setattr(fusion, "KINDS", alone)
+    monkeypatch.setattr(
+        graph_branches, "AFTER", {"attn/wq_a": (early, "attn/core"), late: ("none",)}
+    )
+    pretend(model, monkeypatch)
+    observer = Peaks()
+    branches = Branches(observer, None, fusions=Fusions(model.sites, True, model.dtype, None, True))
+    capture(model, prefilled(model, (125,)), launches, branches)
+    assert not launches.races, launches.races[:5]
+    nodes = {path: (first, count) for path, first, count in branches.sites}
+    order = [nodes[f"L1/{name}"][0] for name in (early, "attn/wq_a", late, "attn/q_norm")]
+    assert order == sorted(set(order)) and all(nodes[f"L1/{n}"][1] for n in (early, late))
+    paths = [path for path, _, _ in branches.sites]
+    assert paths == [path for path in model.sites if path in nodes]  # as they are called
+    assert sorted(observer.paths) == sorted(paths)
+
+    def before(site: str) -> int:
+        return launches.before[nodes[f"L1/{site}"][0]]
+
+    assert nodes["L1/ffn/shared"][0] < nodes["L1/ffn/gate"][0] < nodes["L1/ffn/experts"][0]
+    assert before("attn/wq_a") >> order[0] & 1 and not before(late) >> order[0] & 1
+    assert not before(late) >> order[1] & 1
+
+
+def test_what_torch_launches_behind_a_site_captured_early_comes_after_it(
+    model: Transformer, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(model, monkeypatch)
+    monkeypatch.setattr(fusion, "KINDS", ())
+    sites = [model.sites[f"L1/{name}"] for name in ("attn/wq_a", "ffn/norm", "attn/wkv")]
+    x = torch.randn(1, model.config.hidden_size)
+    for joins, groups in [((), (("attn/wkv", "attn/wq_a"),)), (fusion.JOINS, ())]:
+        monkeypatch.setattr(fusion, "JOINS", joins)
+        monkeypatch.setattr(fusion, "GROUPS", groups)
+        branches = Branches(None, None, fusions=Fusions(model.sites))
+        with launches, branches.part([x]):
+            first, _, second = (branches.around(site, (x,)) for site in sites)
+            doubled = second * 2
+            branches.around(model.sites["L1/attn/q_norm"], (first,))
+            branches.around(model.sites["L1/attn/kv_norm"], (doubled,))
+        branches.finish()
+        assert not launches.races, launches.races
+        assert branches.origin.seen == (1 << launches.count()) - 1
 
 
 def test_a_chain_is_in_the_order_of_the_program(model: Transformer, launches: Launches) -> None:

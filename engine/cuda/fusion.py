@@ -25,6 +25,7 @@ from dsv4_bench.engine.cuda.fused import (
     put_off,
     together,
 )
+from dsv4_bench.engine.graph_order import GROUPS
 from dsv4_bench.engine.registry import Site
 
 
@@ -61,9 +62,19 @@ class Fusions:
         kinds = [kind for kind in KINDS if kind.fills or not observed]
         self._kinds = {kind.first: kind for kind in kinds} if wanted else {}
         self._joins = {join.first: join for join in JOINS} if wanted else {}
+        self._groups = {name: group for group in GROUPS for name in group} if wanted else {}
         self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
         self._expected: dict[str, Chain] = {}  # by the path of the chain's next site
         self._unfilled: dict[int, Chain] = {}  # by address
+
+    def group_of(self, site: Site, args: tuple[Any, ...]) -> list[tuple[Site, tuple[Any, ...]]]:
+        """`site` and those of graph_order.GROUPS, with their arguments, in order of capture."""
+        group = self._groups.get(site.path.partition("/")[2], ())
+        found = [self._sites.get(f"L{site.layer}/{name}") for name in group]
+        sites = [other for other in found if other is not None]
+        if not sites or any(other.stamp.implementation not in KERNELS for other in sites):
+            sites = [site]
+        return [(other, args if other is site else args[:1]) for other in sites]
 
     def take(self, site: Site, args: tuple[Any, ...]) -> Call:
         """How to run `site`. Raises RuntimeError for one that reads what only a chain may read."""
