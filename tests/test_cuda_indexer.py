@@ -9,6 +9,7 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
+from dsv4_bench.engine.cuda.indexer import joins_rope_score, rope_index_score
 from dsv4_bench.engine.step import Step
 
 pytestmark = [
@@ -43,6 +44,56 @@ def score_case(
 
 
 # ------------------------------------------------------------------------------ scores
+
+FREQS = {half: 1 / 10000 ** (torch.arange(half) / half) for half in (4, 20, 32, 64)}
+
+
+@pytest.mark.parametrize("half", FREQS)
+@pytest.mark.parametrize("filled", [False, True])
+def test_scores_with_the_rope_of_the_queries(half: int, filled: bool) -> None:
+    """The same bits as the two ops one after another, at small and at large angles."""
+    freqs = FREQS[half].cuda()
+    for pieces in (
+        [(4, 1)],
+        [(4095, 1)],
+        [(3, 1), (70001, 1), (0, 1)],
+        [(9000 + i, 1) for i in range(40)],
+    ):
+        step = step_of(*pieces)
+        q, keys, weights, _ = score_case(step)
+        after = kernel("rope", q, step.positions, freqs=freqs, inverse=False)["y"]
+        assert joins_rope_score(q, keys, weights, step, freqs)
+        turned = torch.full_like(q, torch.nan) if filled else None
+        score = rope_index_score(q, keys, weights, step, freqs=freqs, turned=turned, **CONSTANTS)
+        assert torch.equal(
+            score, kernel("index_score", after, keys, weights, step, **CONSTANTS)["score"]
+        )
+        assert turned is None or torch.equal(turned, after)
+        assert not torch.equal(after, q)
+
+
+def test_scores_with_the_rope_where_it_is_not_one_launch() -> None:
+    """Several tokens a sequence, other heads, float32, strided queries, no entry yet."""
+    freqs = FREQS[32].cuda()
+    one = step_of((4095, 1))
+    cases = [
+        score_case(step_of((100, 3))),
+        score_case(one, heads=16),
+        score_case(one, dtype=torch.float32),
+        score_case(step_of((1, 1))),
+    ]
+    strided = score_case(one)
+    cases.append((torch.cat([strided[0]] * 2, dim=-1)[..., :128], *strided[1:]))
+    for q, keys, weights, step in cases:
+        turned = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+        score = rope_index_score(q, keys, weights, step, freqs=freqs, turned=turned, **CONSTANTS)
+        after = kernel("rope", q, step.positions, freqs=freqs, inverse=False)["y"]
+        assert torch.equal(turned, after)
+        assert torch.equal(
+            score, kernel("index_score", after, keys, weights, step, **CONSTANTS)["score"]
+        )
+    assert not joins_rope_score(*cases[0], freqs) and not joins_rope_score(*cases[-1], freqs)
+    assert not joins_rope_score(*score_case(one), freqs[:31])
 
 
 @pytest.mark.parametrize(

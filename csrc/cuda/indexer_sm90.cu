@@ -1,7 +1,8 @@
-// Op index_score: score every visible compressed entry of a sequence for every token.
+// Op index_score: score every visible compressed entry of a sequence for every token; with the rope of its queries.
 
 #include "dispatch.cuh"
 #include "hopper.cuh"
+#include "rope.cuh"
 
 namespace dsv4 {
 namespace {
@@ -17,6 +18,10 @@ struct Problem {
     float scale;
     bool float_weights;
     float* score;  // [n, total]
+    // Where the queries' rope is yet to come: of the last 2 * half dims. Turned queries go to `turned` if not null.
+    const float* freqs;
+    int half;
+    bf16* turned;
 
     __device__ int64_t sequence_of(int64_t token) const { return sequence ? sequence[token] : token; }
     // How many entries a token may see.
@@ -189,9 +194,10 @@ struct TokenShared {
     uint64_t loaded[kRing];
 };
 
-// A thread's part of a token's query and of what its scores need, all loads at once.
-struct TokenQuery {
-    static constexpr int kEach = kHeads * kDim / 8 / kTileThreads;
+// A thread's part of a token's query and of what its scores need, all loads at once: of every eighth head
+// the same eight columns.
+template <bool Rope> struct TokenQuery {
+    static constexpr int kChunks = kDim / 8, kEach = kHeads * kChunks / kTileThreads;
     uint4 part[kEach];
     float weight;
     int64_t position;
@@ -202,6 +208,30 @@ struct TokenQuery {
         for (int i = 0; i < kEach; i++) part[i] = from[i * kTileThreads];
         position = p.positions[token];
         weight = p.weight(token * kHeads + threadIdx.x % kHeads);
+        if constexpr (Rope) turn_pairs(p, token);
+    }
+    // The same numbers as op rope.
+    __device__ void turn_pairs(const Problem& p, int64_t token) {
+        static_assert(kTileThreads % kChunks == 0);
+        const int first = threadIdx.x % kChunks * 4 - (kDim / 2 - p.half);  // of four pairs
+        if (first >= 0) {
+            const float4 freqs = *(const float4*)(p.freqs + first);
+            const float2 turns[4] = {turn(position, freqs.x, false), turn(position, freqs.y, false),
+                                     turn(position, freqs.z, false), turn(position, freqs.w, false)};
+#pragma unroll
+            for (int i = 0; i < kEach; i++) {
+                uint32_t* pairs = &part[i].x;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float2 pair = turned_pair(low_bf16(pairs[j]), high_bf16(pairs[j]), turns[j]);
+                    pairs[j] = pack_bf16(pair.x, pair.y);
+                }
+            }
+        }
+        if (p.turned == nullptr || blockIdx.x != 0) return;
+        uint4* to = (uint4*)(p.turned + token * kHeads * kDim) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) to[i * kTileThreads] = part[i];
     }
     // Columns 32 g + 8 t + 4 s + 2 h + {0, 1} of every head go to 32 g + 16 s + 8 h + 2 t + {0, 1}.
     __device__ void store(TokenShared& to) const {
@@ -273,6 +303,7 @@ __device__ inline void write_scores(const Problem& p, const TokenShared& s, cons
 }
 
 // Entries [x * share, ...) for token y.
+template <bool Rope>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(Problem p, int share) {
     extern __shared__ __align__(1024) char memory[];
     TokenShared& s = *reinterpret_cast<TokenShared*>(memory);
@@ -293,7 +324,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(
     const int tiles = (end - begin + kTile - 1) / kTile, ahead = min(tiles, kRing);
     if (threadIdx.x == 0)  // does not wait to know what is visible
         for (int i = 0; i < ahead; i++) load(i);
-    const TokenQuery query(p, token);
+    const TokenQuery<Rope> query(p, token);
     query.store(s);
     const int visible = p.visible_at(query.position);
     const int loads = max(ahead, min(tiles, (visible - begin + kTile - 1) / kTile));
@@ -312,6 +343,15 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks) score_token_kernel(
     }
 }
 
+template <bool Rope> int score_tokens(const Problem& p, int64_t processors, void* stream) {
+    static const int allowed = allow_shared(score_token_kernel<Rope>, sizeof(TokenShared));
+    if (allowed) return allowed;
+    int64_t blocks = kTileBlocks * processors / p.n, share = ceil_div(p.total, blocks ? blocks : 1);
+    share = share < kTile ? kTile : ceil_div(share, 16) * 16;
+    return launch(score_token_kernel<Rope>, dim3(ceil_div(p.total, share), p.n), kTileThreads,
+                  sizeof(TokenShared), stream, p, (int)share);
+}
+
 }  // namespace
 }  // namespace dsv4
 
@@ -327,18 +367,11 @@ DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, con
                                  int64_t dim, int64_t capacity, int64_t total, float scale,
                                  int64_t tokens, int64_t processors, float* score, void* stream) {
     Problem p = {q, keys, weights, sequence, positions, n, capacity, total, (int)heads, (int)dim,
-                 (int)ratio, scale, weights_dtype == DSV4_F32, score};
+                 (int)ratio, scale, weights_dtype == DSV4_F32, score, nullptr, 0, nullptr};
     if (total == 0 || n == 0) return cudaSuccess;
     if (total > 1 << 30) return kUnsupported;
     const bool fits = dtype == DSV4_BF16 && dim == kDim;
-    if (fits && heads == kHeads && tokens == 1) {
-        static const int allowed = allow_shared(score_token_kernel, sizeof(TokenShared));
-        if (allowed) return allowed;
-        int64_t blocks = kTileBlocks * processors / n, share = ceil_div(total, blocks ? blocks : 1);
-        share = share < kTile ? kTile : ceil_div(share, 16) * 16;
-        return launch(score_token_kernel, dim3(ceil_div(total, share), n), kTileThreads,
-                      sizeof(TokenShared), stream, p, (int)share);
-    }
+    if (fits && heads == kHeads && tokens == 1) return score_tokens<false>(p, processors, stream);
     if (fits && heads % 8 == 0 && heads <= kMostHeads) {
         dim3 grid(ceil_div(total, kEntries), ceil_div(n, tokens));
         return launch(score_kernel, grid, 32 * kWarps, 0, stream, p, tokens);
@@ -347,4 +380,18 @@ DSV4_EXPORT int dsv4_index_score(const void* q, const void* keys, int dtype, con
         dim3 grid(ceil_div(total, kAnyWarps), n);
         return launch(score_any_kernel<type_of<decltype(tag)>>, grid, 32 * kAnyWarps, 0, stream, p);
     });
+}
+
+// The same of one token a sequence, with q [n, 64, 128] bfloat16 before its rope by positions and freqs
+// [half], half a multiple of 4; turned [n, 64, 128] receives q after it, or is null.
+DSV4_EXPORT int dsv4_rope_index_score(const void* q, const float* freqs, int64_t half, void* turned,
+                                      const void* keys, const void* weights, int weights_dtype,
+                                      const int64_t* positions, int64_t ratio, int64_t n,
+                                      int64_t capacity, int64_t total, float scale,
+                                      int64_t processors, float* score, void* stream) {
+    if (total > 1 << 30 || half % 4 || 2 * half > kDim) return kUnsupported;
+    if (total == 0 || n == 0) return cudaSuccess;
+    const Problem p = {q, keys, weights, nullptr, positions, n, capacity, total, kHeads, kDim,
+                       (int)ratio, scale, weights_dtype == DSV4_F32, score, freqs, (int)half, (bf16*)turned};
+    return score_tokens<true>(p, processors, stream);
 }

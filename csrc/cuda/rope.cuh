@@ -15,4 +15,10 @@ __device__ inline float2 turn(int64_t position, float freq, bool inverse) {
     return cos_sin;
 }
 
+// A pair, turned. Written out, because what nvcc contracts differs between kernels that must round alike.
+__device__ inline float2 turned_pair(float even, float odd, float2 cos_sin) {
+    return {__fmaf_rn(even, cos_sin.x, -__fmul_rn(odd, cos_sin.y)),
+            __fmaf_rn(even, cos_sin.y, __fmul_rn(odd, cos_sin.x))};
+}
+
 }  // namespace dsv4
