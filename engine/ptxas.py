@@ -70,10 +70,10 @@ def demangled(names: list[str]) -> list[str]:
     if not names or shutil.which("c++filt") is None:
         return names
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    return [_without_arguments(line) for line in done.stdout.splitlines()]
+    return [without_arguments(line) for line in done.stdout.splitlines()]
 
 
-def _without_arguments(name: str) -> str:
+def without_arguments(name: str) -> str:
     """``void f<3>(int, g<4>)`` -> ``f<3>``."""
     depth = 0
     for i in range(len(name) - 1, -1, -1):

@@ -1,100 +1,165 @@
-"""Runs each kernel of linear, gate, experts and the row-wise ops once, for compute-sanitizer.
+"""Cases for compute-sanitizer: linears of every format, the gate, and the row-wise ops. See sanitize.py.
 
-Small and ragged sizes; the sanitizer, not this file, says whether all went well.
+Small and ragged sizes. Everything is made on the CPU and copied: initcheck does not see what torch's own
+kernels write.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import torch
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine.cuda.experts import moe
+from dsv4_bench.engine import cuda
+from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
+from dsv4_bench.engine.cuda.linear import matmul
 from dsv4_bench.engine.cuda.linears import linears
+from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,
     quantize_mxfp4,
     quantize_nvfp4,
 )
-from dsv4_bench.engine.ops.experts import Expert
-from dsv4_bench.engine.registry import IMPLEMENTATIONS
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS, Site
 
-CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+CUDA, BF16, F32 = torch.device("cuda"), torch.bfloat16, torch.float32
+FORMATS = ("nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16", "f32", "f16")
 
 
 def run(op: str, *args: object, **params: object) -> None:
     IMPLEMENTATIONS[op]["sm90"].function(*args, **params)
-    torch.cuda.synchronize()
 
 
-def weights(n: int, k: int) -> list[Weight]:
+def weight(kind: str, n: int, k: int) -> Weight:
+    """Random [n, k] of one of FORMATS."""
     w = torch.randn(n, k)
-    codes, scale, g = quantize_nvfp4(w)
-    fp8, exponents = quantize_fp8_block(w)
-    found = [
-        Weight("a", "nvfp4", codes, scale, float(g)),
-        Weight("b", "mxfp4", *quantize_mxfp4(w)),
-        Weight("c", "fp8_block", fp8, exponents),
-        Weight("d", "fp8_block", fp8, exponents.float()),
-        Weight("e", "dense", w.to(BF16)),
-        Weight("f", "dense", w),
-    ]
-    return [weight.to(CUDA) for weight in found]
+    if kind == "nvfp4":
+        codes, scale, g = quantize_nvfp4(w)
+        made = Weight(kind, "nvfp4", codes, scale, float(g))
+    elif kind == "mxfp4":
+        made = Weight(kind, "mxfp4", *quantize_mxfp4(w))
+    elif kind.startswith("fp8"):
+        codes, scale = quantize_fp8_block(w)
+        made = Weight(kind, "fp8_block", codes, scale.float() if kind == "fp8_f32" else scale)
+    else:
+        made = Weight(kind, "dense", w.to({"bf16": BF16, "f32": F32, "f16": torch.float16}[kind]))
+    return made.to(CUDA)
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Converted on the CPU: initcheck does not see what torch's own kernels write."""
+def randn(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype).to(CUDA)
 
 
-def expert_cases(inner: int, d: int) -> None:
-    kinds = zip(weights(inner, d)[:5], weights(d, inner)[:5], strict=True)
-    experts = [Expert(first, second, replace(first)) for first, second in kinds]
-    nvfp4, mxfp4, fp8 = experts[:3]
-    for m, routed in ((1, nvfp4), (5, mxfp4)):
-        x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
-        params = {"bank": [routed] * 3, "shared": fp8, "limit": 2.0, "dtype": BF16}
-        moe(x, torch.rand(m, 2).to(CUDA), ids, **params)
-    for expert in experts:
-        bank = [expert, expert, expert]
-        for m in (1, 5, 40):
-            x, ids = randn(m, d, dtype=BF16), torch.randint(0, 3, (m, 2)).int().to(CUDA)
-            run("experts", x, torch.rand(m, 2).to(CUDA), ids, bank=bank, limit=2.0)
-            run("shared_expert", x, expert=expert, limit=2.0)
+# ------------------------------------------------------------------------------ linears
 
 
-def main() -> None:
-    # Sizes that need float32 multiply-adds; tiles of weight rows; one ring a warp, split over warps and
-    # over a cluster.
+def matrix_unit(kind: str) -> None:
+    """1 to 4, 8, 16 and more rows; one ring a warp, split over warps, over a cluster, ragged ends."""
     for n, k in ((33, 160), (80, 1056), (40, 1152), (33, 4096)):
-        for weight in weights(n, k):
-            for m in (1, 3, 9, 65):
-                for dtype in (torch.float32, BF16):
-                    run("linear", randn(m, k, dtype=dtype), weight=weight, out_dtype=None)
-    for weight in weights(64, 96):
-        run("grouped_linear", randn(3, 192, dtype=BF16), weight=weight, groups=2)
-    expert_cases(96, 160)  # always as for few pairs
-    expert_cases(128, 256)  # 4 bits: the longest as for many
-    router = Weight("gate", "dense", randn(33, 64))
-    tokens = torch.tensor([3, 1, 0], device=CUDA)
-    for bias, table in ((randn(33), None), (None, torch.randint(0, 33, (4, 6)).to(CUDA))):
-        arguments = {"weight": router, "bias": bias, "tid2eid": table, "k": 6, "scale": 1.0}
-        run("gate", randn(3, 64), tokens, **arguments)
-        arguments["weight"] = Weight("gate", "dense", randn(33, 64, dtype=BF16))
-        run("gate", randn(3, 64, dtype=BF16), tokens, **arguments)
-    some = [w for w in weights(33, 1040) if w.name in "cde"]
-    linears(randn(1, 1040, dtype=BF16), some, [None, torch.float32, BF16])
+        w = weight(kind, n, k)
+        for m in (1, 3, 6, 9, 65):
+            run("linear", randn(m, k, dtype=BF16), weight=w, out_dtype=None)
+            if n == 80:
+                run("linear", randn(m, k, dtype=BF16), weight=w, out_dtype=F32)
+    for m in (1, 20):
+        run("grouped_linear", randn(m, 192, dtype=BF16), weight=weight(kind, 64, 96), groups=2)
+
+
+def multiply_adds() -> None:
+    """What the matrix unit does not take: float32 on either side, groups of 8 rows, odd widths."""
+    for kind in FORMATS:
+        for k in (96, 33)[: 2 if kind in ("bf16", "f32", "f16") else 1]:
+            w = weight(kind, 16, k)
+            for x in (randn(9, 2 * k), randn(9, 2 * k, dtype=BF16)):
+                for dtype in (F32, BF16):
+                    matmul("grouped_linear", x, w, 2, dtype)
+
+
+def one_row() -> None:
+    """Several matrices in one launch: bfloat16, FP8 with either kind of scales."""
+    some = [weight(kind, n, 1040) for kind, n in (("fp8_e8m0", 33), ("fp8_f32", 16), ("bf16", 40))]
+    linears(randn(1, 1040, dtype=BF16), some, [None, F32, BF16])
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def gate() -> None:
+    for count, n in ((33, 3), (300, 12), (600, 20), (33, 40)):
+        tokens, table = torch.randint(0, 4, (n,)).to(CUDA), torch.randint(0, count, (4, 6))
+        router, x = weight("bf16", count, 264), randn(n, 264, dtype=BF16)
+        for bias, tid2eid in ((randn(count), None), (None, table), (None, table.int())):
+            given = None if tid2eid is None else tid2eid.to(CUDA)
+            run("gate", x, tokens, weight=router, bias=bias, tid2eid=given, k=6, scale=1.0)
+
+
+def rows() -> None:
+    tokens, slots = torch.tensor([3, 1, 0]).to(CUDA), torch.tensor([2, -1, 0]).to(CUDA)
+    dtypes = (F32, BF16)
     for d in (33, 512):
-        x, positions = randn(3, 5, d), torch.tensor([0, 5, 70000], device=CUDA)
-        run("rms_norm", x, weight=randn(d), eps=1e-6)
-        run("rope", x, positions, freqs=randn(16), inverse=False)
-        run("embed", tokens, weight=Weight("e", "dense", randn(4, d)), hc=4, dtype=BF16)
-        run("cache_write", randn(3, d), torch.tensor([2, -1, 0], device=CUDA), randn(4, d))
-        run("gather_swa", randn(4, d), randn(3, d))
-        run("moe_sum", randn(3, d), randn(3, d), dtype=BF16)
+        for one in dtypes:
+            for other in dtypes:
+                run("cache_write", randn(3, d, dtype=one), slots, randn(4, d, dtype=other))
+                run("gather_swa", randn(4, d, dtype=one), randn(3, d, dtype=other))
+            run("moe_sum", randn(3, d), randn(3, d), dtype=one)
+            for kind in ("f32", "bf16", "f16"):
+                run("embed", tokens, weight=weight(kind, 4, d), hc=4, dtype=one)
 
 
-if __name__ == "__main__":
-    main()
+def norms() -> None:
+    positions = torch.tensor([0, 5, 70000]).to(CUDA)
+    for d in (33, 512, 1001, 1024):
+        for one in (F32, BF16):
+            x = randn(3, 5, d, dtype=one)
+            run("rms_norm", x, weight=None, eps=1e-6)
+            for other in (F32, BF16):
+                run("rms_norm", x, weight=randn(d, dtype=other), eps=1e-6)
+            run("rope", x, positions, freqs=randn(16), inverse=d > 512)
+
+
+def normed_and_turned() -> None:
+    """norm_rope: into a result, into a cache, and with what lies between kept."""
+    positions, slots = torch.tensor([0, 5, 70000]).to(CUDA), torch.tensor([2, -1, 0]).to(CUDA)
+    for dtype in (F32, BF16):
+        norm = Site("norm", OPS["rms_norm"], {"weight": randn(512, dtype=dtype), "eps": 1e-6}, 0)
+        rope = Site("rope", OPS["rope"], {"freqs": randn(32), "inverse": False}, 0)
+        write = Site("write", OPS["cache_write"], {}, 0)
+        x, inner = randn(3, 512, dtype=BF16), [randn(3, 512, dtype=BF16) for _ in range(2)]
+        args = [(x,), (x, positions), (x, slots, randn(4, 512, dtype=BF16))]
+        norm_rope(Chain(KINDS[0], [], [norm, rope], args[:2], inner[:1], True))
+        norm_rope(Chain(KINDS[1], [], [norm, rope, write], args, inner, False))
+
+
+def steps() -> None:
+    """A step's index tensors, of one sequence and of three, with none, one and two compressions."""
+    for batch in (1, 3):
+        for ratios in ((), (4,), (4, 128)):
+            positions = (torch.arange(batch) * 37 + 126).to(CUDA)
+            step = CudaStep(positions.clone(), positions, 128, 600, dict.fromkeys(ratios, 160))
+            step.advance()
+        step.pool_rows(torch.randint(-1, 150, (batch, 77), dtype=torch.int32).to(CUDA), 160)
+
+
+def measuring() -> None:
+    data = torch.randint(0, 9, (100_004,), dtype=torch.int32).to(CUDA)
+    cuda.timing.read_pass(data, torch.zeros(1, dtype=torch.int32).to(CUDA))
+    cuda.timing.leader(data)
+
+
+def all_rows() -> None:
+    one_row()
+    gate()
+    rows()
+    norms()
+    normed_and_turned()
+    steps()
+    measuring()
+
+
+PARTS = {
+    **{f"linear_{kind}": (partial(matrix_unit, kind), ("linear",)) for kind in FORMATS[:5]},
+    "linear_plain": (multiply_adds, ("linear",)),
+    "rows": (all_rows, ("linears", "gate", "rows", "norm", "norm_rope", "step", "timing")),
+}

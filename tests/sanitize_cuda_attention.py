@@ -1,137 +1,72 @@
-"""Runs each kernel of attention, hyper-connections, indexer and compressor once, for compute-sanitizer.
-
-    compute-sanitizer --tool memcheck python tests/sanitize_cuda_attention.py
-
-Small inputs with ragged ends, -1 indices and unequal sequences. Results are not judged here.
-"""
+"""Cases for compute-sanitizer: attention over both kinds of pools, with ragged ends and -1 indices. See sanitize.py."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-from cuda_judge import kernel
-from torch import Tensor
+from sanitize_cuda import BF16, F32, randn, run
 
-from dsv4_bench.engine.cuda.compressor import compressed_entry
-from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
-from dsv4_bench.engine.fixed_step import FixedStep
-from dsv4_bench.engine.kv_entry import pack
-from dsv4_bench.engine.step import Step
+from dsv4_bench.engine.cuda.attention import attention_rope
+from dsv4_bench.engine.kv_entry import pack, packed_bytes
 
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape).to(dtype).cuda()
+# tokens, heads, width of the window, selected entries: 16 and 32 heads a CTA and a cluster a token; two and four
+# CTAs that join; a second kernel that combines; one CTA for several tokens.
+FEW = ((1, 64, 128, 200), (3, 20, 65, 0), (20, 64, 128, 200))
+TILES = ((40, 64, 128, 200), (20, 64, 128, 320), (1, 64, 128, 2100), (140, 20, 65, 129))
+ROWS = 300  # of a pool
 
 
-def hyper() -> None:
-    f32 = torch.float32
-    for n, d, dtype in ((37, 4096, torch.bfloat16), (9, 7168, torch.bfloat16), (3, 100, f32)):
-        x, y = randn(n, 4, d, dtype=dtype), randn(n, d, dtype=dtype)
-        constants: dict[str, Any] = {"eps": 1e-6, "norm_eps": 1e-6}
-        pre = {"fn": randn(24, 4 * d, dtype=f32), "scale": randn(3, dtype=f32)}
-        got = kernel("hc_pre", x, base=randn(24, dtype=f32), iters=20, **pre, **constants)
-        head = {"fn": randn(4, 4 * d, dtype=f32), "scale": randn(1, dtype=f32)}
-        kernel("hc_head", x, base=randn(4, dtype=f32), **head, **constants)
-        kernel("hc_post", y, x, got["post"], got["comb"])
-        pre["base"] = randn(24, dtype=f32)
-        args = y, x, got["post"], got["comb"]
-        hc_post_pre(*args, iters=20, **pre, **constants)
-        norm = {"weight": randn(d, dtype=dtype), "weight_eps": 1e-6}
-        hc_post_pre_norm(*args, iters=20, **pre, **constants, **norm)
+def indices(n: int, width: int) -> torch.Tensor:
+    return torch.randint(-1, ROWS, (n, width), dtype=torch.int32).cuda()
 
 
-def attention() -> None:
-    for n, heads, window, selected, dtype in (
-        (1, 64, 128, 200, torch.bfloat16),
-        (40, 64, 128, 200, torch.bfloat16),
-        (20, 64, 128, 320, torch.bfloat16),
-        (140, 20, 65, 129, torch.bfloat16),
-        (2, 3, 5, 7, torch.float32),
-    ):
-        pools = [randn(300, 512, dtype=dtype) for _ in range(2)]
-        index = [torch.randint(-1, 300, (n, k), dtype=torch.int32) for k in (window, selected)]
-        sink = randn(heads, dtype=torch.float32)
-        indices = [x.cuda() for x in index]
-        args = randn(n, heads, 512, dtype=dtype), pools[0], indices[0], pools[1], indices[1]
-        kernel("attention", *args, sink=sink, scale=0.04)
+def pool(dim: int, dtype: torch.dtype, packed: bool) -> torch.Tensor:
+    rows = torch.randn(ROWS, dim)
+    return pack(rows, packed_bytes(dim, 64)).cuda() if packed else rows.to(dtype).cuda()
 
 
-def packed_entries() -> None:
-    rows = torch.randn(300, 512)
-    entries = pack(rows, 584).cuda()
-    for n, heads, window, selected, dtype in (
-        (1, 64, 128, 200, torch.bfloat16),
-        (40, 64, 128, 200, torch.bfloat16),
-        (20, 64, 128, 320, torch.bfloat16),
-        (140, 20, 65, 129, torch.bfloat16),
-        (2, 3, 5, 7, torch.float32),
-    ):
-        index = [torch.randint(-1, 300, (n, k), dtype=torch.int32) for k in (window, selected)]
-        indices, sink = [x.cuda() for x in index], randn(heads, dtype=torch.float32)
-        args = randn(n, heads, 512, dtype=dtype), entries, indices[0], entries, indices[1]
-        kernel("attention", *args, sink=sink, scale=0.04)
-        slots = torch.randperm(300)[:n].cuda()
-        kernel("cache_write", randn(n, 512, dtype=dtype), slots, entries)
-        kernel("gather_swa", entries[:7], randn(n, 512, dtype=dtype))
+def attention(cases: tuple[tuple[int, int, int, int], ...], packed: bool) -> None:
+    for n, heads, window, selected in cases:
+        q, keys = randn(n, heads, 512, dtype=BF16), [pool(512, BF16, packed) for _ in range(2)]
+        entries = (keys[1], indices(n, selected)) if selected else (None, None)
+        sink = {"sink": randn(heads), "scale": 0.04}
+        run("attention", q, keys[0], indices(n, window), *entries, **sink)
+        if cases is FEW:
+            where = torch.arange(n).cuda() * 70_001
+            args = (q, keys[0], indices(n, window), *entries, where)
+            attention_rope(*args, **sink, freqs=randn(32))
 
 
-def indexer() -> None:
-    starts, lengths = (2000, 3, 701), (1, 40, 5)
-    step = Step(torch.zeros(46, dtype=torch.int64, device="cuda"), starts, lengths, 128)
-    capacity = step.entries(4) + 3
-    spans = [torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]
-    visible = ((torch.cat(spans) + 1) // 4).cuda()  # initcheck does not see torch's own kernels
-    for dtype, heads in ((torch.bfloat16, 64), (torch.float32, 3)):
-        q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
-        args = q, keys, randn(46, heads, dtype=dtype), step
-        score = kernel("index_score", *args, scale=0.1, ratio=4)["score"]
-        kernel("index_topk", score, visible, k=100)
-    decode = Step(torch.zeros(2, dtype=torch.int64, device="cuda"), (40000, 701), (1, 1), 128)
-    keys = randn(2, decode.entries(4) + 3, 128)
-    args = randn(2, 64, 128), keys, randn(2, 64), decode
-    kernel("index_score", *args, scale=0.1, ratio=4)
-    # A cluster a row, or many blocks; random, and what the bound does not help.
-    for total in (40001, 12000, 3000, 700):
-        whole = torch.tensor([total]).cuda()
-        for score in (torch.randn(total), (torch.arange(total) ** 3 // 9).float()):
-            kernel("index_topk", score[None].cuda(), whole, k=512)
-    for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
-        kv, gate = (randn(46, width, dtype=torch.float32) for _ in range(2))
-        states = [randn(3, slots, width, dtype=torch.float32) for _ in range(2)]
-        ape = randn(ratio, width, dtype=torch.float32)
-        kernel("compressor", kv, gate, *states, step, ape=ape)
-        compressor_of_one_token(kv, gate, states, ape)
+def any_width() -> None:
+    for dim, dtype in ((72, F32), (128, BF16)):
+        for packed in (False, True):
+            q, keys = randn(2, 3, dim, dtype=dtype), pool(dim, dtype, packed)
+            both = keys, indices(2, 5), keys, indices(2, 7)
+            run("attention", q, *both, sink=randn(3), scale=0.04)
 
 
-def compressor_of_one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> None:
-    """A window that closes, one that stays open, one that closes and has no place in the cache."""
-    ratio, dim = len(ape), 128
-    starts = torch.tensor([ratio - 1, 0, ratio - 1]).cuda()
-    step = FixedStep(torch.zeros(3).long().cuda(), starts, 128, 256, {ratio: 64})
-    step._tables = {ratio: step.sequence_table(ratio).cpu().cuda()}  # for initcheck, as above
-    kernel("compressor", kv[:3], gate[:3], *states, step, ape=ape)
-    compressed_entry(
-        *(kv[:3], gate[:3], *states, step),
-        ape=ape,
-        weight=randn(dim),
-        eps=1e-6,
-        positions=torch.tensor([0, 5, 70000]).cuda(),
-        freqs=randn(32, dtype=torch.float32),
-        slots=torch.tensor([2, -1, -1]).cuda(),
-        entries=randn(4, dim),
-    )
+def few() -> None:
+    attention(FEW, False)
+    attention(FEW, True)
+    any_width()
 
 
-def main() -> None:
-    torch.manual_seed(1)
-    hyper()
-    attention()
-    packed_entries()
-    indexer()
-    torch.cuda.synchronize()
-    print("ran")
+def packed_rows() -> None:
+    entries = pool(512, BF16, True)
+    for dtype in (BF16, F32):
+        rows, slots = randn(37, 512, dtype=dtype), torch.randperm(ROWS)[:37].cuda()
+        run("cache_write", rows, slots, entries)
+        run("gather_swa", entries[:7], rows)
 
 
-if __name__ == "__main__":
-    main()
+def packed() -> None:
+    packed_rows()
+    attention(TILES, True)
+
+
+PARTS = {
+    "attention_tile": (partial(attention, TILES, False), ("attention",)),
+    "attention_packed": (packed, ("attention", "rows")),
+    "attention_few": (few, ("attention",)),
+}

@@ -1,9 +1,6 @@
-"""Runs the probes' kernels over views of every kind, alone and in a graph, for compute-sanitizer.
+"""Cases for compute-sanitizer: the probes' kernels over views of every kind, alone and in a graph. See sanitize.py.
 
-    compute-sanitizer --tool memcheck python tests/sanitize_cuda_probes.py
-
-Results are not judged here, nor brought to the host by way of torch's kernels, whose writes initcheck
-does not see.
+What they find is not brought to the host by way of torch's kernels, whose writes initcheck does not see.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from dsv4_bench.engine.cuda.softmax_stats import softmax_stats
 
 def views() -> list[cuda.stats.View]:
     """Inputs are copied from the host: what torch's kernels write, the sanitizer does not see."""
-    torch.manual_seed(1)
     found: list[cuda.stats.View | None] = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = torch.randn(40, 1003).to(dtype).cuda()
@@ -46,10 +42,10 @@ def softmax() -> None:
         q, lse = torch.randn(n, heads, dim).bfloat16().cuda(), torch.randn(n, heads).cuda()
         both = pools[0], pools[1] if widths[1] else None
         given = (q, lse, torch.randn(heads).cuda(), range(n), both, 0.1)
-        print(softmax_stats(*given) is not None)
+        assert softmax_stats(*given) is not None
 
 
-def main() -> None:
+def statistics() -> None:
     device = torch.device("cuda")
     for exponents in (False, True):
         ring = cuda.stats.Ring(device, slots=40, steps=2, exponents=exponents, width=200)
@@ -65,15 +61,16 @@ def main() -> None:
             ring.launch(looked[20:], 20)
         for _ in range(3):
             graph.replay()
-        print(ring.step.tolist())
-    softmax()
     stamps = cuda.stats.Stamps(device, 2, 2)
     stamps.step.copy_(torch.zeros(1, dtype=torch.int64))
     for _ in range(3):
         stamps.stamp(0, begin=True)
         stamps.stamp(1)
-    print(stamps.step.tolist())
 
 
-if __name__ == "__main__":
-    main()
+def probes() -> None:
+    statistics()
+    softmax()
+
+
+PARTS = {"probes": (probes, ("probes", "probe_softmax"))}

@@ -1,0 +1,127 @@
+"""Cases for compute-sanitizer: hyper-connections, indexer scores, top-k and compressor. See sanitize.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sanitize_cuda import BF16, F32, randn, run
+from torch import Tensor
+
+from dsv4_bench.engine.cuda.compressor import compressed_entry
+from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
+from dsv4_bench.engine.cuda.indexer import rope_index_score
+from dsv4_bench.engine.fixed_step import FixedStep
+from dsv4_bench.engine.step import Step
+
+# ------------------------------------------------------------------------------ hyper-connections
+
+
+def streams(n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments by the name of what takes them; ragged tiles of 16 tokens."""
+    constants: dict[str, Any] = {"eps": 1e-6, "norm_eps": 1e-6}
+    pre = {"fn": randn(24, 4 * d), "scale": randn(3), "base": randn(24), "iters": 20}
+    head = {"fn": randn(4, 4 * d), "scale": randn(1), "base": randn(4)}
+    gates = randn(n, 4), torch.rand(n, 4, 4).cuda()
+    x, y = randn(n, 4, d, dtype=dtype), randn(n, d, dtype=dtype)
+    return {"args": (y, x, *gates), "pre": {**pre, **constants}, "head": {**head, **constants}}
+
+
+def hyper() -> None:
+    for n, d, dtype in ((19, 4096, BF16), (9, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
+        given = streams(n, d, dtype)
+        x = given["args"][1]
+        run("hc_pre", x, **given["pre"])
+        run("hc_head", x, **given["head"])
+        run("hc_post", *given["args"])
+    run("hc_post", *streams(3, 100, F32)["args"])
+
+
+def hyper_joined() -> None:
+    """hc_post and the next hc_pre in one kernel, without and with the norm that follows."""
+    for n in (1, 37):
+        given = streams(n, 4096, BF16)
+        hc_post_pre(*given["args"], **given["pre"])
+        norm = {"weight": randn(4096, dtype=BF16), "weight_eps": 1e-6}
+        hc_post_pre_norm(*given["args"], **given["pre"], **norm)
+
+
+# ------------------------------------------------------------------------------ indexer and top-k
+
+
+def uneven() -> tuple[Step, int]:
+    """A step of three sequences that begin in the middle, and pool rows with some to spare."""
+    step = Step(torch.zeros(46).long().cuda(), (2000, 3, 701), (1, 40, 5), 128)
+    return step, step.entries(4) + 3
+
+
+def scores() -> None:
+    step, capacity = uneven()
+    for dtype, heads in ((BF16, 64), (BF16, 8), (BF16, 3), (F32, 3)):
+        q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
+        run("index_score", q, keys, randn(46, heads, dtype=dtype), step, scale=0.1, ratio=4)
+    decode = Step(torch.zeros(2).long().cuda(), (40000, 701), (1, 1), 128)
+    keys, weights = randn(2, decode.entries(4) + 3, 128, dtype=BF16), randn(2, 64, dtype=BF16)
+    q = randn(2, 64, 128, dtype=BF16)
+    run("index_score", q, keys, weights, decode, scale=0.1, ratio=4)
+    turned = torch.zeros(q.shape, dtype=BF16).cuda()
+    for to in (None, turned):
+        given = (q, keys, weights, decode)
+        rope_index_score(*given, freqs=randn(32), scale=0.1, ratio=4, turned=to)
+    # A block that takes three tokens.
+    long = Step(torch.zeros(200).long().cuda(), (8200,), (200,), 128)
+    keys, q = randn(1, long.entries(4), 128, dtype=BF16), randn(200, 8, 128, dtype=BF16)
+    run("index_score", q, keys, randn(200, 8, dtype=BF16), long, scale=0.1, ratio=4)
+
+
+def topk() -> None:
+    """Blocks of their own and a cluster a row; random, and what the bound does not help."""
+    for total in (90_001, 40_001, 12_000, 3_000, 700):
+        whole = torch.tensor([total]).cuda()
+        for score in (torch.randn(total), (torch.arange(total) ** 3 // 9).float()):
+            run("index_topk", score[None].cuda(), whole, k=512)
+    run("index_topk", randn(46, 501), (torch.arange(46) * 11).cuda(), k=100)
+
+
+# ------------------------------------------------------------------------------ compressor
+
+
+def compressor() -> None:
+    step, _ = uneven()
+    for ratio, width, slots in ((4, 256, 8), (128, 128, 128)):
+        kv, gate = randn(46, width), randn(46, width)
+        states = [randn(3, slots, width) for _ in range(2)]
+        ape = randn(ratio, width)
+        run("compressor", kv, gate, *states, step, ape=ape)
+        one_token(kv[:3], gate[:3], states, ape)
+
+
+def one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> None:
+    """A window that closes, one that stays open, one that closes and has no place in the cache."""
+    ratio, dim = len(ape), 128
+    starts = [ratio - 1, 0, ratio - 1]
+    positions = torch.tensor(starts).cuda()
+    step = FixedStep(torch.zeros(3).long().cuda(), positions, 128, 256, {ratio: 64})
+    rows = [[start, 1, b, b] for b, start in enumerate(starts)]
+    step._tables = {ratio: torch.tensor(rows).cuda()}  # a copy from the host, for initcheck
+    run("compressor", kv, gate, *states, step, ape=ape)
+    for dtype in (BF16, F32):
+        compressed_entry(
+            *(kv, gate, *states, step),
+            ape=ape,
+            weight=randn(dim, dtype=dtype),
+            eps=1e-6,
+            positions=torch.tensor([0, 5, 70000]).cuda(),
+            freqs=randn(32),
+            slots=torch.tensor([2, -1, -1]).cuda(),
+            entries=randn(4, dim, dtype=BF16),
+        )
+
+
+PARTS = {
+    "hyper": (hyper, ("hyper", "hyper_post")),
+    "hyper_joined": (hyper_joined, ("hyper",)),
+    "scores": (scores, ("indexer",)),
+    "topk": (topk, ("topk",)),
+    "compressor": (compressor, ("compressor",)),
+}
