@@ -14,6 +14,7 @@
 //   empty[stage][half] warpgroup `half`, after its p v    producers              it may be overwritten
 //   weighed[stage]     warpgroup `stage`, after softmax   the other warpgroup    weights, largest logits
 //   q_full, q_empty    producers; both, after q k^T       both; producers        q of the next token
+//   summed             both, after a token                both                   sums of weights
 //
 // Warpgroup `stage` alone computes the logits of its blocks; as the other waits for their weights before
 // its p v, empty[stage][half] says that nobody reads the half, the weights or the largest logits any more.
@@ -41,7 +42,7 @@ struct Shared {
     float most[kStages][kHeads];                               // largest logit so far, of a head
     float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
     uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
-    uint64_t full[kStages][2], empty[kStages][2], weighed[kStages], q_full, q_empty;
+    uint64_t full[kStages][2], empty[kStages][2], weighed[kStages], q_full, q_empty, summed;
     alignas(16) char entries[kProducers / 32][kAhead][kEntryBytes];
 };
 
@@ -219,7 +220,8 @@ __device__ void gather(const Problem& p, Shared& s) {
         begins = now.advance();
         next = now.indices(lane);
 #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
+        for (int i = 0; i < 2; i++) {
+            const int half = i ^ g % kStages;  // first the one that its warpgroup starts with
             open_half(s, g, half, thread, exists);
             if (exists) part.copy_half(s.keys[g % kStages], half);
             copy_arrive(&s.full[g % kStages][half]);

@@ -19,12 +19,13 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
         for (int i = 0; i < kStages; i++) {
             for (int half = 0; half < 2; half++) {
                 barrier_init(&s.full[i][half], kProducers + 1);  // copies, and the bits of what exists
-                barrier_init(&s.empty[i][half], 4);
+                barrier_init(&s.empty[i][half], kConsumers / 2);
             }
-            barrier_init(&s.weighed[i], 4);
+            barrier_init(&s.weighed[i], kConsumers / 2);
         }
         barrier_init(&s.q_full, kProducers);
-        barrier_init(&s.q_empty, 8);
+        barrier_init(&s.q_empty, kConsumers);
+        barrier_init(&s.summed, kConsumers);
         fence_barrier_init();
     }
     __syncthreads();

@@ -22,6 +22,7 @@ __device__ inline float exp2_approximate(float x) {
 // A reference for the exponents of a row: it follows the largest logit only where that is this much
 // larger, in log2 units. Weights of up to 2^8 lose no precision, and the sums need scaling less often.
 constexpr float kSlack = 8;
+constexpr int kAtOnce = 8;  // loads from another CTA that a thread has under way
 
 // Warpgroup w of the two. Its number is known to the compiler, and so all addresses of matrices.
 template <int w> struct Consumer {
@@ -39,12 +40,6 @@ template <int w> struct Consumer {
 #pragma unroll
         for (int i = 0; i < 128; i++) sum[i] = 0;
     }
-    // One arrival a warp.
-    __device__ void arrive(uint64_t* barrier) const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(barrier);
-    }
-
     // From now on the weights are relative to `most`.
     __device__ void scale_to(float low, float high) {
         float shrink[2] = {weight_of(of[0].most, low), weight_of(of[1].most, high)};
@@ -55,14 +50,15 @@ template <int w> struct Consumer {
             for (int i = 0; i < 128; i++) sum[i] *= shrink[i / 2 % 2];
     }
 
-    // logit = q k^T for the 64 heads and keys of a stage, a half of the width after the other.
-    __device__ void multiply_keys(float (&logit)[32], int stage, int phase) const {
+    // logit = q k^T for the 64 heads and keys of the own stage; this warpgroup's half of the width first,
+    // which is there.
+    __device__ void multiply_keys(float (&logit)[32], int phase) const {
         const uint64_t a = matrix_descriptor(shared_address(s.q), 16, 1024);
-        const uint64_t b = matrix_descriptor(shared_address(s.keys[stage]), 16, 1024);
+        const uint64_t b = matrix_descriptor(shared_address(s.keys[w]), 16, 1024);
 #pragma unroll
         for (int k = 0; k < kDim / 16; k++) {
-            const uint64_t step = (k / 4 * kChunk + k % 4 * 32) >> 4;
-            if (k == kHalf / 16) barrier_wait(&s.full[stage][1], phase);
+            const uint64_t step = ((k / 4 ^ 4 * w) * kChunk + k % 4 * 32) >> 4;
+            if (k == kHalf / 16) barrier_wait(&s.full[w][1 - w], phase);
             if (k % (kHalf / 16) == 0) {
                 fence_async_proxy();
                 wgmma_fence();
@@ -124,28 +120,28 @@ template <int w> struct Consumer {
 
     // The products of a block of the other's are under way: over before those of the next own one.
     __device__ void end_other(bool under_way) {
-        if (under_way) arrive(&s.empty[1 - w][w]);
+        if (under_way) barrier_arrive(&s.empty[1 - w][w]);
     }
 
     // A block of this warpgroup's parity, while the products of the other's before it may be under way.
     __device__ void own_block(int phase, bool last, bool under_way) {
-        barrier_wait(&s.full[w][0], phase);
-        const uint64_t exists = s.exists[w][0];
+        barrier_wait(&s.full[w][w], phase);
+        const uint64_t exists = s.exists[w][w];
         if (exists) {
             float logit[32];
             uint32_t weight[16];
-            multiply_keys(logit, w, phase);
+            multiply_keys(logit, phase);
             wgmma_wait<1>();
             end_other(under_way);
             wgmma_wait<0>();
-            if (last) arrive(&s.q_empty);
+            if (last) barrier_arrive(&s.q_empty);
             float from[2];
             refer(logit, from, exists);
             const uint64_t b = values(w);
 #pragma unroll
             for (int k = 0; k < kBlock / 16; k++) weigh(logit, weight, from, k);
             fence_async_proxy();
-            arrive(&s.weighed[w]);
+            barrier_arrive(&s.weighed[w]);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kBlock / 16; k++)
@@ -153,15 +149,15 @@ template <int w> struct Consumer {
                              weight[4 * k + 3], b + (k * 16 * 128 >> 4));
             wgmma_commit();
         } else {
-            barrier_wait(&s.full[w][1], phase);
+            barrier_wait(&s.full[w][1 - w], phase);
             wgmma_wait<0>();
             end_other(under_way);
-            if (last) arrive(&s.q_empty);
+            if (last) barrier_arrive(&s.q_empty);
             if (t < 2) s.most[w][row + 8 * t] = t ? of[1].most : of[0].most;
-            arrive(&s.weighed[w]);
+            barrier_arrive(&s.weighed[w]);
         }
         wgmma_wait<0>();
-        arrive(&s.empty[w][w]);
+        barrier_arrive(&s.empty[w][w]);
     }
 
     // Starts a block of the other one's.
@@ -191,7 +187,8 @@ template <int w> struct Consumer {
             of[i].sum += __shfl_xor_sync(~0u, of[i].sum, 2);
             if (t == i) sums[w][row + 8 * i] = of[i].sum;
         }
-        named_barrier(1, kConsumers);
+        barrier_arrive(&s.summed);
+        barrier_wait(&s.summed, turn % 2);
         for (int i = 0; i < 2; i++) of[i].sum = sums[0][row + 8 * i] + sums[1][row + 8 * i];
     }
 };
@@ -256,47 +253,46 @@ __device__ void write_part(const Problem& p, const Work& work, const Consumer<w>
     }
 }
 
-// Two or four shares, a cluster: each warp of a CTA leaves its heads' sums with the CTA that has those
-// heads, and is done; the warps of that CTA add them up. False for the former.
+// Two or four shares, a cluster: each CTA leaves its sums in place of keys and q, which nobody reads any
+// more; the warps of one CTA add up those of their 16 heads. False for all other warps.
 template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
-    const int warp = threadIdx.x % 128 / 32, rank = cluster_rank();
-    const int warps = 4 / p.shares, owner = warp / warps;  // warps of an owner, in each warpgroup
-    // Of one sender, 32 float4 of sums and one of what they are relative to, at each of its threads.
-    const int threads = 2 * warps * 32, thread = (w * warps + warp % warps) * 32 + c.lane;
-    auto at = [&](int sender, int i) {
-        const int slot = sender - (sender > owner);
-        return ((slot * 33 + i) * threads + thread) * 16;
-    };
-    const uint32_t keys = shared_address(c.s.keys);
-    cluster_sync();  // nobody reads keys any more
+    const int thread = c.row / 16 * 32 + c.lane;  // of the warpgroup
+    const int owner = thread / (128 / p.shares), rank = cluster_rank();
+    float4* sums = (float4*)c.s.keys[w] + thread;  // [32][128]
+    float4* softmax = (float4*)c.s.q + threadIdx.x;
     if (owner != rank) {
 #pragma unroll
         for (int i = 0; i < 32; i++)
-            remote_write(remote_address(keys + at(rank, i), owner),
-                         float4{c.sum[4 * i], c.sum[4 * i + 1], c.sum[4 * i + 2], c.sum[4 * i + 3]});
-        remote_write(remote_address(keys + at(rank, 32), owner),
-                     float4{c.of[0].most, c.of[0].sum, c.of[1].most, c.of[1].sum});
+            sums[128 * i] = {c.sum[4 * i], c.sum[4 * i + 1], c.sum[4 * i + 2], c.sum[4 * i + 3]};
+        *softmax = {c.of[0].most, c.of[0].sum, c.of[1].most, c.of[1].sum};
     }
     cluster_sync();
-    if (owner != rank) return false;
-    for (int sender = 0; sender < p.shares; sender++) {
+    for (int sender = 0; sender < p.shares && owner == rank; sender++) {
         if (sender == rank) continue;
-        const float4 other = *(const float4*)(c.s.keys[0] + at(sender, 32));
+        const uint32_t from = remote_address(shared_address(sums), sender);
+        const float4 other = remote_load4(remote_address(shared_address(softmax), sender));
         const float most[2] = {fmaxf(c.of[0].most, other.x), fmaxf(c.of[1].most, other.z)};
         const float factor[2] = {weight_of(other.x, most[0]), weight_of(other.z, most[1])};
         c.scale_to(most[0], most[1]);
         c.of[0].sum += other.y * factor[0];
         c.of[1].sum += other.w * factor[1];
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            const float4 v = *(const float4*)(c.s.keys[0] + at(sender, i));
-            c.sum[4 * i] += v.x * factor[0];
-            c.sum[4 * i + 1] += v.y * factor[0];
-            c.sum[4 * i + 2] += v.z * factor[1];
-            c.sum[4 * i + 3] += v.w * factor[1];
+        for (int i = 0; i < 32; i += kAtOnce) {
+            float4 v[kAtOnce];
+#pragma unroll
+            for (int j = 0; j < kAtOnce; j++) v[j] = remote_load4(from + 128 * 16 * (i + j));
+#pragma unroll
+            for (int j = 0; j < kAtOnce; j++) {
+                float* sum = c.sum + 4 * (i + j);
+                sum[0] += v[j].x * factor[0];
+                sum[1] += v[j].y * factor[0];
+                sum[2] += v[j].z * factor[1];
+                sum[3] += v[j].w * factor[1];
+            }
         }
     }
-    return true;
+    cluster_sync();  // others may still read this CTA's sums
+    return owner == rank;
 }
 
 // Warpgroup w, through all works of this CTA.
@@ -309,7 +305,7 @@ template <int w> __device__ void compute(const Problem& p, Shared& s) {
         const int end = g + begun.last - begun.first;
         c.clear();
         barrier_wait(&s.q_full, turn % 2);
-        if (end - g == 1 && g % kStages != w) c.arrive(&s.q_empty);  // it has no block of its own
+        if (end - g == 1 && g % kStages != w) barrier_arrive(&s.q_empty);  // it has no block of its own
         while (g < end) {
             const bool under_way = g % kStages != w;
             if (under_way) c.begin_other(g++ / kStages % 2);
