@@ -1,7 +1,7 @@
 """Times probes on a GPU: in the graph of a V4-Flash decode layer, op by op, and the reduction alone.
 
     python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 1,4]
-        [--observers stats,reduced,default,exponents,clock] [--json OUT.json]
+        [--observers stats,reduced,default,exponents,clock] [--rows layer,eager,tensor] [--json OUT.json]
 
 `default` are all default probes that work in a graph, `reduced` those without the softmax probe, which has
 a launch of its own; `unfused` is the graph without an observer whose sites have a launch each.
@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--context", default="4096")
     parser.add_argument("--copies", default="1,4")
     parser.add_argument("--observers", default="reduced,default,unfused,clock")
+    parser.add_argument("--rows", default="layer,eager,tensor", help="which kinds of rows")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -233,20 +234,25 @@ def main() -> int:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
     add({"what": "stamp", "us": round(stamp_cost(torch.device("cuda")), 3)})
-    for shape in ((1, 4096), (64, 4096), (4096, 4096), (4096, 32768)):
-        add(tensor_row(shape))
-    add(tensor_row((4096, 4096), exponents=True))
+    wanted = args.rows.split(",")
     for kind, copies in itertools.product(args.kinds.split(","), args.copies.split(",")):
+        if wanted == ["tensor"]:
+            break
         model = random_model(layers_of((KINDS[kind],) * int(copies)))
         model.set_route(parse_route(["kernel"]))
         for context, batch in itertools.product(args.context.split(","), args.batch.split(",")):
             sizes = (model, kind, int(batch), int(context))
-            add(layer_row(*sizes, args.observers.split(",")))
-            if batch == "1":
+            if "layer" in wanted:
+                add(layer_row(*sizes, args.observers.split(",")))
+            if "eager" in wanted and batch == "1":
                 add(eager_row(*sizes))
         del model
         gc.collect()
         torch.cuda.empty_cache()
+    for shape in ((1, 4096), (64, 4096), (4096, 4096), (4096, 32768)) if "tensor" in wanted else ():
+        add(tensor_row(shape))
+    if "tensor" in wanted:
+        add(tensor_row((4096, 4096), exponents=True))
     return 0
 
 
