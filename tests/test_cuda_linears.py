@@ -11,7 +11,7 @@ from torch import Tensor
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.formats import Weight
-from dsv4_bench.engine.registry import OPS
+from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +50,79 @@ def test_ragged_shapes_and_mixed_formats(k: int) -> None:
         check(found, [x.double() @ oracle_weight(w).T for w in weights])
 
 
+@pytest.mark.parametrize("k", [1152, 4096, 7168])
+def test_the_bits_are_those_of_linear_alone(k: int) -> None:
+    """Here both give every warp of a block a part of each row."""
+    weights = [random_weight(kind, n, k) for kind, n, _ in LAYER]
+    x = torch.randn(1, k, device=CUDA).to(BF16)
+    alone = [
+        IMPLEMENTATIONS["linear"]["sm90"].function(x, weight=w, out_dtype=F32) for w in weights
+    ]
+    for y, wanted in zip(linears(x, weights, [F32] * len(weights)), alone, strict=True):
+        assert torch.equal(y, wanted)
+
+
+def test_views_at_offsets() -> None:
+    """Weights, scales and activations inside larger tensors: nothing else is read or written."""
+    k = 512
+    weights = [on_gpu(make_weight(kind, n, k)) for kind, n in (("bf16", 40), ("fp8_f32", 144))]
+    around = torch.full((3, k), torch.nan, device=CUDA, dtype=BF16)
+    x = torch.randn(1, k, device=CUDA).to(BF16)
+    around[1] = x
+    inside = []
+    for w in weights:
+        data = torch.full((w.shape[0] + 2, k), torch.nan, device=CUDA).to(w.data.dtype)
+        data[1:-1] = w.data
+        inside.append(Weight(w.name, w.format, data[1:-1], w.scale))
+    found = linears(around[1:2], inside, [F32, F32])
+    for y, wanted in zip(found, linears(x, weights, [F32, F32]), strict=True):
+        assert torch.equal(y, wanted)
+
+
+# Format and rows: the query's and the indexer's products of one normed input, and others.
+NORMED = [
+    (1024, [("fp8", 32768), ("fp8", 8192)]),
+    (1024, [("fp8_f32", 130)]),
+    (1536, [("fp8", 1000), ("bf16", 300)]),
+    (512, [("bf16", 33), ("fp8", 64)]),
+    (528, [("fp8", 64), ("bf16", 5)]),
+    (4096, [("fp8", 64), ("bf16", 64)]),
+    (16, [("bf16", 33), ("fp8", 17)]),
+]
+
+
+@pytest.mark.parametrize("gain_dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(("k", "shapes"), NORMED, ids=[str(k) for k, _ in NORMED])
+def test_a_norm_of_the_input(
+    k: int, shapes: list[tuple[str, int]], gain_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(k)
+    weights = [random_weight(kind, n, k) for kind, n in shapes]
+    dtypes = [F32] * len(weights)
+    x = (torch.randn(1, k, device=CUDA) * 3).to(BF16)
+    x[0, 5] *= 100
+    gain = (1 + 0.2 * torch.randn(k, device=CUDA)).to(gain_dtype)
+    norm = gain, 1e-6
+    assert joins_linears(x, weights, dtypes, norm)
+    found = linears(x, weights, dtypes, norm)
+    inner = IMPLEMENTATIONS["rms_norm"]["sm90"].function(x, weight=gain, eps=1e-6)
+    reference = OPS["linear"].reference
+    check(found, [reference(inner.double(), weight=w, out_dtype=torch.float64) for w in weights])
+    after = linears(inner, weights, dtypes)
+    for _ in range(20):
+        again = linears(x, weights, dtypes, norm)
+        assert all(torch.equal(y, wanted) for y, wanted in zip(again, after, strict=True))
+
+
+def test_nan_of_a_normed_input_is_everywhere() -> None:
+    weights = [on_gpu(make_weight(kind, 64, 1024)) for kind in ("bf16", "fp8")]
+    x, gain = torch.randn(1, 1024, device=CUDA).to(BF16), torch.ones(1024, device=CUDA)
+    gain[3] = torch.inf
+    assert not any(y.isfinite().any() for y in linears(x, weights, [F32] * 2, (gain, 1e-6)))
+    gain[3], x[0, 700] = 1, torch.nan
+    assert all(y.isnan().all() for y in linears(x, weights, [F32] * 2, (gain, 1e-6)))
+
+
 @pytest.mark.parametrize("k", [4096, 7168])
 def test_a_layer_a_hundred_times(k: int) -> None:
     torch.manual_seed(1)
@@ -81,10 +154,14 @@ def test_what_is_not_joined() -> None:
     x, dtypes = torch.randn(1, 256, device=CUDA).to(BF16), [None, None]
     assert joins_linears(x, good, dtypes)
     assert not joins_linears(x, good[:1], dtypes[:1])
+    gain = torch.ones(256, device=CUDA)
+    assert joins_linears(x, good[:1], dtypes[:1], (gain, 1e-6))
+    for other in (gain[:128], gain.half(), gain.cpu(), torch.ones(257, device=CUDA)[1:]):
+        assert not joins_linears(x, good, dtypes, (other, 1e-6))
     assert not joins_linears(x, good * 5, dtypes * 5)
     assert not joins_linears(x.float(), good, dtypes)
     assert not joins_linears(x.expand(2, 256).contiguous(), good, dtypes)
     assert not joins_linears(x, good, [None, torch.float16])
     for kind, n, k in (("nvfp4", 64, 256), ("f32", 64, 256), ("bf16", 64, 128)):
-        other: Weight = on_gpu(make_weight(kind, n, k))
-        assert not joins_linears(x, [good[0], other], dtypes)
+        unfit: Weight = on_gpu(make_weight(kind, n, k))
+        assert not joins_linears(x, [good[0], unfit], dtypes)

@@ -9,6 +9,7 @@
 #include "halves.cuh"
 #include "linear.cuh"
 #include "ring.cuh"
+#include "row_norm.cuh"
 
 namespace dsv4 {
 
@@ -94,6 +95,11 @@ template <class Policy> struct OwnColumns {
         return v / kStage * kStage + (ordered ^ r % 2 * 4);
     }
 
+    // Where vector v of the warp lies in a row of which the warp has every step-th stage from `first` on.
+    __device__ static int source(int v, int first, int step) {
+        return (first + v / kStage * step) * kStage + v % kStage;
+    }
+
     // From bf16 rows `stride` apart with `columns` elements: every step-th stage from `first` on, zeros
     // behind the last column. Calls between() once the first loads are under way. One warp.
     template <class Between>
@@ -104,7 +110,7 @@ template <class Policy> struct OwnColumns {
 #pragma unroll
             for (int i = 0; i < kBatch; i++) {
                 const int v = base + i * 32 + lane;
-                const int from = (first + v / kStage * step) * kStage + v % kStage;
+                const int from = source(v, first, step);
                 batch[i] = r < rows && v < vectors && from < present
                                ? *(const uint4*)(x + r * stride + from * 8)
                                : make_uint4(0, 0, 0, 0);
@@ -139,6 +145,50 @@ template <class Policy> struct OwnColumns {
             }
 #pragma unroll
             for (int i = 0; i < kBatch; i++) kept[i] = next[i];
+        }
+        __syncwarp();
+    }
+
+    // Gains of the first vectors, for which nobody has to wait.
+    static constexpr int kGains = 2;
+    template <class W> struct Gains {
+        typename RowNorm<W>::Gain of[kGains];
+    };
+    template <class W>
+    __device__ Gains<W> gains(const RowNorm<W>& norm, int columns, int first, int step) const {
+        Gains<W> found;
+#pragma unroll
+        for (int i = 0; i < kGains; i++) {
+            const int v = i * 32 + threadIdx.x % 32, from = source(v, first, step);
+            if (v < vectors && from < columns / 8) found.of[i] = norm.gain(from);
+        }
+        return found;
+    }
+    // As fill(), from one row that is normalised; `columns` are whole vectors.
+    template <class W, class Between>
+    __device__ void fill_normed(const bf16* x, const RowNorm<W>& norm, const Gains<W>& early, int columns,
+                                int first, int step, Between between) {
+        const int lane = threadIdx.x % 32;
+        const float factor = norm.factor(x, columns);
+        uint32_t most = 0;
+        auto stage = [&](int v, auto gain) {
+            const int from = source(v, first, step);
+            uint4 y = make_uint4(0, 0, 0, 0);
+            if (from < columns / 8) y = norm.scaled(*(const uint4*)(x + from * 8), gain(from), factor);
+            at[place(0, v)] = y;
+            most = max(most, largest_of(y));
+        };
+#pragma unroll
+        for (int i = 0; i < kGains; i++)
+            if (i * 32 + lane < vectors) stage(i * 32 + lane, [&](int) { return early.of[i]; });
+#pragma unroll 1
+        for (int v = kGains * 32 + lane; v < vectors; v += 32)
+            stage(v, [&](int from) { return norm.gain(from); });
+        between();
+        if constexpr (kHalf) {
+            exponent = RowScale::exponent_of(__reduce_max_sync(~0u, most));
+#pragma unroll 1
+            for (int v = lane; v < vectors; v += 32) at[place(0, v)] = stored(at[place(0, v)], exponent);
         }
         __syncwarp();
     }
@@ -308,10 +358,11 @@ __device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBloc
 }
 
 // One block: weight rows from row0 on, as many as its tiles have, times activation rows `stride` apart;
-// store(activation row, weight row, product). `memory` has block.bytes().
-template <class Policy, class Store>
+// store(activation row, weight row, product). `memory` has block.bytes(). With a RowNorm the one row is
+// normalised first.
+template <class Policy, class Norm, class Store>
 __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<Policy>& block,
-                             const bf16* x, int64_t stride, char* memory, Store store) {
+                             const bf16* x, int64_t stride, const Norm& norm, char* memory, Store store) {
     using Shape = FewShape;
     auto* slots = (Slot<Policy>*)memory;
     auto* vectors = (uint4*)(slots + Shape::kWarps * Shape::kDepth);
@@ -326,16 +377,22 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
 #pragma unroll 1
     for (int i = 0; i < Shape::kEarly; i++) ring.fill();
     StageScales<Policy> scales(w, strip);
-    wait_for_previous();
-
+    const int rows = row0 < w.n ? block.rows : 0, k = (int)w.k;
+    OwnColumns<Policy> own_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
     // Loads queue up behind the copies of a block: those of the activations come before most of them.
-    const int rows = row0 < w.n ? block.rows : 0;
-    OwnColumns<Policy> columns_of_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
-    columns_of_x.fill(x, stride, (int)w.k, s, block.split, [&] {
+    auto fill_ring = [&] {
 #pragma unroll 1
         for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
-    });
-    Columns<Policy> columns(columns_of_x, Lane());
+    };
+    if constexpr (std::is_same_v<Norm, NoNorm>) {
+        wait_for_previous();
+        own_x.fill(x, stride, k, s, block.split, fill_ring);
+    } else {
+        const auto gains = own_x.gains(norm, k, s, block.split);
+        wait_for_previous();
+        own_x.fill_normed(x, norm, gains, k, s, block.split, fill_ring);
+    }
+    Columns<Policy> columns(own_x, Lane());
     const int own = strip.stages();
     for (int t = 0; t < strip.tiles; t++) {
         TileSums<Policy> tile;
@@ -347,7 +404,7 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
             columns.load(i);
             tile.add(piece, columns, scales.of(i));
         }
-        tile.keep(sums + ((t * block.places() + place) * block.split + s) * block.rows * 16, columns_of_x);
+        tile.keep(sums + ((t * block.places() + place) * block.split + s) * block.rows * 16, own_x);
         scales.next_tile();
     }
     store_few_sums(w, row0, block, sums, store);
@@ -361,7 +418,7 @@ __global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
     let_next_start();
     const int64_t row0 = blockIdx.x * (int64_t)block.tiles() * 16;
     const bf16* x = (const bf16*)p.x + row0 / p.per_group * p.w.k;
-    multiply_few(p.w, row0, block, x, p.x_stride, memory, [&](int row, int64_t n, float value) {
+    multiply_few(p.w, row0, block, x, p.x_stride, NoNorm{}, memory, [&](int row, int64_t n, float value) {
         ((Y*)p.y)[row * p.y_stride + n] = from_float<Y>(value);
     });
 }
