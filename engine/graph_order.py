@@ -12,7 +12,10 @@ import re
 
 # Sites whose first argument is the same tensor: when the first of a group is called, all are captured, in
 # this order.
-GROUPS: tuple[tuple[str, ...], ...] = (("attn/index/wq_b", "attn/wq_b"),)
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("attn/index/wq_b", "attn/wq_b"),
+    ("ffn/shared", "ffn/gate"),
+)
 
 # Sites that wait for others whose results they do not read, if these were captured before.
 AFTER: dict[str, tuple[str, ...]] = {}

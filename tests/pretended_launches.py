@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from dsv4_bench.engine.cuda import fused
@@ -36,21 +35,14 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
         o, _ = reference("attention", *args[:5], sink=sink, scale=scale)
         return reference("rope", o, args[5], freqs=freqs, inverse=True)
 
-    def moe(
-        x: Tensor,
-        *choice: Tensor,
-        bank: Any,
-        shared: Any,
-        limit: float,
-        dtype: torch.dtype,
-        outs: tuple[Tensor, ...] | None,
+    def rope_index_score(
+        q: Tensor, keys: Tensor, weights: Tensor, step: Any, freqs: Tensor, turned: Any, **by: Any
     ) -> Tensor:
-        ran["moe"] += 1
-        routed = reference("experts", x, *choice, bank=bank, limit=limit)
-        both = routed, reference("shared_expert", x, expert=shared, limit=limit)
-        for out, value in zip(outs or (), both, strict=outs is not None):
-            out.copy_(value)
-        return reference("moe_sum", *both, dtype=dtype)
+        ran["scores"] += 1
+        q = reference("rope", q, step.positions, freqs=freqs, inverse=False)
+        if turned is not None:
+            turned.copy_(q)
+        return reference("index_score", q, keys, weights, step, **by)
 
     def linears(x: Tensor, weights: Any, out_dtypes: Any) -> tuple[Tensor, ...]:
         ran["linears"] += 1
@@ -59,8 +51,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 
     for site in model.sites.values():
         monkeypatch.setattr(site.stamp, "implementation", "sm90")
-    for name in ("joins_norm", "joins_rope", "moe_fits", "joins_linears"):
+    for name in ("joins_norm", "joins_rope", "joins_linears"):
         monkeypatch.setattr(fused, name, lambda *_: True)
-    for function in (hc_post_pre_norm, attention_rope, moe, linears):
+    for function in (hc_post_pre_norm, attention_rope, rope_index_score, linears):
         monkeypatch.setattr(fused, function.__name__, function)
     return ran

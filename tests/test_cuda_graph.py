@@ -15,7 +15,7 @@ from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda, demo
+from dsv4_bench.engine import cuda, demo, graph_branches
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
 # By launches of their own, where a graph has V4-Flash's widths.
 PUT_OFF = """L0/attn/compressor/pool L0/attn/q_head_norm L0/attn/core L0/ffn/hc_post
-             L1/attn/kv_rope L1/ffn/experts L1/ffn/hc_pre"""
+             L0/attn/index/rope L1/attn/kv_rope L1/ffn/hc_pre"""
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 
 
@@ -125,11 +125,23 @@ def filled_alike(model: Transformer, batch: int) -> Cache:
     return filled_cache(model, batch, 509, 256)
 
 
+OTHER_GROUPS = (
+    ("attn/compressor/wkv", "attn/compressor/wgate", "attn/wkv", "attn/wq_a"),
+    ("attn/wq_b", "attn/index/wq_b"),
+    ("ffn/gate", "ffn/shared"),
+)
+OTHER_WAITS = {"attn/wq_a": ("attn/compressor/wgate",), "attn/index/wq_b": ("attn/wq_b",)}
+
+
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("other_order", [False, True])
 def test_layers_of_real_sizes_have_the_bits_of_the_same_step_op_by_op(
-    flash: Transformer, batch: int, monkeypatch: pytest.MonkeyPatch
+    flash: Transformer, batch: int, other_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fusion, "JOINS", ())  # they round otherwise
+    if other_order:
+        monkeypatch.setattr(fusion, "GROUPS", OTHER_GROUPS)
+        monkeypatch.setattr(graph_branches, "AFTER", OTHER_WAITS)
     ours, theirs = (filled_alike(flash, batch) for _ in range(2))
     graph = DecodeGraph(flash, ours)
     tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")

@@ -225,12 +225,12 @@ def test_no_site_runs_beside_one_it_needs(
         branches = Branches(observer, None, fusions=fusions)
         capture(model, cache, launches, branches)
     without = [path for path, _, nodes in branches.sites if nodes == 0]
-    later = {"L1/attn/hc_post", "L1/attn/q_head_norm", "L1/attn/kv_rope", "L2/ffn/experts"}
+    later = {"L1/attn/hc_post", "L1/attn/q_head_norm", "L1/attn/kv_rope", "L1/attn/index/rope"}
     never = {"L1/attn/index/compressor/pool"}  # not where somebody looks: a launch cannot fill it
     assert later & set(without) == (later if fused else set())
     assert never & set(without) == (never if fused and not observed else set())
     core = {} if observed else {"core": 6}
-    assert ran == ({"linears": 6, "streams": 10, "moe": 6} | core if fused else {})
+    assert ran == ({"linears": 6, "streams": 10, "scores": 2} | core if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1
@@ -279,8 +279,6 @@ def test_an_order_of_capture_and_what_waits_for_more_than_it_reads(
     late, early = "attn/compressor/wgate", "attn/index/weights_proj"
     monkeypatch.setattr(fusion, "JOINS", ())
     monkeypatch.setattr(fusion, "GROUPS", ((early, "attn/wq_a", late), ("ffn/shared", "ffn/gate")))
-    alone = [kind for kind in fusion.KINDS if kind.first != "ffn/experts"]  # has the shared one
-    monkeypatch.setattr(fusion, "KINDS", alone)
     monkeypatch.setattr(
         graph_branches, "AFTER", {"attn/wq_a": (early, "attn/core"), late: ("none",)}
     )

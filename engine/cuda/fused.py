@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
-from dsv4_bench.engine.cuda.experts import moe, moe_fits
 from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm
+from dsv4_bench.engine.cuda.indexer import rope_index_score
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
 from dsv4_bench.engine.registry import Site
@@ -75,8 +75,6 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         return torch.empty((n, d), dtype=args[0].dtype, device=args[0].device), post, comb
     if site.op == "attention":
         return torch.empty_like(args[0]), None
-    if site.op in ("experts", "shared_expert"):
-        return torch.empty(args[0].shape, dtype=torch.float32, device=args[0].device)
     return torch.empty_like(args[0])
 
 
@@ -89,10 +87,6 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
     if site.op == "attention":
         q, window, window_index, _, entry_index = args
         return joins_rope(q, window, window_index, entry_index, following[0].params["freqs"])
-    if site.op == "experts":
-        params, shared = site.params, following[0].params
-        fits = moe_fits(params["bank"], shared["expert"], len(args[0]))
-        return fits and params["limit"] == shared["limit"]
     return True
 
 
@@ -213,12 +207,12 @@ def core(chain: Chain) -> Tensor:
     return attention_rope(*args, **attention, freqs=rope["freqs"])
 
 
-def feed_forward(chain: Chain) -> Tensor:
-    """Routed experts, shared expert and their sum."""
-    routed, shared, total = (site.params for site in chain.sites)
-    both = {"bank": routed["bank"], "shared": shared["expert"], "limit": routed["limit"]}
-    outs = tuple(chain.results) if chain.observed else None
-    return moe(*chain.args[0], **both, dtype=total["dtype"], outs=outs)
+def scores(chain: Chain) -> Tensor:
+    """Rope of the indexer's queries, and their scores."""
+    rope, score = (site.params for site in chain.sites)
+    args = (chain.args[0][0], *chain.args[1][1:])
+    turned = chain.results[0] if chain.observed else None
+    return rope_index_score(*args, freqs=rope["freqs"], turned=turned, **score)
 
 
 # ------------------------------------------------------------------------------ which sites
@@ -229,10 +223,10 @@ KINDS = (
     Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope, fills=True),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
+    Kind("attn/index/rope", ("attn/index/score",), scores, fills=True),
     Kind("attn/core", ("attn/o_rope",), core),
     Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
     Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
-    Kind("ffn/experts", ("ffn/shared", "ffn/sum"), feed_forward, fills=True),
 )
 JOINS = (
     Join(

@@ -85,7 +85,7 @@ class Fusions:
             chain = self._begin(site, args)
             if chain is None:
                 return self._alone(site, args)
-        elif not _follows(chain, site, args):
+        elif not _follows(chain, args):
             raise RuntimeError(f"{site.path} does not read what {chain.sites[-1].path} returns")
         chain.sites.append(site)
         chain.args.append(args)
@@ -163,10 +163,9 @@ class Fusions:
         return [] if None in found else [site for site in found if site is not None]
 
 
-def _follows(chain: Chain, site: Site, args: tuple[Any, ...]) -> bool:
-    """Whether a chain's site reads what the one before returned; the shared expert, what the first read."""
-    wanted = chain.args[0] if site.op == "shared_expert" else chain.results[-1]
-    return bool(_addresses(args) & _addresses(wanted))
+def _follows(chain: Chain, args: tuple[Any, ...]) -> bool:
+    """Whether a chain's site reads what the one before returned."""
+    return bool(_addresses(args) & _addresses(chain.results[-1]))
 
 
 def _tensors(value: Any) -> list[Tensor]:
