@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
-// CTAs of a short row; where each has at most kFewEach scores to rank, no bound is worth its time.
-constexpr int64_t kLeastParts = 8, kMostParts = 32, kLeastPartsOfFew = 32, kMostPartsOfFew = 128;
-constexpr int kFewEach = kCandidates / kMostPartsOfFew;
+constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
+constexpr int kMostFew = 4096;    // scores of a row that may all be ranked, if a CTA compares no more pairs than
+constexpr int64_t kFewPairs = (int64_t)kMostFew * kMostFew / kMostPartsOfFew;
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
 // ---------------------------------------------------------------- few short rows
@@ -44,20 +44,59 @@ __device__ void rank_own(const Ranking& s, uint32_t taken, uint32_t owned, uint3
     }
 }
 
-// All scores of a row of few are candidates.
-template <int Quads>
-__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts, int* index) {
-    const uint32_t count = share.count;
-    uint64_t* candidates = s.ranking.candidates;
+// Whether all scores of a row are compared with all, without a bound.
+__host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
+    return count <= kMostFew && count * count <= kFewPairs * parts;
+}
+
+// Writes the indices of scores [begin, end) of a row of `count` that are among its first `wanted`. key: of all, in
+// order, 0 behind the last up to a multiple of four. A warp ranks Together of them at once.
+template <int Together>
+__device__ void rank_few(const uint32_t* key, int count, int begin, int end, uint32_t wanted, int* index) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int first = begin + Together * warp; first < end; first += Together * kWarps) {
+        const int base = first / 4 * 4;  // of equal scores, all before this come first
+        uint32_t mine[Together], rank[Together];
 #pragma unroll
-    for (int j = 0; j < 4 * Quads; j++) {
-        const uint32_t at = share.at(j);
-        if (at < count) candidates[at] = (uint64_t)key_of(share.value[j]) << 32 | ~at;
+        for (int j = 0; j < Together; j++) {
+            mine[j] = first + j < end ? key[first + j] : ~0u;
+            rank[j] = lane < first + j - base && key[base + lane] == mine[j];
+        }
+#pragma unroll 4
+        for (int i = 4 * lane; i < count; i += 128) {
+            const uint4 four = *(const uint4*)(key + i);
+#pragma unroll
+            for (int j = 0; j < Together; j++) {
+                const uint32_t least = mine[j] - (i < base);
+                rank[j] += (four.x > least) + (four.y > least) + (four.z > least) + (four.w > least);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < Together; j++) {
+            rank[j] = __reduce_add_sync(kAll, rank[j]);
+            if (lane == 0 && first + j < end && rank[j] < wanted) index[rank[j]] = first + j;
+        }
+    }
+}
+
+template <int Quads>
+__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, int parts, int* index) {
+    uint32_t* key = (uint32_t*)s.ranking.candidates;
+    static_assert(kMostFew * sizeof(*key) <= sizeof(s.ranking.candidates));
+    const int count = share.count;
+#pragma unroll
+    for (int q = 0; q < Quads; q++) {
+        const int at = share.at(4 * q);
+        uint32_t four[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) four[j] = at + j < count ? key_of(share.value[4 * q + j]) : 0;
+        if (at < kMostFew) *(uint4*)(key + at) = {four[0], four[1], four[2], four[3]};
     }
     __syncthreads();
-    const uint32_t each = (count + parts - 1) / parts, begin = min(each * part, count);
-    rank_own<1>(s.ranking, count, min(each, count - begin), min(count, k), index,
-                [&](uint32_t i) { return candidates[begin + i]; });
+    const int each = (count + parts - 1) / parts, begin = min(each * part, count), end = min(begin + each, count);
+    const uint32_t wanted = min(count, k);
+    if (each <= kWarps) rank_few<1>(key, count, begin, end, wanted, index);
+    else rank_few<2>(key, count, begin, end, wanted, index);
 }
 
 // The least key of a share that is the whole row.
@@ -73,7 +112,7 @@ template <int Quads> __device__ uint32_t find_least(Shared& s, const Share<Quads
 }
 
 // Whether the row is done; if not, nothing of it is written. All parts come to the same candidates.
-template <int Quads>
+template <int Quads, bool Parts>
 __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts,
                            int* index) {
     const uint32_t wanted = min(share.count, k);
@@ -93,13 +132,13 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
     share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint64_t candidate) {
         if (slot >= kCandidates) return;
         ranking.candidates[slot] = candidate;
-        if (parts > 1 && (~(uint32_t)candidate / 4 & parts - 1) == part)
+        if (Parts && (~(uint32_t)candidate / 4 & parts - 1) == part)
             ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
     });
-    const uint32_t low = parts > 1 ? 0 : all ? find_least(s, share) : key_of(bound);
+    const uint32_t low = Parts ? 0 : all ? find_least(s, share) : key_of(bound);
     __syncthreads();
     if (s.taken > kCandidates || s.taken < wanted) return false;
-    if (parts > 1) {
+    if constexpr (Parts) {
         rank_own<2>(ranking, s.taken, s.owned, wanted, index, [&](uint32_t i) { return ranking.ranked[i]; });
     } else {
         if (threadIdx.x == 0) ranking.count[0] = s.taken;
@@ -109,14 +148,14 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
     return true;
 }
 
-// `parts` CTAs a row, a power of two.
-template <int Quads>
+// A CTA a row; with Parts, `parts` of them, a power of two.
+template <int Quads, bool Parts>
 __global__ void __launch_bounds__(kThreads, 1)
     whole_topk_kernel(const float* score, const int64_t* visible, int total, int k, int parts, int* index) {
     extern __shared__ __align__(16) char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
-    const int64_t row = blockIdx.x / parts;
-    const int part = blockIdx.x % parts;
+    const int64_t row = Parts ? blockIdx.x / parts : blockIdx.x;
+    const int part = Parts ? blockIdx.x % parts : 0;
     let_next_start();
     s.clear();
     if (part == 0)
@@ -127,11 +166,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     share.read(total, visible + row);
     __syncthreads();  // the counters are set
     bool done = false;
-    if (parts > 1 && share.count <= kFewEach * parts) {
+    if (Parts && is_few(share.count, parts)) {
         few_topk(s, share, k, part, parts, index);
         done = true;
     } else if (total <= kThreads * 4 * Quads) {
-        done = whole_topk(s, share, k, part, parts, index);
+        done = whole_topk<Quads, Parts>(s, share, k, part, parts, index);
     }
     if (part != 0) return;
     if (!done) {
@@ -140,18 +179,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = threadIdx.x + min(share.count, k); i < k; i += kThreads) index[i] = -1;
 }
 
-template <int Quads>
-int launch_whole(int64_t processors, const float* score, const int64_t* visible, int64_t n, int64_t total,
-                 int k, int* index, void* stream) {
-    static const int allowed = allow_shared(whole_topk_kernel<Quads>, sizeof(Shared));
+template <int Quads, bool Parts>
+int launch_whole(int parts, const float* score, const int64_t* visible, int64_t n, int64_t total, int k,
+                 int* index, void* stream) {
+    static const int allowed = allow_shared(whole_topk_kernel<Quads, Parts>, sizeof(Shared));
     if (allowed) return allowed;
-    const bool few = total <= kCandidates;
-    const int64_t least = few ? kLeastPartsOfFew : kLeastParts, most = few ? kMostPartsOfFew : kMostParts;
-    int parts = 1;
-    while (parts < most && 2 * parts * n <= processors) parts *= 2;
-    if (parts < least || total > kShort) parts = 1;
-    return launch(whole_topk_kernel<Quads>, dim3(n * parts), kThreads, sizeof(Shared), stream, score,
+    return launch(whole_topk_kernel<Quads, Parts>, dim3(n * parts), kThreads, sizeof(Shared), stream, score,
                   visible, total, k, parts, index);
+}
+
+// CTAs of each of n short rows, so that all rows fit on the device at once.
+int parts_for(int64_t n, int64_t total, int64_t processors) {
+    int parts = 1;
+    while (parts < kMostPartsOfFew && 2 * parts * n <= processors) parts *= 2;
+    if (parts > 1 && is_few(total, parts)) return parts;
+    return parts < kLeastParts || total > kShort ? 1 : min(parts, (int)kMostParts);
 }
 
 // ---------------------------------------------------------------- long rows, and many
@@ -297,8 +339,11 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
     if (n == 0 || k == 0) return cudaSuccess;
     const unsigned ctas = cluster_for(n, total, processors);
     if (ctas == 1 || (total <= kShort && n * kLeastParts <= processors)) {
-        auto run = total <= kShort / 4 ? launch_whole<kMostQuads / 4> : launch_whole<kMostQuads>;
-        return run(processors, score, visible, n, total, (int)k, index, stream);
+        const int parts = parts_for(n, total, processors);
+        auto run = total > kShort / 4 ? parts > 1 ? launch_whole<kMostQuads, true> : launch_whole<kMostQuads, false>
+                   : parts > 1        ? launch_whole<kMostQuads / 4, true>
+                                      : launch_whole<kMostQuads / 4, false>;
+        return run(parts, score, visible, n, total, (int)k, index, stream);
     }
     auto run = total <= ctas * kShort / 4 ? launch_topk<kMostQuads / 4> : launch_topk<kMostQuads>;
     return run(ctas, score, visible, n, total, (int)k, index, stream);
