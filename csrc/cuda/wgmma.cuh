@@ -10,6 +10,15 @@
 
 namespace dsv4 {
 
+__device__ __forceinline__ void multiply_async(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t a2,
+                                               uint32_t a3, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;\n"
+        : DSV4_F8(c, 0)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
 #define DSV4_F16(c, i) DSV4_F8(c, i), DSV4_F8(c, i + 8)
 
 __device__ __forceinline__ void multiply_async(float (&c)[16], uint32_t a0, uint32_t a1, uint32_t a2,

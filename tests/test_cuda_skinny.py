@@ -1,0 +1,135 @@
+"""The kernel of linear for a few to 64 rows, however its work is divided, against float64 on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_cpu_kernels import make_weight, oracle_weight
+from test_cuda_linear import close
+from torch import Tensor
+
+from dsv4_bench.engine.cuda.library import DTYPES
+from dsv4_bench.engine.cuda.linear import _SKINNY, SKINNY, divide
+from dsv4_bench.engine.cuda.weights import pack
+from dsv4_bench.engine.formats import Weight
+
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16"]
+DIVISIONS = list(itertools.product((1, 2, 4), (1, 2, 4, 8)))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(12)
+
+
+def skinny(
+    x: Tensor, weight: Weight, division: tuple[int, int], groups: int = 1, dtype=torch.float32
+) -> Tensor:
+    """x [m, groups * k] times the weight [n, k], by the kernel of this file; what was there is NaN."""
+    packed = pack(weight)
+    y = torch.full((len(x), packed.n), math.nan, dtype=dtype, device=CUDA)
+    pointers = x.data_ptr(), len(x), packed.address, groups, y.data_ptr()
+    SKINNY.call("skinny", x, *pointers, DTYPES[dtype], *division)
+    torch.cuda.synchronize()
+    return y
+
+
+def among_nan(x: Tensor) -> Tensor:
+    """`x` on the GPU, with NaN before and behind it."""
+    m, k = x.shape
+    around = torch.full((m + 66, k), math.nan, dtype=x.dtype, device=CUDA)
+    around[1 : m + 1] = x.to(CUDA)
+    return around[1 : m + 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_every_division(kind, division):
+    whole = 128  # columns: rows of scales are words
+    for n, k in ((272, 2 * whole), (40, 9 * whole), (200, 33 * whole)):
+        weight = make_weight(kind, n, k)
+        exact, there = oracle_weight(weight), weight.to(CUDA)
+        for m in (1, 5, 16, 17, 32, 33, 64, 65, 130):
+            x = torch.randn(m, k).to(BF16)
+            x[:, 5] *= 300  # an outlier channel
+            got = skinny(among_nan(x), there, division)
+            close(got, x.double() @ exact.T, f"[{n}, {k}], {m} rows")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind, step", [("nvfp4", 64), ("fp8_f32", 16), ("fp8_e8m0", 48), ("bf16", 8)]
+)
+def test_columns_that_end_anywhere(kind, step):
+    for k in range(step, 600, 5 * step):
+        weight = make_weight(kind, 70, k)
+        x = torch.randn(9, k).to(BF16)
+        got = skinny(among_nan(x), weight.to(CUDA), (1, 2), dtype=BF16)
+        close(got, x.double() @ oracle_weight(weight).T, f"{k} columns")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "groups, n, division", [(3, 64, (1, 4)), (2, 256, (4, 2)), (8, 128, (2, 1))]
+)
+def test_groups(kind, groups, n, division):
+    weight = make_weight(kind, groups * n, 384)
+    w = oracle_weight(weight).view(groups, n, 384)
+    for m in (7, 64):
+        x = torch.randn(m, groups * 384).to(BF16)
+        want = torch.einsum("mgk,gnk->mgn", x.double().view(m, groups, 384), w).flatten(1)
+        close(skinny(among_nan(x), weight.to(CUDA), division, groups), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nan_and_infinity_stay_where_they_belong(kind):
+    weight = make_weight(kind, 192, 512)
+    if weight.scale is not None:
+        is_float = weight.scale.dtype == torch.float32
+        raw = weight.scale if is_float else weight.scale.view(torch.uint8)
+        raw[0, 1] = math.nan if is_float else 0x7F if weight.format == "nvfp4" else 0xFF
+    x = torch.randn(20, 512).to(BF16)
+    x[3, 17], x[0, 40] = math.nan, math.inf
+    want = x.double() @ oracle_weight(weight).T
+    assert want[3].isnan().all() and want[1:3].isfinite().any()
+    close(skinny(among_nan(x), weight.to(CUDA), (1, 2)), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("m", [8, 64])
+def test_a_hundred_repeats_give_the_same_bits(kind, m):
+    weight, x = make_weight(kind, 1024, 4096).to(CUDA), torch.randn(m, 4096, device=CUDA).to(BF16)
+    for division in ((4, 8), (1, 8), (2, 1)):
+        first = skinny(x, weight, division)
+        assert all(torch.equal(skinny(x, weight, division), first) for _ in range(100))
+
+
+# ------------------------------------------------------------------------------ how work is divided
+
+
+@pytest.mark.parametrize("kind", _SKINNY)
+def test_a_division_keeps_the_gpu_busy(kind):
+    columns = _SKINNY[kind][0]
+    for n, k in ((4096, 8192), (32768, 1024), (8192, 8192)):
+        row_groups, splits = divide(n, 1, 64, k, columns)
+        blocks = -(-n // (64 * row_groups)) * splits
+        assert 120 <= blocks <= 132, (n, k)
+    row_groups, splits = divide(512, 1, 64, 4096, columns)
+    stages = -(-4096 // columns)
+    assert -(-stages // (splits * 4 // row_groups)) <= 2  # of a warp
+
+
+def test_a_tile_stays_in_its_group():
+    for n in (64, 128, 192, 1024):
+        row_groups, _ = divide(n, 8, 64, 4096, 128)
+        assert n % (64 * row_groups) == 0
+    assert divide(96, 2, 8, 4096, 128) is None
