@@ -255,17 +255,20 @@ def test_a_site_that_waits_for_the_device_is_named(model: Transformer, site: str
 
 
 @pytest.mark.parametrize("ratios", [(), (4,), (4, 128)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_step_kernel_makes_what_torch_makes(ratios: tuple[int, ...], batch: int) -> None:
-    """Every position up to 400 and far ones, each sequence at another."""
-    capacities = {4: 70_000, 128: 2_100}
+@pytest.mark.parametrize("batch, steps", [(400, 2), (3, 20), (1, 20)])
+def test_the_step_kernel_makes_what_torch_makes(
+    ratios: tuple[int, ...], batch: int, steps: int
+) -> None:
+    """Positions 0 to 401, a sequence each, and far ones; then steps of few, each at another position."""
+    capacities = {r: {4: 70_000, 128: 2_100}[r] for r in ratios}
+    apart = 1 if batch == 400 else 37
     for first in (0, 100, 261_900):
-        before = torch.arange(batch, device="cuda") * 37 + first - 1
+        before = torch.arange(batch, device="cuda") * apart + first - 1
         tokens = torch.zeros_like(before)
-        given = (tokens, before.clone(), 128, 262_400, {r: capacities[r] for r in ratios})
-        wanted = FixedStep(*given)
-        step = CudaStep(tokens, before.clone(), *given[2:])
-        for _ in range(400):
+        given = (128, 262_400, capacities)
+        wanted = FixedStep(tokens, before.clone(), *given)
+        step = CudaStep(tokens, before.clone(), *given)
+        for _ in range(steps):
             wanted.advance()
             step.advance()
             for mine, other in zip(step.tensors(), wanted.tensors(), strict=True):
