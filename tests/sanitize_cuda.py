@@ -78,9 +78,14 @@ def multiply_adds() -> None:
 
 
 def one_row() -> None:
-    """Several matrices in one launch: bfloat16, FP8 with either kind of scales."""
+    """Several matrices in one launch: bfloat16, FP8 with either kind of scales, without and with a norm."""
     some = [weight(kind, n, 1040) for kind, n in (("fp8_e8m0", 33), ("fp8_f32", 16), ("bf16", 40))]
     linears(randn(1, 1040, dtype=BF16), some, [None, F32, BF16])
+    for gain in (BF16, F32):
+        norm = randn(1040, dtype=gain), 1e-6
+        linears(randn(1, 1040, dtype=BF16), some, [None, F32, BF16], norm)
+    wide = [weight("fp8_f32", 150, 384), weight("bf16", 30, 384)]  # several tiles a block's place
+    linears(randn(1, 384, dtype=BF16), wide, [None, F32], (randn(384), 1e-6))
 
 
 # ------------------------------------------------------------------------------ rows
