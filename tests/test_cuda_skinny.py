@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_cpu_kernels import make_weight, oracle_weight
 from test_cuda_linear import close
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.library import DTYPES
+from dsv4_bench.engine.cuda.library import DTYPES, nvcc
 from dsv4_bench.engine.cuda.linear import _SKINNY, SKINNY, divide
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
@@ -133,3 +135,39 @@ def test_a_tile_stays_in_its_group():
         row_groups, _ = divide(n, 8, 64, 4096, 128)
         assert n % (64 * row_groups) == 0
     assert divide(96, 2, 8, 4096, 128) is None
+
+
+# ------------------------------------------------------------------------------ where activations lie
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The words of each line of what tests/skinny_columns.cu prints."""
+    if nvcc()[0] is None:
+        pytest.skip(nvcc()[1])
+    program = tmp_path_factory.mktemp("skinny") / "columns"
+    source = Path(__file__).with_name("skinny_columns.cu")
+    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O0"]
+    subprocess.run([nvcc()[0], *flags, "-o", program, source], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kind, chunk", [("fp4", 32), ("fp8", 16), ("bf16", 8)])
+def test_activations_meet_their_weights(printed, kind, chunk):
+    """A thread's weights are of chunks 2 member and 2 member + 1; every column is there once."""
+    words = [list(map(int, line[2:])) for line in printed if line[:2] == ["columns", kind]]
+    assert sorted(c for word in words for c in word[5:]) == list(range(8 * chunk))
+    for step, half, j, member, e, low, high in words:
+        # Codes i and i + 4 of four bits are decoded into one register, four of them from eight codes.
+        inside = 8 * (j // 2) + 2 * (j % 2) + e if kind == "fp4" else 4 * j + 2 * e
+        assert low == (2 * member + step) * chunk + half * chunk // 2 + inside
+        assert high == low + (4 if kind == "fp4" else 1)
+
+
+@pytest.mark.parametrize("kind", ["fp4", "fp8", "bf16"])
+def test_writing_activations_has_no_bank_conflicts(printed, kind):
+    lines = [line[3:] for line in printed if line[:2] == ["banks", kind]]
+    assert len(lines) == 4
+    for banks in lines:
+        assert sorted(map(int, banks)) == list(range(32))

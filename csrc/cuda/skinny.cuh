@@ -63,7 +63,7 @@ template <class Policy, int kTokens> struct alignas(1024) Columns64 {
 
     // Vector v of a row, as it is in memory. No two threads of a warp with consecutive v, then consecutive
     // tokens, share a bank.
-    __device__ void put(int token, int eighth, int v, const uint4& x) {
+    __host__ __device__ void put(int token, int eighth, int v, const uint4& x) {
         const int chunk = v / kInner, inner = v % kInner, member = chunk / 2, step = chunk % 2;
         uint32_t words[4] = {x.x, x.y, x.z, x.w};
         if constexpr (kInner == 4) {
