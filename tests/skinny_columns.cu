@@ -1,0 +1,66 @@
+// Prints where the kernel of linear for a few to 64 rows puts activations (csrc/cuda/skinny.cuh), for
+// test_cuda_skinny.py.
+//
+// Lines "columns FORMAT step half j member e low high": which columns of a stage meet register e of product j
+// of half a chunk. Lines "banks FORMAT word bank...": where the threads of a warp write at once.
+#include <cstdio>
+#include <cstring>
+
+#include "../csrc/cuda/elements.cuh"
+#include "../csrc/cuda/skinny.cuh"
+
+using namespace dsv4;
+
+template <class Policy> static void print(const char* format) {
+    using Stage = Columns64<Policy, 16>;
+    static Stage stage, mark;
+    constexpr int kToken = 11;
+    for (int v = 0; v < Stage::kVectors; v++) {
+        uint16_t columns[8];
+        for (int i = 0; i < 8; i++) columns[i] = 8 * v + i;
+        uint4 x;
+        std::memcpy(&x, columns, sizeof x);
+        stage.put(kToken, kToken % 8, v, x);
+    }
+    for (int i = 0; i < 4 * Policy::kProducts; i++)
+        for (int member = 0; member < 4; member++)
+            for (int e = 0; e < 2; e++) {
+                const int step = i / Policy::kProducts / 2, half = i / Policy::kProducts % 2;
+                const int j = i % Policy::kProducts;
+                // The line of 128 bytes of the token, its chunks exchanged by the line's number.
+                const size_t at = Stage::operand(Stage::product(step, half, j)) * 16;
+                const size_t line = at / 128 + kToken, chunk = at % 128 / 16 + e;
+                uint16_t pair[2];
+                std::memcpy(pair, (char*)&stage + line * 128 + (chunk ^ line % 8) * 16 + member * 4, 4);
+                std::printf("columns %s %d %d %d %d %d %d %d\n", format, step, half, j, member, e, pair[0],
+                            pair[1]);
+            }
+    for (int word = 0; word < 4; word++) {
+        std::printf("banks %s %d", format, word);
+        for (int lane = 0; lane < 32; lane++) {
+            const int v = lane % Stage::kVectors, token = lane / Stage::kVectors;
+            std::memset(&mark, 0, sizeof mark);
+            // The vector's words are told apart by what put() makes of one of them alone, in its order.
+            uint16_t values[8];
+            for (int i = 0; i < 8; i++) values[i] = 1 + i;
+            uint4 x;
+            std::memcpy(&x, values, sizeof x);
+            mark.put(token, token, v, x);
+            const int step = v / Stage::kInner % 2, q = word / 2, e = word % 2 ^ step;
+            const int first = Stage::kInner == 4 ? 1 + 2 * q + e : 1 + 2 * (2 * q + e);  // column of the pair
+            for (size_t at = 0; at < sizeof mark; at += 4) {
+                uint16_t pair[2];
+                std::memcpy(pair, (char*)&mark + at, 4);
+                if (pair[0] == first) std::printf(" %d", (int)(at / 4 % 32));
+            }
+        }
+        std::printf("\n");
+    }
+}
+
+int main() {
+    print<Nvfp4>("fp4");
+    print<Fp8<float>>("fp8");
+    print<Bf16>("bf16");
+    return 0;
+}
