@@ -2,7 +2,7 @@
 // test_cuda_skinny.py.
 //
 // Lines "columns FORMAT step half j member e low high": which columns of a stage meet register e of product j
-// of half a chunk. Lines "banks FORMAT word bank...": where the threads of a warp write at once.
+// of half a chunk.
 #include <cstdio>
 #include <cstring>
 
@@ -13,7 +13,7 @@ using namespace dsv4;
 
 template <class Policy> static void print(const char* format) {
     using Stage = Columns64<Policy, 16>;
-    static Stage stage, mark;
+    static Stage stage;
     constexpr int kToken = 11;
     for (int v = 0; v < Stage::kVectors; v++) {
         uint16_t columns[8];
@@ -35,27 +35,6 @@ template <class Policy> static void print(const char* format) {
                 std::printf("columns %s %d %d %d %d %d %d %d\n", format, step, half, j, member, e, pair[0],
                             pair[1]);
             }
-    for (int word = 0; word < 4; word++) {
-        std::printf("banks %s %d", format, word);
-        for (int lane = 0; lane < 32; lane++) {
-            const int v = lane % Stage::kVectors, token = lane / Stage::kVectors;
-            std::memset(&mark, 0, sizeof mark);
-            // The vector's words are told apart by what put() makes of one of them alone, in its order.
-            uint16_t values[8];
-            for (int i = 0; i < 8; i++) values[i] = 1 + i;
-            uint4 x;
-            std::memcpy(&x, values, sizeof x);
-            mark.put(token, token, v, x);
-            const int step = v / Stage::kInner % 2, q = word / 2, e = word % 2 ^ step;
-            const int first = Stage::kInner == 4 ? 1 + 2 * q + e : 1 + 2 * (2 * q + e);  // column of the pair
-            for (size_t at = 0; at < sizeof mark; at += 4) {
-                uint16_t pair[2];
-                std::memcpy(pair, (char*)&mark + at, 4);
-                if (pair[0] == first) std::printf(" %d", (int)(at / 4 % 32));
-            }
-        }
-        std::printf("\n");
-    }
 }
 
 int main() {

@@ -163,11 +163,3 @@ def test_activations_meet_their_weights(printed, kind, chunk):
         inside = 8 * (j // 2) + 2 * (j % 2) + e if kind == "fp4" else 4 * j + 2 * e
         assert low == (2 * member + step) * chunk + half * chunk // 2 + inside
         assert high == low + (4 if kind == "fp4" else 1)
-
-
-@pytest.mark.parametrize("kind", ["fp4", "fp8", "bf16"])
-def test_writing_activations_has_no_bank_conflicts(printed, kind):
-    lines = [line[3:] for line in printed if line[:2] == ["banks", kind]]
-    assert len(lines) == 4
-    for banks in lines:
-        assert sorted(map(int, banks)) == list(range(32))
