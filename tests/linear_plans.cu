@@ -1,14 +1,13 @@
-// Prints how linear divides few rows over blocks (csrc/cuda/few_rows.cuh), for test_linear_plans.py.
+// Prints how linear and linears divide few rows over blocks (csrc/cuda/few_rows.cuh), for test_linear_plans.py.
 //
-// Input: lines of format, n, k, groups, rows. Output, a line each: split, places, rounds, stages of a
-// row, stages of a warp, blocks, bytes of shared memory.
+// Input: lines of format, n, k, groups, rows; output, a line each: split, places, rounds, stages of a
+// row, stages of a warp, blocks, bytes of shared memory. Or of "joint", k, matrices, and format and n of
+// each; output: split, bytes of shared memory, and rows of a block and blocks of each.
 #include <cstdio>
 #include <cstring>
 
 #include "../csrc/cuda/elements.cuh"
-#include "../csrc/cuda/few_rows.cuh"
-
-using namespace dsv4;
+#include "../csrc/cuda/linears_sm90.cu"
 
 template <class Policy> static void print(int64_t n, int64_t k, int64_t groups, int rows) {
     const int64_t group = groups > 1 ? n / groups / 16 : 0;
@@ -17,11 +16,34 @@ template <class Policy> static void print(int64_t n, int64_t k, int64_t groups, 
                 (long long)plan.blocks, plan.bytes());
 }
 
+static void print_joint() {
+    char format[8];
+    long long n, k;
+    Products p = {};
+    if (std::scanf("%lld %d", &k, &p.count) != 2) return;
+    p.k = k;
+    for (int i = 0; i < p.count; i++) {
+        if (std::scanf("%7s %lld", format, &n) != 2) return;
+        p.w[i].format = std::strcmp(format, "bf16") ? DSV4_FP8_F32 : DSV4_DENSE_BF16;
+        p.w[i].n = n;
+    }
+    const Division division = Division::best(p);
+    std::printf("%d %zu", division.split, division.shared);
+    for (int i = 0; i < p.count; i++)
+        std::printf(" %d %d", division.rows[i], division.end[i] - (i > 0 ? division.end[i - 1] : 0));
+    std::printf("\n");
+}
+
 int main() {
     char format[8];
     long long n, k, groups;
     int rows;
-    while (std::scanf("%7s %lld %lld %lld %d", format, &n, &k, &groups, &rows) == 5) {
+    while (std::scanf("%7s", format) == 1) {
+        if (!std::strcmp(format, "joint")) {
+            print_joint();
+            continue;
+        }
+        if (std::scanf("%lld %lld %lld %d", &n, &k, &groups, &rows) != 4) return 1;
         if (!std::strcmp(format, "nvfp4")) print<Nvfp4>(n, k, groups, rows);
         else if (!std::strcmp(format, "fp8")) print<Fp8<float>>(n, k, groups, rows);
         else print<Bf16>(n, k, groups, rows);

@@ -1,4 +1,4 @@
-"""How linear of few rows divides its work over blocks and warps: nothing left out, nothing twice. Needs nvcc, no GPU."""
+"""How linear of few rows, and linears, divide work over blocks and warps: nothing left out, nothing twice. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ pytestmark = pytest.mark.skipif(library.nvcc()[0] is None, reason=library.nvcc()
 PROCESSORS, WARPS, SHARED = 132, 8, 226 * 1024
 STAGE_COLUMNS = {"nvfp4": 256, "fp8": 128, "bf16": 64}  # of 128 bytes
 Shape = tuple[str, int, int, int, int]  # format, n, k, groups, rows
+Joint = tuple[int, tuple[tuple[str, int], ...]]  # k; format and n of each matrix
+BYTES = {"fp8": 1, "bf16": 2}
+LAYER = (("fp8", 1024), ("fp8", 512), *(("bf16", n) for n in (1024, 1024, 256, 256, 64)))
+JOINT: list[Joint] = [
+    (4096, LAYER),
+    (7168, (("fp8", 1536), *LAYER[1:])),
+    (1024, (("fp8", 32768), ("fp8", 8192))),
+    (4096, (("fp8", 2048), ("fp8", 2048))),
+    (16, (("fp8", 33), ("bf16", 1), ("bf16", 300))),
+    (8192, (("bf16", 1), ("fp8", 1))),
+    (1536, (("fp8", 65536), ("fp8", 8192))),
+    (4096, (("bf16", 129280), ("fp8", 130))),
+]
 FLASH = [(4096, 8192), (32768, 1024), (8192, 8192), (1024, 4096), (512, 4096), (64, 4096)]
 
 
@@ -35,16 +48,29 @@ def shapes() -> list[Shape]:
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[Shape, list[int]]:
-    """Split, places, rounds, stages of a row, stages of a warp, blocks, bytes of shared memory."""
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     program = tmp_path_factory.mktemp("plans") / "plans"
     source = Path(__file__).with_name("linear_plans.cu")
     flags = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O0"]
     subprocess.run([library.nvcc()[0], *flags, "-o", program, source], check=True)
-    lines = "".join(" ".join(map(str, shape)) + "\n" for shape in shapes())
-    done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
-    rows = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
-    return dict(zip(shapes(), rows, strict=True))
+    lines = [" ".join(map(str, shape)) for shape in shapes()]
+    for k, matrices in JOINT:
+        lines.append(f"joint {k} {len(matrices)} " + " ".join(f"{f} {n}" for f, n in matrices))
+    text = "\n".join(lines)
+    done = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plans(printed: list[list[int]]) -> dict[Shape, list[int]]:
+    """Split, places, rounds, stages of a row, stages of a warp, blocks, bytes of shared memory."""
+    return dict(zip(shapes(), printed, strict=False))
+
+
+@pytest.fixture(scope="module")
+def joint(printed: list[list[int]]) -> dict[Joint, list[int]]:
+    """Split, bytes of shared memory, and rows of a block and blocks of each matrix."""
+    return dict(zip(JOINT, printed[len(shapes()) :], strict=True))
 
 
 def test_every_row_and_column_has_one_warp(plans: dict[Shape, list[int]]) -> None:
@@ -69,3 +95,22 @@ def test_large_matrices_fill_the_gpu_in_whole_waves(plans: dict[Shape, list[int]
     for kind, (n, k) in itertools.product(STAGE_COLUMNS, FLASH[:3]):
         blocks = plans[kind, n, k, 1, 1][5]
         assert blocks > 0.9 * PROCESSORS * -(-blocks // PROCESSORS), (kind, n, k)
+
+
+def test_every_row_of_joint_matrices_is_in_one_block(joint: dict[Joint, list[int]]) -> None:
+    for (k, matrices), (split, shared, *divided) in joint.items():
+        assert WARPS % split == 0 and shared <= SHARED
+        for (kind, n), rows, blocks in zip(matrices, divided[::2], divided[1::2], strict=True):
+            assert (blocks - 1) * rows < n <= blocks * rows, (k, matrices)
+            assert kind == "bf16" or rows % 16 == 0, "a tile of FP8 has one scale a stage"
+
+
+def test_joint_blocks_are_one_a_processor_and_alike(joint: dict[Joint, list[int]]) -> None:
+    """Where the matrices are as large as a decode layer's: the longest block reads 15 % more than its share."""
+    for k, matrices in JOINT[:4]:
+        _, shared, *divided = joint[k, matrices]
+        assert 2 * (shared + 1024) <= SHARED + 2048  # beside a block of the next kernel
+        assert 0.9 * PROCESSORS < sum(divided[1::2]) <= PROCESSORS
+        total = sum(n * BYTES[kind] for kind, n in matrices)
+        longest = max(r * BYTES[kind] for (kind, _), r in zip(matrices, divided[::2], strict=True))
+        assert longest <= 1.15 * total / PROCESSORS, (k, matrices, longest, total)
