@@ -37,6 +37,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_c
     }
 }
 
+constexpr int64_t kLeastTile = 8;  // tokens
+
 // Collapses x [n, 4, d], after mixing in y [n, d] where C expands. Launches as many clusters as fit at
 // once; kUnsupported where none does.
 template <class C> int collapse(const void* x, const void* y, Streams in, void* stream) {
@@ -61,12 +63,15 @@ template <class C> int collapse(const void* x, const void* y, Streams in, void* 
         return most;
     }();
     if (clusters == 0) return kUnsupported;
-    in.rows = in.n < C::kTile ? in.n : C::kTile;
+    // Few tokens in even shares: each of a cluster's steps takes less time with fewer.
+    const int64_t share = ceil_div(in.n, clusters), least = share > kLeastTile ? share : kLeastTile;
+    in.tile = (int)(least < C::kTile ? least : C::kTile);
+    in.rows = in.n < in.tile ? in.n : in.tile;
     int status = encode_map(&in.x_map, x, {C::kWidth, kStreams, in.n}, {64, kStreams, in.rows}, true);
     if (status == cudaSuccess && y)
         status = encode_map(&in.sublayer.y_map, y, {C::kWidth, in.n, 1}, {C::kSlice, in.rows, 1}, false);
     if (status != cudaSuccess) return status;
-    int64_t tiles = ceil_div(in.n, C::kTile);
+    int64_t tiles = ceil_div(in.n, in.tile);
     if (in.norm.y && tiles > clusters) return kUnsupported;
     config.gridDim = (unsigned)(kCluster * (tiles < clusters ? tiles : clusters));
     return (int)cudaLaunchKernelEx(&config, collapse_kernel<C>, in);

@@ -10,7 +10,7 @@
 
 namespace dsv4 {
 
-// A cluster of 16 CTAs takes tiles of Tile tokens. CTA r owns columns [r * kSlice, ...) of all four
+// A cluster of 16 CTAs takes tiles of up to Tile tokens. CTA r owns columns [r * kSlice, ...) of all four
 // streams: its part of fn stays in registers as tensor-core fragments, split into bfloat16 terms that
 // add up to float32, and the streams are read from memory once, into a ring of shared-memory stages.
 // For each tile it sends its share of token t's sums to CTA t, which gates them and sends the four
@@ -29,7 +29,7 @@ constexpr int kOfMovers = 1, kFilled = 2, kEmptied = 4, kFilling = kWorking + 32
 struct Streams {
     CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
     int n;
-    int rows;  // that a box of the map has
+    int tile, rows;  // tokens of a tile; that a box of the map has
     const float* fn;
     HyperParameters p;
     bf16* u;
@@ -49,7 +49,7 @@ struct Streams {
     } norm;
 };
 
-// Tile: tokens, 16 or 8. Groups: 32-column groups a worker. Terms: of bfloat16 a weight, 2 or 4.
+// Tile: most tokens of one, 16 or 8. Groups: 32-column groups a worker. Terms: of bfloat16 a weight, 2 or 4.
 // Blocks: of 8 mixes, 3 or 1. Expands: workers first turn a tile into the streams after a sublayer, in
 // place, as hc_post makes them.
 template <int Tile, int Groups, int Terms, int Blocks, int Stages, bool Expands = false>
@@ -97,14 +97,14 @@ struct Collapse {
     __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
 
     __device__ int tiles() const {  // of this cluster, at least 1
-        int all = (in.n + Tile - 1) / Tile, clusters = gridDim.x / kCluster;
+        int all = (in.n + in.tile - 1) / in.tile, clusters = gridDim.x / kCluster;
         return (all - (int)blockIdx.x / kCluster + clusters - 1) / clusters;
     }
     __device__ int tokens(int i) const {  // of tile i of this cluster, 0 if there is none
-        return max(0, min(in.n - token_at(i, 0), Tile));
+        return max(0, min(in.n - token_at(i, 0), in.tile));
     }
     __device__ int token_at(int i, int row) const {
-        return (blockIdx.x / kCluster + i * (gridDim.x / kCluster)) * Tile + row;
+        return (blockIdx.x / kCluster + i * (gridDim.x / kCluster)) * in.tile + row;
     }
     __device__ void init_barriers() {
         if (threadIdx.x != 0) return;
@@ -354,7 +354,7 @@ struct Collapse {
     // The same warp, of the last of `count` tiles or of any other.
     __device__ void gate(int i, int count) {
         gate(i);
-        if (rank < Tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
+        if (rank < in.tile && kRows == kMixes && (i + 1 == count || (i + 1) % kCombTiles == 0)) combine(i);
     }
 
     // Eight columns of the streams, weighted with pre.
