@@ -79,6 +79,7 @@ def test_views_at_offsets() -> None:
         assert torch.equal(y, wanted)
 
 
+EPS = 1e-3  # enough to be seen
 # Format and rows: the query's and the indexer's products of one normed input, and others.
 NORMED = [
     (1024, [("fp8", 32768), ("fp8", 8192)]),
@@ -87,6 +88,7 @@ NORMED = [
     (512, [("bf16", 33), ("fp8", 64)]),
     (528, [("fp8", 64), ("bf16", 5)]),
     (4096, [("fp8", 64), ("bf16", 64)]),
+    (8192, [("fp8", 40), ("bf16", 24)]),
     (16, [("bf16", 33), ("fp8", 17)]),
 ]
 
@@ -102,10 +104,10 @@ def test_a_norm_of_the_input(
     x = (torch.randn(1, k, device=CUDA) * 3).to(BF16)
     x[0, 5] *= 100
     gain = (1 + 0.2 * torch.randn(k, device=CUDA)).to(gain_dtype)
-    norm = gain, 1e-6
+    norm = gain, EPS
     assert joins_linears(x, weights, dtypes, norm)
     found = linears(x, weights, dtypes, norm)
-    inner = IMPLEMENTATIONS["rms_norm"]["sm90"].function(x, weight=gain, eps=1e-6)
+    inner = IMPLEMENTATIONS["rms_norm"]["sm90"].function(x, weight=gain, eps=EPS)
     reference = OPS["linear"].reference
     check(found, [reference(inner.double(), weight=w, out_dtype=torch.float64) for w in weights])
     after = linears(inner, weights, dtypes)
@@ -118,9 +120,9 @@ def test_nan_of_a_normed_input_is_everywhere() -> None:
     weights = [on_gpu(make_weight(kind, 64, 1024)) for kind in ("bf16", "fp8")]
     x, gain = torch.randn(1, 1024, device=CUDA).to(BF16), torch.ones(1024, device=CUDA)
     gain[3] = torch.inf
-    assert not any(y.isfinite().any() for y in linears(x, weights, [F32] * 2, (gain, 1e-6)))
+    assert not any(y.isfinite().any() for y in linears(x, weights, [F32] * 2, (gain, EPS)))
     gain[3], x[0, 700] = 1, torch.nan
-    assert all(y.isnan().all() for y in linears(x, weights, [F32] * 2, (gain, 1e-6)))
+    assert all(y.isnan().all() for y in linears(x, weights, [F32] * 2, (gain, EPS)))
 
 
 @pytest.mark.parametrize("k", [4096, 7168])
