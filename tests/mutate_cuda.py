@@ -52,15 +52,20 @@ class Mutant(NamedTuple):
     tests: str  # pytest's -k, after the file and a blank
     sources: tuple[str, ...] = ()  # those of a header
 
+    @property
+    def built(self) -> tuple[str, ...]:
+        """The sources that have to be compiled."""
+        return self.sources or (self.file.removesuffix("_sm90.cu"),)
+
 
 MUTANTS = (
     Mutant(
-        "linear: the last warp's sums are dropped",
+        "few rows: the last warp's sums are dropped",
         "few_rows.cuh",
-        "if (s < plan.split) total +=",
-        "if (s < plan.split - (plan.split > 1)) total +=",
-        "test_cuda_linear.py ragged or model_shapes",
-        ("linear",),
+        "if (s < block.split) total +=",
+        "if (s < block.split - (block.split > 1)) total +=",
+        "test_cuda_linears.py",
+        ("linears",),
     ),
     Mutant(
         "linear: one block of a cluster adds up",
@@ -77,11 +82,11 @@ MUTANTS = (
         "test_cuda_linear.py grouped",
     ),
     Mutant(
-        "linears: the last warp's sums are dropped",
+        "linears: the first block of a matrix takes the one before",
         "linears_sm90.cu",
-        "for (int s = 0; s < kWarps; s++) total +=",
-        "for (int s = 0; s < kWarps - 1; s++) total +=",
-        "test_cuda_linears.py ragged",
+        "b >= p.end[i]",
+        "b > p.end[i]",
+        "test_cuda_linears.py",
     ),
     Mutant(
         "experts: an incomplete piece is left out",
@@ -316,11 +321,10 @@ def outcome_of(mutant: Mutant, log: Path, limit: float) -> str:
         except ValueError as error:
             log.write_text(str(error))
             return "error"
-        sources = mutant.sources or (mutant.file.removesuffix("_sm90.cu"),)
         file, _, chosen = mutant.tests.partition(" ")
         pytest = ["-x", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "-W", "ignore"]
         pytest += ["--rootdir=.", f"tests/{file}", *(["-k", chosen] if chosen else [])]
-        command = [sys.executable, "-c", RUN, str(folder), ",".join(sources), *pytest]
+        command = [sys.executable, "-c", RUN, str(folder), ",".join(mutant.built), *pytest]
         with log.open("w") as out:
             try:
                 done = subprocess.run(

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -181,6 +182,9 @@ def main() -> int:
         return 0
     if runner is None:
         parser.error("give OUT, a folder, or --part")
+    if shutil.which("compute-sanitizer") is None:
+        print("sanitize: there is no compute-sanitizer in the path", file=sys.stderr)
+        return 3
     from bench_cuda import describe_device
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,11 @@ import torch
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
-from dsv4_bench.engine.cuda.linear import matmul
+from dsv4_bench.engine.cuda.library import DTYPES
+from dsv4_bench.engine.cuda.linear import SKINNY, matmul
 from dsv4_bench.engine.cuda.linears import linears
 from dsv4_bench.engine.cuda.step import CudaStep
+from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import (
     Weight,
     quantize_fp8_block,
@@ -67,6 +69,17 @@ def matrix_unit(kind: str) -> None:
         run("grouped_linear", randn(m, 192, dtype=BF16), weight=weight(kind, 64, 96), groups=2)
 
 
+def skinny(kind: str) -> None:
+    """5 to 64 rows: a tile of 256 weight rows, and of 64 whose columns two blocks share."""
+    w = weight(kind, 200, 1152)
+    for m in (5, 20, 40):
+        x = randn(m, 1152, dtype=BF16)
+        for dtype, *division in ((BF16, 4, 1), (F32, 1, 2)):
+            y = torch.zeros(m, 200, dtype=dtype).to(CUDA)
+            to = (y.data_ptr(), DTYPES[dtype])
+            SKINNY.call("skinny", x, x.data_ptr(), m, pack(w).address, 1, *to, *division)
+
+
 def multiply_adds() -> None:
     """What the matrix unit does not take: float32 on either side, groups of 8 rows, odd widths."""
     for kind in FORMATS:
@@ -78,14 +91,17 @@ def multiply_adds() -> None:
 
 
 def one_row() -> None:
-    """Several matrices in one launch: bfloat16, FP8 with either kind of scales, without and with a norm."""
+    """Several matrices in one launch: bfloat16, FP8 with either kind of scales; with a norm before."""
     some = [weight(kind, n, 1040) for kind, n in (("fp8_e8m0", 33), ("fp8_f32", 16), ("bf16", 40))]
-    linears(randn(1, 1040, dtype=BF16), some, [None, F32, BF16])
-    for gain in (BF16, F32):
-        norm = randn(1040, dtype=gain), 1e-6
-        linears(randn(1, 1040, dtype=BF16), some, [None, F32, BF16], norm)
-    wide = [weight("fp8_f32", 150, 384), weight("bf16", 30, 384)]  # several tiles a block's place
-    linears(randn(1, 384, dtype=BF16), wide, [None, F32], (randn(384), 1e-6))
+    x = randn(1, 1040, dtype=BF16)
+    for norm in (None, (randn(1040), 1e-6), (randn(1040, dtype=BF16), 1e-6)):
+        linears(x, some, [None, F32, BF16], norm)
+        linears(x, some[: 1 if norm else 2], [F32, F32][: 1 if norm else 2], norm)
+
+
+def any_rows(kind: str) -> None:
+    matrix_unit(kind)
+    skinny(kind)
 
 
 # ------------------------------------------------------------------------------ rows
@@ -164,7 +180,7 @@ def all_rows() -> None:
 
 
 PARTS = {
-    **{f"linear_{kind}": (partial(matrix_unit, kind), ("linear",)) for kind in FORMATS[:5]},
+    **{f"linear_{kind}": (partial(any_rows, kind), ("linear", "skinny")) for kind in FORMATS[:5]},
     "linear_plain": (multiply_adds, ("linear",)),
     "rows": (all_rows, ("linears", "gate", "rows", "norm", "norm_rope", "step", "timing")),
 }
