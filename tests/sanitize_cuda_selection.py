@@ -75,12 +75,16 @@ def scores() -> None:
 
 
 def topk() -> None:
-    """Blocks of their own and a cluster a row; random, and what the bound does not help."""
-    for total in (90_001, 40_001, 12_000, 3_000, 700):
+    """A row in several blocks, in a cluster, and longer than one holds; random, all equal, and what the
+    bound does not help. Then many rows."""
+    for total in (300_001, 90_001, 40_001, 12_000, 3_000, 700):
         whole = torch.tensor([total]).cuda()
-        for score in (torch.randn(total), (torch.arange(total) ** 3 // 9).float()):
+        cubes = (torch.arange(total) ** 3 // 9).float()
+        for score in (torch.randn(total), torch.zeros(total), cubes):
             run("index_topk", score[None].cuda(), whole, k=512)
-    run("index_topk", randn(46, 501), (torch.arange(46) * 11).cuda(), k=100)
+    for n, total in ((3, 900), (8, 1024), (64, 1024), (46, 501)):
+        visible = (torch.arange(n) * total // n).cuda()
+        run("index_topk", randn(n, total), visible, k=100)
 
 
 # ------------------------------------------------------------------------------ compressor
