@@ -25,7 +25,7 @@ struct Products {
 // ---------------------------------------------------------------- how rows are divided
 
 bool takes(const dsv4_weight& w, int64_t k) {
-    return w.k == k && k % 16 == 0 &&
+    return w.n > 0 && w.k == k && k % 16 == 0 &&
            (w.format == DSV4_DENSE_BF16 || w.format == DSV4_FP8_E8M0 || w.format == DSV4_FP8_F32);
 }
 
@@ -41,14 +41,14 @@ struct Division {
     double cost;    // of the longest block, in stages of a warp
     size_t shared;  // of the largest
 
-    // Blocks of no more than `bytes` of weights each, as far as they can be so small.
-    Division(const Products& p, int split, int64_t bytes) : split(split), cost(0), shared(0) {
-        const int most = FewShape::kMostRounds * FewShape::kWarps / split * 16;
+    // Blocks of no more bytes than `share` rows of FP8 have, as far as they can be so small.
+    Division(const Products& p, int split, int64_t share) : split(split), cost(0), shared(0) {
+        const int64_t most = most_rows(split);
         int blocks = 0;
         for (int i = 0; i < p.count; i++) {
             const bool dense = p.w[i].format == DSV4_DENSE_BF16;
             const int unit = dense ? 1 : 16;
-            const int64_t allowed = bytes / (p.k * (dense ? 2 : 1)) / unit * unit;
+            const int64_t allowed = (dense ? share / 2 : share) / unit * unit;
             const int64_t some = allowed < unit ? unit : allowed < most ? allowed : most;
             const int64_t count = ceil_div(p.w[i].n, some);
             rows[i] = (int)ceil_div(ceil_div(p.w[i].n, count), unit) * unit;
@@ -60,21 +60,21 @@ struct Division {
                 return 0;
             });
         }
+        cost *= ceil_div(blocks, (int64_t)kProcessors);
+        if (shared > kFewShared) cost = 1e30;
     }
+    static int64_t most_rows(int split) { return FewShape::kMostRounds * FewShape::kWarps / split * 16; }
     int blocks(const Products& p) const { return end[p.count - 1]; }
 
-    // The smallest blocks of which a multiprocessor has one, else the largest.
+    // The smallest blocks of which there is one a multiprocessor, else the largest.
     static Division fair(const Products& p, int split) {
-        const int64_t most = (int64_t)FewShape::kMostRounds * FewShape::kWarps / split * 16 * 2 * p.k;
-        int64_t total = 0;
-        for (int i = 0; i < p.count; i++)
-            total += p.w[i].n * p.k * (p.w[i].format == DSV4_DENSE_BF16 ? 2 : 1);
-        int64_t bytes = ceil_div(total, kProcessors);
-        while (bytes < most && Division(p, split, bytes).blocks(p) > kProcessors) bytes += p.k;
-        Division found(p, split, bytes);
-        found.cost *= ceil_div(found.blocks(p), (int64_t)kProcessors);
-        if (found.shared > kFewShared) found.cost = 1e30;
-        return found;
+        int64_t low = 1, high = 2 * most_rows(split);
+        while (low < high) {
+            const int64_t share = (low + high) / 2;
+            if (Division(p, split, share).blocks(p) > kProcessors) low = share + 1;
+            else high = share;
+        }
+        return Division(p, split, low);
     }
     static Division best(const Products& p) {
         Division best = fair(p, FewShape::kWarps);
