@@ -179,6 +179,7 @@ def test_a_norm_joined_with_linears_of_it_changes_no_bit(
     found = []
     for join in (Join(both[0], both[1:]), Join("attn/q_norm", both, fills=False)):
         monkeypatch.setattr(fusion, "JOINS", (join,))
+        monkeypatch.setattr(fusion, "GROUPS", ())
         graph = DecodeGraph(flash, filled_alike(flash, 1), range(1))
         found.append(graph.run(x).clone())
         nodes = {path: nodes for path, _, nodes in graph.sites()}
