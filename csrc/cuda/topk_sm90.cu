@@ -49,36 +49,6 @@ __host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
     return count <= kMostFew && count * count <= kFewPairs * parts;
 }
 
-// Writes the indices of scores [begin, end) of a row of `count` that are among its first `wanted`. key: of all, in
-// order, 0 behind the last up to a multiple of four. A warp ranks Together of them at once.
-template <int Together>
-__device__ void rank_few(const uint32_t* key, int count, int begin, int end, uint32_t wanted, int* index) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int first = begin + Together * warp; first < end; first += Together * kWarps) {
-        const int base = first / 4 * 4;  // of equal scores, all before this come first
-        uint32_t mine[Together], rank[Together];
-#pragma unroll
-        for (int j = 0; j < Together; j++) {
-            mine[j] = first + j < end ? key[first + j] : ~0u;
-            rank[j] = lane < first + j - base && key[base + lane] == mine[j];
-        }
-#pragma unroll 4
-        for (int i = 4 * lane; i < count; i += 128) {
-            const uint4 four = *(const uint4*)(key + i);
-#pragma unroll
-            for (int j = 0; j < Together; j++) {
-                const uint32_t least = mine[j] - (i < base);
-                rank[j] += (four.x > least) + (four.y > least) + (four.z > least) + (four.w > least);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < Together; j++) {
-            rank[j] = __reduce_add_sync(kAll, rank[j]);
-            if (lane == 0 && first + j < end && rank[j] < wanted) index[rank[j]] = first + j;
-        }
-    }
-}
-
 template <int Quads>
 __device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, int parts, int* index) {
     uint32_t* key = (uint32_t*)s.ranking.candidates;
@@ -95,8 +65,8 @@ __device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, 
     __syncthreads();
     const int each = (count + parts - 1) / parts, begin = min(each * part, count), end = min(begin + each, count);
     const uint32_t wanted = min(count, k);
-    if (each <= kWarps) rank_few<1>(key, count, begin, end, wanted, index);
-    else rank_few<2>(key, count, begin, end, wanted, index);
+    if (each <= kWarps) rank_few<1, kWarps>(key, count, begin, end, wanted, index);
+    else rank_few<2, kWarps>(key, count, begin, end, wanted, index);
 }
 
 // The least key of a share that is the whole row.
