@@ -45,9 +45,10 @@ def run_part(name: str) -> None:
     from sanitize_parts import PARTS
 
     torch.manual_seed(1)
+    began = time.monotonic()
     PARTS[name].run()
     torch.cuda.synchronize()
-    print("ran")
+    print(f"ran in {time.monotonic() - began:.1f} s")
 
 
 def print_launches(names: list[str]) -> None:
