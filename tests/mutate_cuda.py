@@ -200,10 +200,11 @@ MUTANTS = (
     ),
     Mutant(
         "scores of a token: negative products count",
-        "indexer_sm90.cu",
+        "indexer_token.cuh",
         "w.x * relu(dot[4 * i + 2 * half]) +",
         "w.x * dot[4 * i + 2 * half] +",
         "test_cuda_indexer.py decode",
+        ("indexer",),
     ),
     Mutant(
         "hyper: streams are read before they are expanded",
