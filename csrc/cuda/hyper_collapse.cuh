@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_c
     }
 }
 
-constexpr int64_t kLeastTile = 8;  // tokens
+constexpr int kFew = 16;  // tokens that are faster in tiles of 8
 
 // Collapses x [n, 4, d], after mixing in y [n, d] where C expands. Launches as many clusters as fit at
 // once; kUnsupported where none does.
@@ -63,9 +63,7 @@ template <class C> int collapse(const void* x, const void* y, Streams in, void* 
         return most;
     }();
     if (clusters == 0) return kUnsupported;
-    // Few tokens in even shares: each of a cluster's steps takes less time with fewer.
-    const int64_t share = ceil_div(in.n, clusters), least = share > kLeastTile ? share : kLeastTile;
-    in.tile = (int)(least < C::kTile ? least : C::kTile);
+    in.tile = in.n <= kFew ? 8 : C::kTile;
     in.rows = in.n < in.tile ? in.n : in.tile;
     int status = encode_map(&in.x_map, x, {C::kWidth, kStreams, in.n}, {64, kStreams, in.rows}, true);
     if (status == cudaSuccess && y)

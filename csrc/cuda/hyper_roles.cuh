@@ -227,12 +227,12 @@ struct Collapse {
         barrier_wait(&(Expands ? s.expanded : s.loaded)[i % Stages], i / Stages % 2);
     }
 
-    // A worker's columns of tile i times fn, into s.partial[i % 2].
-    __device__ void multiply(int i) {
-        constexpr int kShare = kWorkers / kStreams, kHalves = Tile / 8;
+    // A worker's columns of tile i times fn, into s.partial[i % 2]; of the first 8 * Halves tokens.
+    template <int Halves> __device__ void multiply(int i) {
+        constexpr int kShare = kWorkers / kStreams;
         const int stream = warp / kShare, first = warp % kShare * Groups;  // of its groups
-        float acc[Blocks][kHalves][4] = {};
-        float square[kHalves] = {};
+        float acc[Blocks][Halves][4] = {};
+        float square[Halves] = {};
         wait_for_streams(i);
         const uint32_t line = r * kStreams + stream, chunk = 16 * (t ^ line % 8);
         const char* x = s.x[i % Stages] + line * kLine;
@@ -240,7 +240,7 @@ struct Collapse {
         for (int g = 0; g < Groups; g++) {
             const char* from = x + (first + g) / 2 * kBox + (chunk ^ (first + g) % 2 * 64);
 #pragma unroll
-            for (int half = 0; half < kHalves; half++) {  // tokens r and r + 8
+            for (int half = 0; half < Halves; half++) {  // tokens r and r + 8
                 const uint4 v = *(const uint4*)(from + half * 8 * kStreams * kLine);
                 const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -262,7 +262,7 @@ struct Collapse {
         if (i >= 2) named_barrier(kEmptied + i % 2, kFilling);
         Sums& partial = s.partial[i % 2][warp];
 #pragma unroll
-        for (int half = 0; half < kHalves; half++) {
+        for (int half = 0; half < Halves; half++) {
             square[half] += __shfl_xor_sync(~0u, square[half], 1);
             square[half] += __shfl_xor_sync(~0u, square[half], 2);
             const int token = 8 * half + 2 * t;
@@ -461,7 +461,8 @@ struct Collapse {
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
             if constexpr (Expands) expand(i);
-            multiply(i);
+            if (Tile == 16 && tokens(i) > 8) multiply<Tile / 8>(i);
+            else multiply<1>(i);
         }
     }
     __device__ void move(int count) {

@@ -6,11 +6,10 @@
 
 namespace dsv4 {
 
-// A cluster a token. Every CTA scores its share of the entries, two warpgroups a tile each, gives all CTAs the keys
-// of its scores, and ranks its part of them by comparing with all.
-constexpr int kFewCluster = 16, kFewTiles = 2, kFewThreads = kFewTiles * kTileThreads;
-constexpr int kFewWarps = kFewThreads / 32, kFewShare = kFewTiles * kTile;
-constexpr int kFewEntries = kFewCluster * kFewShare;
+// A cluster a token. Every CTA scores its share of the entries, two of its warpgroups a tile each, gives all CTAs
+// the keys of its scores, and ranks its part of them by comparing with all.
+constexpr int kFewCluster = 16, kFewTiles = 2, kFewThreads = 512, kFewWarps = kFewThreads / 32;
+constexpr int kFewShare = kFewTiles * kTile, kFewEntries = kFewCluster * kFewShare;
 
 struct FewShared {
     QueryShared query;
@@ -25,7 +24,7 @@ __device__ inline void score_share(const Problem& p, FewShared& s, int64_t token
     const int group = threadIdx.x / kTileThreads, mine = entry_of_thread();
     const int place = group * kTile + mine, entry = begin + place;
     uint32_t key = 0;
-    if (begin + group * kTile < end) {
+    if (group < kFewTiles && begin + group * kTile < end) {
         float dot[32];
         barrier_wait(&s.loaded[group], 0);
         score_tile(s.query, s.tiles[group].keys, dot, [] {});
@@ -89,7 +88,8 @@ inline int score_topk(const Problem& p, int k, int* index, void* stream) {
         return (int)cudaFuncSetAttribute(score_topk_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }();
     if (allowed) return allowed;
-    const int share = (int)ceil_div(ceil_div(p.total, kFewCluster), 16) * 16, ctas = (int)ceil_div(p.total, share);
+    const int share = (int)ceil_div(ceil_div(p.total, kFewCluster), 16) * 16;
+    const int ctas = p.total <= share ? 2 : (int)ceil_div(p.total, share);  // st.async needs a cluster
     return launch_clusters(ctas, score_topk_kernel, dim3(p.n, 1, ctas), kFewThreads, sizeof(FewShared), stream, p,
                            share, k, index);
 }

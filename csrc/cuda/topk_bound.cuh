@@ -90,8 +90,11 @@ template <int Quads> struct Share {
         for (int j = 0; j < 4 * Quads; j++) equal = equal && (value[j] == most || at(j) >= count);
         return equal;
     }
-    // f(slot, candidate) for the bits of `mask`: key and complement of the index, in places of their own
-    // from 0 on; *taken counts them.
+    // Key and complement of the index of a score.
+    __device__ uint64_t candidate(uint32_t index) const {
+        return (uint64_t)key_of(score[index]) << 32 | ~index;  // registers have no index
+    }
+    // f(slot, index) for the bits of `mask`, in slots of their own from 0 on; *taken counts them.
     template <class F> __device__ void take(uint32_t mask, uint32_t* taken, F f) const {
         const uint32_t mine = __popc(mask), upto = warp_inclusive_sum(mine);
         uint32_t slot = 0;
@@ -99,8 +102,7 @@ template <int Quads> struct Share {
         slot = __shfl_sync(kAll, slot, 31) + upto - mine;
 #pragma unroll 1
         for (; mask != 0; mask &= mask - 1) {
-            const uint32_t index = at(__ffs(mask) - 1);
-            f(slot++, (uint64_t)key_of(score[index]) << 32 | ~index);  // registers have no index
+            f(slot++, at(__ffs(mask) - 1));
         }
     }
 };

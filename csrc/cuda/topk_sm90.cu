@@ -14,8 +14,8 @@ namespace {
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
 constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
-constexpr int kMostFew = 4096;    // scores of a row that may all be ranked, if a CTA compares no more pairs than
-constexpr int64_t kFewPairs = (int64_t)kMostFew * kMostFew / kMostPartsOfFew;
+constexpr int kMostFew = 4096;        // scores of a row that may all be ranked,
+constexpr int64_t kFewPairs = 65536;  // if a CTA compares no more pairs
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
 // ---------------------------------------------------------------- few short rows
@@ -99,12 +99,17 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
     const bool all = !(bound > -INFINITY);
     if (all && share.count > kCandidates) return false;
     Ranking& ranking = s.ranking;
-    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint64_t candidate) {
-        if (slot >= kCandidates) return;
-        ranking.candidates[slot] = candidate;
-        if (Parts && (~(uint32_t)candidate / 4 & parts - 1) == part)
-            ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
+    // First where the candidates are, then what: so that no thread waits for one after another.
+    uint32_t* where = s.exact.count;
+    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint32_t index) {
+        if (slot < kCandidates) where[slot] = index;
     });
+    __syncthreads();
+    for (uint32_t slot = threadIdx.x; slot < min(s.taken, kCandidates); slot += kThreads) {
+        const uint64_t candidate = share.candidate(where[slot]);
+        ranking.candidates[slot] = candidate;
+        if (Parts && (where[slot] / 4 & parts - 1) == part) ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
+    }
     const uint32_t low = Parts ? 0 : all ? find_least(s, share) : key_of(bound);
     __syncthreads();
     if (s.taken > kCandidates || s.taken < wanted) return false;
@@ -188,8 +193,8 @@ template <int Quads> __device__ void collect(Shared& s, const Share<Quads>& shar
     const uint32_t size = kCandidates / share.ctas;
     const uint32_t to = remote_address(shared_address(s.ranking.candidates + share.rank * size), 0);
     const uint32_t barrier = shared_address(&s.collected), there = remote_address(barrier, 0);
-    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint64_t candidate) {
-        if (slot < size) remote_store(to + 8 * slot, candidate, there);
+    share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint32_t index) {
+        if (slot < size) remote_store(to + 8 * slot, share.candidate(index), there);
     });
     __syncthreads();
     const uint32_t cta = threadIdx.x, taken = s.taken;
