@@ -44,9 +44,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
             turned.copy_(q)
         return reference("index_score", q, keys, weights, step, **by)
 
-    def linears(x: Tensor, weights: Any, out_dtypes: Any, norm: Any) -> list[Tensor]:
+    def linears(x: Tensor, weights: Any, out_dtypes: Any) -> list[Tensor]:
         ran["linears"] += 1
-        x = x if norm is None else reference("rms_norm", x, weight=norm[0], eps=norm[1])
         pairs = zip(weights, out_dtypes, strict=True)
         return [reference("linear", x, weight=w, out_dtype=t) for w, t in pairs]
 

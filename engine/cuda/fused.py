@@ -53,13 +53,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Join:
-    """A linear, and others of the same layer that are given the same input: all of them run at the first.
-
-    Or a norm that nobody else reads (it does not fill its own result), and linears of it."""
+    """A linear, and others of the same layer that are given the same input: all of them run at the first."""
 
     first: str
     others: tuple[str, ...]
-    fills: bool = True
 
 
 def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
@@ -94,24 +91,15 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
 
 
 def together(sites: list[Site], x: Tensor) -> bool:
-    """Whether the sites of a join, given x, are one launch."""
-    norm, weights, dtypes = _matrices(sites)
-    return joins_linears(x, weights, dtypes, norm)
+    """Whether linears of x are one launch."""
+    params = [site.params for site in sites]
+    return joins_linears(x, [p["weight"] for p in params], [p["out_dtype"] for p in params])
 
 
 def joined(sites: list[Site], x: Tensor) -> list[Tensor]:
-    """The results of a join's sites, given x; that of a norm is not filled."""
-    norm, weights, dtypes = _matrices(sites)
-    results = linears(x, weights, dtypes, norm)
-    return results if norm is None else [torch.empty_like(x), *results]
-
-
-def _matrices(sites: list[Site]) -> tuple[Any, list[Any], list[Any]]:
-    """Of a join: weight and eps of its norm or None, weights and result types of its linears."""
-    first = sites[0]
-    norm = (first.params["weight"], first.params["eps"]) if first.op == "rms_norm" else None
-    params = [site.params for site in sites if site.op == "linear"]
-    return norm, [p["weight"] for p in params], [p["out_dtype"] for p in params]
+    """The results of linears of x."""
+    params = [site.params for site in sites]
+    return linears(x, [p["weight"] for p in params], [p["out_dtype"] for p in params])
 
 
 # ------------------------------------------------------------------------------ norm, rope, write

@@ -61,8 +61,7 @@ class Fusions:
         self._observed = observed
         kinds = [kind for kind in KINDS if kind.fills or not observed]
         self._kinds = {kind.first: kind for kind in kinds} if wanted else {}
-        joins = [join for join in JOINS if join.fills or not observed]
-        self._joins = {join.first: join for join in joins} if wanted else {}
+        self._joins = {join.first: join for join in JOINS} if wanted else {}
         self._groups = {name: group for group in GROUPS for name in group} if wanted else {}
         self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
         self._expected: dict[str, Chain] = {}  # by the path of the chain's next site
@@ -109,8 +108,7 @@ class Fusions:
 
         def run() -> Tensor:
             first, *others = joined(sites, args[0])
-            x = args[0] if site.op == "linear" else first  # what the others are given
-            self._known |= {s.path: (x, y) for s, y in zip(sites[1:], others, strict=True)}
+            self._known |= {s.path: (args[0], y) for s, y in zip(sites[1:], others, strict=True)}
             call.made += others
             return first
 
