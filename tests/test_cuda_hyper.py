@@ -38,7 +38,7 @@ def streams(n: int, d: int, dtype: torch.dtype) -> Tensor:
 
 
 # 4096 and 7168 in bfloat16 take the cluster kernel, tiles of 16 tokens; the others the simple one.
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 65, 300, 2100])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 65, 300, 2100])
 @pytest.mark.parametrize("d", [4096, 7168])
 def test_pre_and_head_of_real_widths(n: int, d: int) -> None:
     x = streams(n, d, torch.bfloat16)
@@ -94,7 +94,7 @@ def test_repeats_are_identical(n: int) -> None:
     same_each_time("hc_head", x, repeats=20, **parameters(4096, mixes=4))
 
 
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 65, 300, 2100])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 65, 300, 2100])
 @pytest.mark.parametrize("d", [4096, 7168, 64])
 def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
     """The same bits as the two kernels, which are judged above."""
@@ -108,7 +108,7 @@ def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 64, 65])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
     """Streams and gates as without the norm; the norm within its rounding of float64."""
