@@ -34,7 +34,7 @@ fi
 if wants test; then
     beside=()
     python3 -c "import xdist" 2>/dev/null && beside=(-n "$(($(nproc --all) - 2))" --dist worksteal -p fresh_context)
-    python3 -c "import pytest_timeout" 2>/dev/null && beside+=(--timeout 60 --timeout-method thread)
+    python3 -c "import pytest_timeout" 2>/dev/null && beside+=(--timeout 120 --timeout-method thread)
     step test 240 python3 -m pytest -p no:cacheprovider -c /dev/null --rootdir=. -q -W ignore "${beside[@]}" \
         tests/test_cuda*.py tests/test_generation_watch.py --junitxml="$out/junit.xml"
     grep -E "^E  |^FAILED" "$out/test.log" | tail -40
