@@ -89,6 +89,22 @@ MUTANTS = (
         "test_cuda_linears.py",
     ),
     Mutant(
+        "skinny: the last part of the columns is not added",
+        "skinny.cuh",
+        "part < d.parts(); part++",
+        "part < d.parts() - (d.parts() > 1); part++",
+        "test_cuda_skinny.py",
+        ("skinny",),
+    ),
+    Mutant(
+        "skinny: activations are overwritten while they are read",
+        "skinny.cuh",
+        "if (first > 0) __syncthreads();",
+        "",
+        "test_cuda_skinny.py",
+        ("skinny",),
+    ),
+    Mutant(
         "experts: an incomplete piece is left out",
         "experts_launch.cuh",
         "pieces = (mine + m.most - 1) / m.most;",
@@ -204,6 +220,14 @@ MUTANTS = (
         "w.x * relu(dot[4 * i + 2 * half]) +",
         "w.x * dot[4 * i + 2 * half] +",
         "test_cuda_indexer.py decode",
+        ("indexer",),
+    ),
+    Mutant(
+        "scores and top-k in one launch: hidden entries are chosen",
+        "indexer_topk.cuh",
+        "min(p.visible_at(query.position), total)",
+        "total",
+        "test_cuda_indexer.py one_launch",
         ("indexer",),
     ),
     Mutant(
