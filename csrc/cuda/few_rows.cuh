@@ -18,9 +18,16 @@ namespace dsv4 {
 struct FewShape {
     static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kResident = 2;
     static constexpr int kMostRounds = 8;
+    static constexpr bool kAlone = false;
 };
 constexpr int kFewRows = 4;
 constexpr size_t kFewShared = 226 * 1024;  // bytes, of all resident blocks
+
+// What a block that needs `bytes` asks for: more than half if no two are to share a multiprocessor.
+inline size_t few_shared(size_t bytes) {
+    constexpr size_t kMoreThanHalf = kFewShared / 2 + 1024;
+    return FewShape::kAlone && bytes < kMoreThanHalf ? kMoreThanHalf : bytes;
+}
 
 // ---------------------------------------------------------------- how the work is divided
 
@@ -434,11 +441,12 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const auto plan = FewPlan<Policy>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
     if (plan.bytes() > kFewShared) return kUnsupported;
     auto kernel = few_kernel<Policy, Y>;
-    const int status = allow_shared(kernel, plan.bytes());
+    const size_t shared = few_shared(plan.bytes());
+    const int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.
     const int64_t blocks = plan.blocks < kProcessors ? kProcessors : plan.blocks;
-    return launch(kernel, dim3(blocks), plan.kThreads, plan.bytes(), stream, p,
+    return launch(kernel, dim3(blocks), plan.kThreads, shared, stream, p,
                   (FewBlock<Policy>)plan);
 }
 

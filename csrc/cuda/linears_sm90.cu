@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
     const int b = blockIdx.x;
     int i = 0;
     while (i < p.count && b >= p.end[i]) i++;
-    if (i == p.count) return;
+    if (i == p.count) return wait_for_previous();  // with its place: else the next kernel's blocks gather there
     const int64_t row0 = (b - (i > 0 ? p.end[i - 1] : 0)) * (int64_t)p.rows[i];
     dsv4_weight part = p.w[i];
     if (part.n > row0 + p.rows[i]) part.n = row0 + p.rows[i];
@@ -120,12 +120,13 @@ template <class Norm> int start(Products& p, const Norm& norm, void* stream) {
     if (division.shared > kFewShared) return kUnsupported;
     p.split = division.split;
     for (int i = 0; i < p.count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
-    const int status = allow_shared(linears_kernel<Norm>, division.shared);
+    const size_t shared = few_shared(division.shared);
+    const int status = allow_shared(linears_kernel<Norm>, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
     const int blocks = division.blocks(p);
     return launch(linears_kernel<Norm>, dim3(blocks < kProcessors ? kProcessors : blocks),
-                  FewShape::kThreads, division.shared, stream, p, norm);
+                  FewShape::kThreads, shared, stream, p, norm);
 }
 
 }  // namespace
