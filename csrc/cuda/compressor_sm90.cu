@@ -197,14 +197,19 @@ template <bool kOverlap> struct Token {
             before[i] = get(i, channel);
             other[i] = i + 1 < ratio ? get(open(i), channel) : other_last;
         }
-        Mean mean;
-#pragma unroll 1
-        for (int first = 0; first < ratio; first += kTerms) {
-            float2 terms[kTerms];
+        // The next terms are on their way while these are added.
+        float2 terms[kTerms], next[kTerms];
+        auto load = [&](int first, float2(&to)[kTerms]) {
 #pragma unroll
             for (int i = 0; i < kTerms; i++)
                 if (first + i < ratio)
-                    terms[i] = first + i + 1 < ratio ? get(open(first + i), own) : last;
+                    to[i] = first + i + 1 < ratio ? get(open(first + i), own) : last;
+        };
+        Mean mean;
+        load(0, terms);
+#pragma unroll 1
+        for (int first = 0; first < ratio; first += kTerms) {
+            if constexpr (!kOverlap) load(first + kTerms, next);
 #pragma unroll
             for (int i = 0; kOverlap && i < kTerms; i++) mean.add(before[i].x, before[i].y);
 #pragma unroll
@@ -215,6 +220,7 @@ template <bool kOverlap> struct Token {
                 if (kOverlap) put(first + i, channel, other[i]);
                 put(open(first + i), own, {-INFINITY, 0});
                 if (kOverlap) put(open(first + i), channel, {-INFINITY, 0});
+                if (!kOverlap) terms[i] = next[i];
             }
         }
         return mean.value();
