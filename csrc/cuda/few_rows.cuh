@@ -19,6 +19,7 @@ struct FewShape {
     static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kResident = 2;
     static constexpr int kMostRounds = 8;
     static constexpr bool kAlone = false;
+    static constexpr int kEarlyNormed = 4;
 };
 constexpr int kFewRows = 4;
 constexpr size_t kFewShared = 226 * 1024;  // bytes, of all resident blocks
@@ -167,7 +168,7 @@ template <class Policy> struct OwnColumns {
 #pragma unroll
         for (int i = 0; i < kGains; i++) {
             const int v = i * 32 + threadIdx.x % 32, from = source(v, first, step);
-            if (v < vectors && from < columns / 8) found.of[i] = norm.gain(from);
+            found.of[i] = v < vectors && from < columns / 8 ? norm.gain(from) : typename RowNorm<W>::Gain{};
         }
         return found;
     }
@@ -176,21 +177,29 @@ template <class Policy> struct OwnColumns {
     __device__ void fill_normed(const bf16* x, const RowNorm<W>& norm, const Gains<W>& early, int columns,
                                 int first, int step, Between between) {
         const int lane = threadIdx.x % 32;
+        auto load = [&](int v) {
+            const int from = source(v, first, step);
+            return v < vectors && from < columns / 8 ? *(const uint4*)(x + from * 8) : make_uint4(0, 0, 0, 0);
+        };
+        uint4 raw[kGains];
+#pragma unroll
+        for (int i = 0; i < kGains; i++) raw[i] = load(i * 32 + lane);
         const float factor = norm.factor(x, columns);
         uint32_t most = 0;
-        auto stage = [&](int v, auto gain) {
-            const int from = source(v, first, step);
-            uint4 y = make_uint4(0, 0, 0, 0);
-            if (from < columns / 8) y = norm.scaled(*(const uint4*)(x + from * 8), gain(from), factor);
+        auto stage = [&](int v, const uint4& y) {
             at[place(0, v)] = y;
             most = max(most, largest_of(y));
         };
 #pragma unroll
         for (int i = 0; i < kGains; i++)
-            if (i * 32 + lane < vectors) stage(i * 32 + lane, [&](int) { return early.of[i]; });
+            if (i * 32 + lane < vectors) stage(i * 32 + lane, norm.scaled(raw[i], early.of[i], factor));
 #pragma unroll 1
-        for (int v = kGains * 32 + lane; v < vectors; v += 32)
-            stage(v, [&](int from) { return norm.gain(from); });
+        for (int v = kGains * 32 + lane; v < vectors; v += 32) {
+            const int from = source(v, first, step);
+            uint4 y = make_uint4(0, 0, 0, 0);
+            if (from < columns / 8) y = norm.scaled(*(const uint4*)(x + from * 8), norm.gain(from), factor);
+            stage(v, y);
+        }
         between();
         if constexpr (kHalf) {
             exponent = RowScale::exponent_of(__reduce_max_sync(~0u, most));
@@ -381,17 +390,20 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
                       block.split};
     slots += warp * Shape::kDepth;
     Ring<Policy, Shape::kDepth> ring(w, slots, strip);
+    // A norm takes a while, in which the memory should have something to do.
+    constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
+    constexpr int kEarly = kNormed ? Shape::kEarlyNormed : Shape::kEarly;
 #pragma unroll 1
-    for (int i = 0; i < Shape::kEarly; i++) ring.fill();
+    for (int i = 0; i < kEarly; i++) ring.fill();
     StageScales<Policy> scales(w, strip);
     const int rows = row0 < w.n ? block.rows : 0, k = (int)w.k;
     OwnColumns<Policy> own_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
     // Loads queue up behind the copies of a block: those of the activations come before most of them.
     auto fill_ring = [&] {
 #pragma unroll 1
-        for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
+        for (int i = kEarly; i < Shape::kDepth; i++) ring.fill();
     };
-    if constexpr (std::is_same_v<Norm, NoNorm>) {
+    if constexpr (!kNormed) {
         wait_for_previous();
         own_x.fill(x, stride, k, s, block.split, fill_ring);
     } else {

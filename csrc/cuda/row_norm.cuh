@@ -53,7 +53,8 @@ template <class W> struct RowNorm {
         }
         float total = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; w++) total += warp_sum(sum[w]);
+        for (int w = 0; w < kWarps; w++)
+            if (w * 32 < vectors) total += warp_sum(sum[w]);
         return total;
     }
     __device__ static void add_squares(const uint4& v, float& sum) {
