@@ -64,7 +64,7 @@ WIDTHS = [
 ]
 
 
-@pytest.mark.parametrize("n", [1, 3, 40, 70, 150])
+@pytest.mark.parametrize("n", [1, 3, 9, 40, 70, 150])
 @pytest.mark.parametrize("window, selected", WIDTHS)
 def test_widths(n: int, window: int, selected: int) -> None:
     args, params = case(n, 64, window, selected)
@@ -73,7 +73,7 @@ def test_widths(n: int, window: int, selected: int) -> None:
 
 @pytest.mark.parametrize("n, selected", [(20, 512), (20, 320), (14, 512), (1, 4000), (3, 1900)])
 def test_other_shares(n: int, selected: int) -> None:
-    """Four shares that meet in a cluster, and many that a second kernel combines."""
+    """Two shares that meet in a cluster, and many that a second kernel combines."""
     args, params = case(n, 64, 128, selected)
     judge("attention", *args, **params)
 
@@ -141,7 +141,9 @@ def test_nan_stays_with_its_token() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("n, widths", [(1, (128, 512)), (5, (128, 200)), (2, (65, 0))])
+@pytest.mark.parametrize(
+    "n, widths", [(1, (128, 512)), (5, (128, 200)), (9, (128, 512)), (2, (65, 0))]
+)
 def test_rope_in_the_same_launch(n: int, widths: tuple[int, int], packed: bool) -> None:
     args, params = case(n, 64, *widths)
     if packed:

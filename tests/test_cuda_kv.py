@@ -58,7 +58,7 @@ def same_as_unpacked(packed: tuple[Any, ...], plain: tuple[Any, ...], params: An
 # ------------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("n", [1, 3, 70, 150])
+@pytest.mark.parametrize("n", [1, 3, 9, 70, 150])
 @pytest.mark.parametrize("window, selected", WIDTHS)
 def test_widths(n: int, window: int, selected: int) -> None:
     packed, plain, params = packed_case(n, 64, window, selected)

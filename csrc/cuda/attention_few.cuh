@@ -1,6 +1,7 @@
 // Attention of few tokens: a cluster for each token and 16 or 32 of its heads, a share of the keys a CTA.
 //
-// A CTA copies its one or two blocks of 64 keys at once. Heads are the columns of both products, so that
+// A CTA copies its one or two blocks of 64 keys at once, a quarter of the width after the other, and
+// multiplies what has landed. Heads are the columns of both products, so that
 // few of them cost little: logits^T [64 keys, heads] = k q^T, and output^T [512, heads] = v^T p^T. Warpgroup
 // w computes the logits of block w and half of the output's width. The shares meet in distributed shared
 // memory: each CTA leaves its sums in its own, then adds up one slice of all of theirs.
@@ -13,6 +14,8 @@ namespace dsv4 {
 
 constexpr int kFewThreads = 256, kFewBlocks = 2, kMostRanks = 16;
 constexpr int kPartPitch = kDim + 4;  // floats; 4 spread the banks
+constexpr int kChunks = kHalf / 64;   // of the output that a warpgroup has
+constexpr int kPieces = 4;            // of the width, multiplied one after another as they arrive
 
 template <int kColumns> struct Few {
     char q[kColumns * kDim * 2];  // 8 chunks of kColumns rows of 128 bytes, swizzled
@@ -22,6 +25,7 @@ template <int kColumns> struct Few {
     float factor[kMostRanks][kColumns];                                  // of a CTA's sums
     float sink[kColumns];
     alignas(8) uint8_t exists[kFewBlocks][8];                                       // a bit a key
+    uint64_t landed[kPieces];
 };
 
 // c [64, kColumns] (+)= a [64, 16] b [kColumns, 16]^T, both in shared memory, b with contiguous contracted
@@ -70,6 +74,14 @@ template <int kColumns, bool kPacked> struct FewHeads {
                                               blocks_of(p.keys.entries.width)) - first),
           token(blockIdx.x / groups) {}
 
+    __device__ void init_barriers() const {
+        if (thread == 0) {
+            for (int i = 0; i < kPieces; i++) barrier_init(&s.landed[i], (i ? 1 : 2) * kFewThreads);
+            fence_barrier_init();
+        }
+        __syncthreads();
+    }
+
     // Copies of q and of all blocks; a warp takes eight keys of a block, lane r % 8 knows that of r.
     __device__ void gather() {
         int index[kFewBlocks];
@@ -77,41 +89,53 @@ template <int kColumns, bool kPacked> struct FewHeads {
         for (int b = 0; b < kFewBlocks; b++)
             index[b] = b < blocks ? index_of(p, token, first + b, 8 * warp + lane % 8) : -1;
         const float sink = thread < kColumns && head + thread < p.heads ? p.sink[head + thread] : 0;
-        const bf16* q = p.q + (token * p.heads + head) * kDim;
-#pragma unroll
-        for (int i = 0; i < kColumns / 4; i++) {
-            const int at = i * 4 + thread / 64, unit = thread % 64;
-            const bool exists = head + at < p.heads;
-            copy16(shared_address(s.q) + unit / 8 * (kColumns * 128) + at * 128 +
-                       ((unit % 8 ^ at % 8) << 4),
-                   q + (exists ? at * kDim + unit * 8 : 0), exists);
-        }
 #pragma unroll
         for (int b = 0; b < kFewBlocks; b++) {
             if (b >= blocks) break;
             const uint32_t exist = __ballot_sync(~0u, index[b] >= 0) & 0xff;
             if (lane == 0) s.exists[b][warp] = exist;
             if constexpr (kPacked) decode_block(b, index[b]);
-            else copy_block(b, index[b]);
         }
-        copy_commit();
+#pragma unroll
+        for (int piece = 0; piece < kPieces; piece++) {
+            copy_q(piece);
+            if constexpr (!kPacked) {
+#pragma unroll
+                for (int b = 0; b < kFewBlocks; b++)
+                    if (b < blocks) copy_block(b, index[b], piece);
+            }
+            copy_arrive(&s.landed[piece]);
+        }
         if (thread < kColumns) s.sink[thread] = sink;
-        copy_wait<0>();
         fence_async_proxy();
+        barrier_arrive(&s.landed[0]);  // what it has written itself
     }
 
-    __device__ void copy_block(int b, int indices) const {
+    // A piece of q; 16 threads share a row.
+    __device__ void copy_q(int piece) const {
+        const bf16* q = p.q + (token * p.heads + head) * kDim;
+        const int unit = 64 / kPieces * piece + thread % (64 / kPieces);
+#pragma unroll
+        for (int i = 0; i < kColumns / 4 / kPieces; i++) {
+            const int at = (i * kFewThreads + thread) / (64 / kPieces);
+            const bool exists = head + at < p.heads;
+            copy16(shared_address(s.q) + unit / 8 * (kColumns * 128) + at * 128 +
+                       ((unit % 8 ^ at % 8) << 4),
+                   q + (exists ? at * kDim + unit * 8 : 0), exists);
+        }
+    }
+    // A piece of a block: 16 lanes share a row.
+    __device__ void copy_block(int b, int indices, int piece) const {
+        constexpr int kUnits = 64 / kPieces, kAtOnce = 32 / kUnits;
         const Pool pool = pool_of(p, first + b);
         const uint32_t to = shared_address(keys) + b * kTileBytes;
-        int key[8];
+        const int unit = kUnits * piece + lane % kUnits;
 #pragma unroll
-        for (int r = 0; r < 8; r++) key[r] = checked(pool, __shfl_sync(~0u, indices, r));
-#pragma unroll
-        for (int r = 0; r < 8; r++) {
-            const char* from =
-                (const char*)pool.keys + (int64_t)max(key[r], 0) * (2 * kDim) + 16 * lane;
-            copy16(to + unit_offset(8 * warp + r, lane), from, key[r] >= 0);
-            copy16(to + unit_offset(8 * warp + r, lane + 32), from + kDim, key[r] >= 0);
+        for (int r = 0; r < 8; r += kAtOnce) {
+            const int row = r + lane / kUnits;
+            const int key = checked(pool, __shfl_sync(~0u, indices, row));
+            copy16(to + unit_offset(8 * warp + row, unit),
+                   (const char*)pool.keys + (int64_t)max(key, 0) * (2 * kDim) + 16 * unit, key >= 0);
         }
     }
     __device__ void decode_block(int b, int indices) const {
@@ -127,15 +151,27 @@ template <int kColumns, bool kPacked> struct FewHeads {
         for (int r = 0; r < 8; r++) codes[r].store(keys + b * kTileBytes, 8 * warp + r, lane);
     }
 
+    __device__ void wait_for_keys() const {
+        for (int piece = 0; piece < kPieces; piece++) barrier_wait(&s.landed[piece], 0);
+        fence_async_proxy();
+    }
+
     // Logits of this warpgroup's block, in log2 units, and the largest of each warp and head.
     __device__ void multiply_keys(float (&logit)[kColumns / 2]) {
         const uint64_t a = matrix_descriptor(shared_address(keys) + w * kTileBytes, 16, 1024);
         const uint64_t b = matrix_descriptor(shared_address(s.q), 16, 1024);
-        wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kDim / 16; k++)
-            multiply_few<0>(logit, a + ((k / 4 * kChunk + k % 4 * 32) >> 4),
-                            b + ((k / 4 * (kColumns * 128) + k % 4 * 32) >> 4), k > 0);
+        for (int piece = 0; piece < kPieces; piece++) {
+            barrier_wait(&s.landed[piece], 0);
+            fence_async_proxy();
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < kDim / 16 / kPieces; i++) {
+                const int k = piece * (kDim / 16 / kPieces) + i;
+                multiply_few<0>(logit, a + ((k / 4 * kChunk + k % 4 * 32) >> 4),
+                                b + ((k / 4 * (kColumns * 128) + k % 4 * 32) >> 4), k > 0);
+            }
+        }
         wgmma_commit();
         wgmma_wait<0>();
         const uint64_t exists = *(const uint64_t*)s.exists[w];
@@ -144,14 +180,39 @@ template <int kColumns, bool kPacked> struct FewHeads {
             logit[i] *= p.scale * kLog2e;
             if (!(exists >> (row + i / 2 % 2 * 8) & 1)) logit[i] = -INFINITY;
         }
+        float most[kColumns / 4];
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; i++) {
-            if (i & 2) continue;
-            float most = fmaxf(logit[i], logit[i + 2]);
-            for (int offset = 4; offset < 32; offset *= 2)
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-            if (lane < 4) s.most[w][warp % 4][i / 4 * 8 + 2 * t + i % 2] = most;
+        for (int i = 0; i < kColumns / 4; i++)
+            most[i] = fmaxf(logit[i / 2 * 4 + i % 2], logit[i / 2 * 4 + i % 2 + 2]);
+        const float all = over_keys(most, [](float a, float b) { return fmaxf(a, b); });
+        if (own_column() >= 0) s.most[w][warp % 4][own_column()] = all;
+    }
+
+    // Of values of this thread's columns, over the lanes that share them: one column's, own_column().
+    template <int n, class Combine> __device__ float over_keys(float (&value)[n], Combine combine) const {
+        int left = n;
+#pragma unroll
+        for (int offset = 16; offset >= 4; offset /= 2) {
+            const bool upper = lane & offset;
+            if (left == 1) {
+                value[0] = combine(value[0], __shfl_xor_sync(~0u, value[0], offset));
+                continue;
+            }
+            left /= 2;
+#pragma unroll
+            for (int i = 0; i < n / 2; i++) {
+                if (i >= left) break;
+                const float sent = upper ? value[i] : value[i + left];
+                const float kept = upper ? value[i + left] : value[i];
+                value[i] = combine(kept, __shfl_xor_sync(~0u, sent, offset));
+            }
         }
+        return value[0];
+    }
+    // -1 where another lane has it.
+    __device__ int own_column() const {
+        const int i = lane / (kColumns == 32 ? 4 : 8);
+        return kColumns < 32 && lane & 4 ? -1 : i / 2 * 8 + 2 * t + i % 2;
     }
 
     // The largest logit of a head, of all blocks.
@@ -165,24 +226,29 @@ template <int kColumns, bool kPacked> struct FewHeads {
 
     // Logits -> weights [heads, keys] and their sums.
     __device__ void weigh(float (&logit)[kColumns / 2]) {
+        const float all = most_of(lane % kColumns);
+        float sum[kColumns / 4];
+        uint32_t weight[kColumns / 4];  // keys 0-7 and 8-15 of this warp, of each 8 heads
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; i++) {
-            if (i & 2) continue;
-            const int column = i / 4 * 8 + 2 * t + i % 2;
-            const float most = most_of(column), from = most == -INFINITY ? 0 : most;
-            float sum = 0;
-#pragma unroll
-            for (int j = i; j <= i + 2; j += 2) {
-                const int key = row + j / 2 % 2 * 8;
-                const float weight = exp2f(logit[j] - from);
-                sum += weight;
-                *(bf16*)(s.weights[w] + column * 128 + ((key / 8 ^ column % 8) << 4) + key % 8 * 2) =
-                    __float2bfloat16(weight);
-            }
-            for (int offset = 4; offset < 32; offset *= 2)
-                sum += __shfl_xor_sync(~0u, sum, offset);
-            if (lane < 4) s.sums[w][warp % 4][column] = sum;
+        for (int i = 0; i < kColumns / 4; i++) {
+            const float most = __shfl_sync(~0u, all, i / 2 * 8 + 2 * t + i % 2);
+            const float from = most == -INFINITY ? 0 : most;
+            float &low = logit[i / 2 * 4 + i % 2], &high = logit[i / 2 * 4 + i % 2 + 2];
+            low = exp2f(low - from);
+            high = exp2f(high - from);
+            sum[i] = low + high;
         }
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i++) weight[i] = pack_bf16(logit[2 * i], logit[2 * i + 1]);
+        // Lane l has the address of head l % 8 of the eight that matrix l / 8 is of.
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; i += 4) {
+            const int column = 4 * i + lane / 16 * 8 + lane % 8, eight = warp % 4 * 2 + lane / 8 % 2;
+            store_transposed(shared_address(s.weights[w]) + column * 128 + ((eight ^ column % 8) << 4),
+                             weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
+        }
+        const float total = over_keys(sum, [](float a, float b) { return a + b; });
+        if (own_column() >= 0) s.sums[w][warp % 4][own_column()] = total;
         fence_async_proxy();
     }
 
@@ -199,10 +265,8 @@ template <int kColumns, bool kPacked> struct FewHeads {
         }
     }
 
-    // Sums of this warpgroup's half of the width, left in shared memory in place of the keys.
-    __device__ void multiply_values() {
-        constexpr int kChunks = kHalf / 64;
-        float sum[kChunks][kColumns / 2];
+    // Starts the sums of this warpgroup's half of the width.
+    __device__ void multiply_values(float (&sum)[kChunks][kColumns / 2]) const {
         const uint64_t b = matrix_descriptor(shared_address(s.weights), 16, 1024);
         wgmma_fence();
         for (int block = 0; block < blocks; block++) {
@@ -217,7 +281,10 @@ template <int kColumns, bool kPacked> struct FewHeads {
                                     block + k > 0);
         }
         wgmma_commit();
-        wgmma_wait<0>();
+    }
+
+    // Leaves them in shared memory in place of the keys.
+    __device__ void store_sums(const float (&sum)[kChunks][kColumns / 2]) const {
         __syncthreads();  // nobody reads keys any more
         float* part = (float*)keys + w * kHalf + row;
 #pragma unroll
@@ -256,30 +323,44 @@ template <int kColumns, bool kPacked> struct FewHeads {
         }
     }
 
-    // This CTA's slice of the heads' output, of all shares.
-    __device__ void combine() {
-        constexpr int kUnits = kColumns * (kDim / 4);
-        for (int unit = kUnits * rank / ranks + thread; unit < kUnits * (rank + 1) / ranks;
-             unit += kFewThreads) {
-            const int column = unit / (kDim / 4), at = unit % (kDim / 4);
-            const uint32_t part =
-                shared_address(keys) + (column * kPartPitch + 4 * at) * sizeof(float);
-            if (head + column >= p.heads) break;
-            float4 result = {};
+    // This CTA's slice of the heads' output, of all shares; a unit is four values of a head.
+    __device__ void combine() const {
+        constexpr int kUnits = kColumns * (kDim / 4), kAtOnce = 2;
+        const int end = kUnits * (rank + 1) / ranks;
+        for (int first = kUnits * rank / ranks + thread; first < end; first += kAtOnce * kFewThreads) {
+            float4 result[kAtOnce] = {};
 #pragma unroll 5
             for (int i = 0; i < ranks; i++) {
-                const float4 v = remote_load4(remote_address(part, i));
-                const float factor = s.factor[i][column];
-                result.x += v.x * factor;
-                result.y += v.y * factor;
-                result.z += v.z * factor;
-                result.w += v.w * factor;
+                float4 v[kAtOnce];
+#pragma unroll
+                for (int k = 0; k < kAtOnce; k++)
+                    v[k] = remote_load4(remote_address(part_of(first + k * kFewThreads), i));
+#pragma unroll
+                for (int k = 0; k < kAtOnce; k++) {
+                    const float factor = s.factor[i][column_of(first + k * kFewThreads)];
+                    result[k].x += v[k].x * factor;
+                    result[k].y += v[k].y * factor;
+                    result[k].z += v[k].z * factor;
+                    result[k].w += v[k].w * factor;
+                }
             }
-            const int64_t out = token * p.heads + head + column;
-            uint2 pairs = {pack_bf16(result.x, result.y), pack_bf16(result.z, result.w)};
-            if (p.positions && 4 * at >= kPlain) pairs = turned_back(pairs, (4 * at - kPlain) / 2);
-            store8(p.o + out * kDim + 4 * at, pairs.x, pairs.y);
+#pragma unroll
+            for (int k = 0; k < kAtOnce; k++)
+                if (first + k * kFewThreads < end) write_unit(first + k * kFewThreads, result[k]);
         }
+    }
+    // Past the last unit, those of a unit that is there.
+    __device__ static int column_of(int unit) { return unit / (kDim / 4) % kColumns; }
+    __device__ uint32_t part_of(int unit) const {
+        const int at = unit % (kDim / 4);
+        return shared_address(keys) + (column_of(unit) * kPartPitch + 4 * at) * sizeof(float);
+    }
+    __device__ void write_unit(int unit, float4 sum) const {
+        const int column = head + column_of(unit), at = unit % (kDim / 4) * 4;
+        if (column >= p.heads) return;
+        uint2 pairs = {pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w)};
+        if (p.positions && at >= kPlain) pairs = turned_back(pairs, (at - kPlain) / 2);
+        store8(p.o + (token * p.heads + column) * kDim + at, pairs.x, pairs.y);
     }
 };
 
@@ -290,19 +371,23 @@ __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     char* keys = (shared_address(memory) + 1023) / 1024 * 1024 - shared_address(memory) + memory;
     auto& s = *reinterpret_cast<Few<kColumns>*>(keys + p.per_share * kTileBytes);
     FewHeads<kColumns, kPacked> few(p, s, keys);
+    few.init_barriers();
     cluster_arrive_relaxed();
     let_next_start();
     wait_for_previous();
     few.gather();
-    __syncthreads();
     float logit[kColumns / 2];
     if (few.w < few.blocks) few.multiply_keys(logit);
+    else few.wait_for_keys();
     __syncthreads();
     if (few.w < few.blocks) few.weigh(logit);
     __syncthreads();
     cluster_wait();  // all CTAs have started
+    float sum[kChunks][kColumns / 2];
+    few.multiply_values(sum);
     few.announce();
-    few.multiply_values();
+    wgmma_wait<0>();
+    few.store_sums(sum);
     cluster_sync();
     few.weigh_shares();
     __syncthreads();
@@ -310,14 +395,23 @@ __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     cluster_sync();  // others may still read this CTA's sums
 }
 
+// The sums take the place of the keys, and of q where there is a single block.
+template <int kColumns> size_t few_shared(int per_share) {
+    static_assert(kColumns * kPartPitch * sizeof(float) <= kTileBytes + sizeof(Few<kColumns>::q));
+    return 1024 + per_share * kTileBytes + sizeof(Few<kColumns>);
+}
+
+// What a kernel needs before it is launched in clusters of `ranks`.
+template <class Kernel> int allow_clusters(Kernel kernel, int ranks, size_t shared) {
+    int status = allow_shared(kernel, shared);
+    if (!status && ranks > 8)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return status;
+}
+
 template <int kColumns, bool kPacked> int launch_few(const Problem& p, int64_t n, void* stream) {
-    size_t shared = 1024 + p.per_share * kTileBytes + sizeof(Few<kColumns>);
-    const size_t part = 1024 + sizeof(float) * kColumns * kPartPitch;
-    if (shared < part) shared = part;
-    int status = allow_shared(attention_few_kernel<kColumns, kPacked>, shared);
-    if (!status && p.shares > 8)
-        status = cudaFuncSetAttribute(attention_few_kernel<kColumns, kPacked>,
-                                      cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const size_t shared = few_shared<kColumns>(p.per_share);
+    int status = allow_clusters(attention_few_kernel<kColumns, kPacked>, p.shares, shared);
     if (status) return status;
     const int64_t groups = ceil_div(p.heads, kColumns);
     return launch_clusters(p.shares, attention_few_kernel<kColumns, kPacked>,

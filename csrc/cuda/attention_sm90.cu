@@ -162,3 +162,20 @@ DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window
                       layout, (T*)o, lse);
     });
 }
+
+// How many clusters of `ranks` CTAs run at once where no two of these share a processor.
+DSV4_EXPORT int dsv4_attention_clusters(int64_t ranks, int* clusters, void*) {
+    if (ranks < 1 || ranks > kMostRanks) return kUnsupported;
+    auto kernel = attention_few_kernel<32, false>;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, 1, (unsigned)ranks};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(1, 1, ranks);
+    config.blockDim = kFewThreads;
+    config.dynamicSmemBytes = few_shared<32>(kFewBlocks);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int status = allow_clusters(kernel, ranks, config.dynamicSmemBytes);
+    return status ? status : (int)cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+}

@@ -253,24 +253,25 @@ __device__ void write_part(const Problem& p, const Work& work, const Consumer<w>
     }
 }
 
-// Two or four shares, a cluster: each CTA leaves its sums in place of keys and q, which nobody reads any
-// more; the warps of one CTA add up those of their 16 heads. False for all other warps.
-template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
+// Two shares, a cluster: each CTA leaves its sums in place of keys and q, which nobody reads any more;
+// the first two warps of a warpgroup in the first CTA, the others in the second, add them to theirs.
+// False for the warps that have nothing more to do.
+template <int w> __device__ bool join(Consumer<w>& c) {
     const int thread = c.row / 16 * 32 + c.lane;  // of the warpgroup
-    const int owner = thread / (128 / p.shares), rank = cluster_rank();
+    const int rank = cluster_rank();
+    const bool adds = thread / 64 == rank;
     float4* sums = (float4*)c.s.keys[w] + thread;  // [32][128]
     float4* softmax = (float4*)c.s.q + threadIdx.x;
-    if (owner != rank) {
+    if (!adds) {
 #pragma unroll
         for (int i = 0; i < 32; i++)
             sums[128 * i] = {c.sum[4 * i], c.sum[4 * i + 1], c.sum[4 * i + 2], c.sum[4 * i + 3]};
         *softmax = {c.of[0].most, c.of[0].sum, c.of[1].most, c.of[1].sum};
     }
     cluster_sync();
-    for (int sender = 0; sender < p.shares && owner == rank; sender++) {
-        if (sender == rank) continue;
-        const uint32_t from = remote_address(shared_address(sums), sender);
-        const float4 other = remote_load4(remote_address(shared_address(softmax), sender));
+    if (adds) {
+        const uint32_t from = remote_address(shared_address(sums), 1 - rank);
+        const float4 other = remote_load4(remote_address(shared_address(softmax), 1 - rank));
         const float most[2] = {fmaxf(c.of[0].most, other.x), fmaxf(c.of[1].most, other.z)};
         const float factor[2] = {weight_of(other.x, most[0]), weight_of(other.z, most[1])};
         c.scale_to(most[0], most[1]);
@@ -291,8 +292,8 @@ template <int w> __device__ bool join(const Problem& p, Consumer<w>& c) {
             }
         }
     }
-    cluster_sync();  // others may still read this CTA's sums
-    return owner == rank;
+    cluster_sync();  // the other CTA may still read this one's sums
+    return adds;
 }
 
 // Warpgroup w, through all works of this CTA.
@@ -324,7 +325,7 @@ template <int w> __device__ void compute(const Problem& p, Shared& s) {
             sink[i] = c.row + 8 * i < work.heads ? p.sink[work.head + c.row + 8 * i] : 0;
         c.finish(turn);
         if (p.part) write_part(p, work, c);
-        else if (p.shares == 1 || join(p, c)) write_output(p, work, c, sink);
+        else if (p.shares == 1 || join(c)) write_output(p, work, c, sink);
     }
 }
 

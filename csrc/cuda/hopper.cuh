@@ -248,6 +248,15 @@ __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint
                  : "memory");
 }
 
+// The same, each matrix transposed: at a lane's address lies a column of it.
+__device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t a, uint32_t b, uint32_t c,
+                                                 uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 // ------------------------------------------------------------------------------ wgmma
 
 // A matrix in shared memory with 128-byte swizzle: 8-row blocks of 1024 bytes. `stride` is the

@@ -6,8 +6,10 @@ end of its pool stops the kernel, as it does in torch.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -29,14 +31,19 @@ from dsv4_bench.engine.kv_entry import plain_of
 
 ATTENTION = Library(
     "attention",
-    {"attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, I)},
+    {
+        "attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, I),
+        "attention_clusters": (N, P),
+    },
 )
 _KEYS, _HEADS, _MOST_SHARES = 64, 64, 64  # of a block; as in attention_sm90.cu
 _DIM, _ROPE = 512, 64  # of what the tensor-core kernels take; rotated by `attention_rope`
-# Heads and blocks of keys of a CTA that shares its token with a cluster, the preferred ones first; how
-# many such CTAs a processor has room for; the largest cluster.
-_FEW = ((16, 1, 2), (32, 2, 1))
+# Heads and blocks of keys of a CTA that shares its token with a cluster, the preferred ones first.
+_FEW = ((16, 1), (16, 2), (32, 2))
 _MOST_RANKS = 16
+# Measured, us (docs/cuda_attention.md): a CTA of 64 heads, for each block of keys; a second CTA that
+# joins; a second kernel, and what it has to read: for the square of the number of shares.
+_ALONE, _BLOCK, _JOINED, _COMBINED, _SHARES = 6.0, 1.67, 2.8, 4.6, 0.0006
 
 
 @lru_cache
@@ -45,12 +52,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def clusters(device: torch.device, ranks: int) -> int:
+    """How many clusters of `ranks` CTAs `device` runs at once, each CTA alone on its processor."""
+    count = ctypes.c_int()
+    on = torch.empty(0, device=device)
+    ATTENTION.call("attention_clusters", on, ranks, ctypes.addressof(count))
+    return count.value
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many heads a CTA takes, and how many CTAs share the keys of one token.
 
     Each share gets the same number of blocks of 64 keys, the last one perhaps fewer, none nothing.
-    With 16 or 32 heads the shares are a cluster, which adds them up; with 64 a second kernel does.
+    With 16 or 32 heads, or two shares of 64, the shares are a cluster, which adds them up.
     """
 
     heads: int
@@ -58,21 +74,48 @@ class Plan:
     combined: bool = False  # by a second kernel
 
 
-def plan(n: int, heads: int, widths: tuple[int, int], available: int, few: bool = True) -> Plan:
-    """For n tokens on `available` processors; `few`: whether their keys are ones that clusters take."""
+def plan(
+    n: int,
+    heads: int,
+    widths: tuple[int, int],
+    available: int,
+    at_once: Callable[[int], int] | None = None,
+) -> Plan:
+    """For n tokens on `available` processors.
+
+    `at_once`: how many clusters of so many CTAs run at once, None for keys that clusters do not take.
+    """
     blocks = sum(-(-width // _KEYS) for width in widths)
-    for columns, most, resident in _FEW if few else ():
-        shares = -(-blocks // most)
-        tiles = n * -(-heads // columns)
-        if 0 < shares <= _MOST_RANKS and tiles * shares <= resident * available:
-            return Plan(columns, shares)
-    tiles = n * -(-heads // _HEADS)
-    most = min(available // max(tiles, 1), _MOST_SHARES)
-    if most < 2 or blocks < 2:
-        return Plan(_HEADS, 1)
-    if most < 8 and blocks <= 32:
-        return Plan(_HEADS, 4 if most >= 4 and 3 * -(-blocks // 4) < blocks else 2)
-    return Plan(_HEADS, -(-blocks // -(-blocks // most)), combined=True)
+    for columns, each in _FEW:
+        ranks, tiles = -(-blocks // each), n * -(-heads // columns)
+        if at_once is None or not 0 < ranks <= _MOST_RANKS or (columns == 32 and blocks <= 3):
+            continue
+        if tiles * (3 - each) <= at_once(
+            ranks
+        ):  # single blocks only where half of the device will do
+            return Plan(columns, ranks)
+    found = _plans_of_tiles(n * -(-heads // _HEADS), blocks, available)
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _plans_of_tiles(tiles: int, blocks: int, available: int) -> list[tuple[float, Plan]]:
+    """Each with its time."""
+    found = [(_ALONE + _BLOCK * blocks, Plan(_HEADS, 1))]
+    if blocks > 1 and 2 * tiles <= available:
+        found.append((_ALONE + _JOINED + _BLOCK * -(-blocks // 2), Plan(_HEADS, 2)))
+    # With every processor taken the second kernel starts late.
+    for shares in range(2, min(_MOST_SHARES, 9 * available // (10 * max(tiles, 1))) + 1):
+        each = -(-blocks // shares)
+        if (shares - 1) * each < blocks:
+            time = _ALONE + _BLOCK * each + _COMBINED + _SHARES * (tiles * shares) ** 2
+            found.append((time, Plan(_HEADS, shares, combined=True)))
+    return found
+
+
+@lru_cache
+def _plan_on(device: torch.device, n: int, heads: int, widths: tuple[int, int], few: bool) -> Plan:
+    at_once = partial(clusters, device) if few else None
+    return plan(n, heads, widths, processors(device), at_once)
 
 
 def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
@@ -80,7 +123,7 @@ def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
     few = dim == _DIM and q.dtype == torch.bfloat16
     if window.dtype == torch.uint8:
         few = few and plain_of(dim, window.shape[1]) == _DIM - _ROPE
-    return plan(n, heads, widths, processors(q.device), few)
+    return _plan_on(q.device, n, heads, widths, few)
 
 
 @sm90("attention", ATTENTION)
