@@ -14,7 +14,8 @@ import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
 from dsv4_bench.engine.cuda.library import DTYPES
-from dsv4_bench.engine.cuda.linear import SKINNY, matmul
+from dsv4_bench.engine.cuda.linear import _SKINNY, matmul, plan_of
+from dsv4_bench.engine.cuda.linear import skinny as a_few_rows
 from dsv4_bench.engine.cuda.linears import linears
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.cuda.weights import pack
@@ -70,14 +71,14 @@ def matrix_unit(kind: str) -> None:
 
 
 def skinny(kind: str) -> None:
-    """5 to 64 rows: a tile of 256 weight rows, and of 64 whose columns two blocks share."""
-    w = weight(kind, 200, 1152)
-    for m in (5, 20, 40):
-        x = randn(m, 1152, dtype=BF16)
-        for dtype, *division in ((BF16, 4, 1), (F32, 1, 2)):
-            y = torch.zeros(m, 200, dtype=dtype).to(CUDA)
-            to = (y.data_ptr(), DTYPES[dtype])
-            SKINNY.call("skinny", x, x.data_ptr(), m, pack(w).address, 1, *to, *division)
+    """5 to 64 rows: a tile of 256 weight rows, and of 64 whose columns are shared; more stages than slots."""
+    for n, k in ((200, 1152), (65, 9216)):
+        packed = pack(weight(kind, n, k))
+        for m in (5, 20, 40):
+            x = randn(m, k, dtype=BF16)
+            for dtype, *division in ((BF16, 4, 1), (F32, 1, 2)):
+                plan = plan_of(n, 1, m, k, _SKINNY[packed.format][0], *division)
+                a_few_rows(x, packed, 1, torch.zeros(m, n, dtype=dtype).to(CUDA), plan)
 
 
 def multiply_adds() -> None:

@@ -12,7 +12,7 @@
 using namespace dsv4;
 
 template <class Policy> static void print(const char* format) {
-    using Stage = Columns64<Policy, 16>;
+    using Stage = StageColumns<Policy, 16>;
     static Stage stage;
     constexpr int kToken = 11;
     for (int v = 0; v < Stage::kVectors; v++) {
@@ -20,7 +20,7 @@ template <class Policy> static void print(const char* format) {
         for (int i = 0; i < 8; i++) columns[i] = 8 * v + i;
         uint4 x;
         std::memcpy(&x, columns, sizeof x);
-        stage.put(kToken, kToken % 8, v, x);
+        stage.put(kToken, v, x);
     }
     for (int i = 0; i < 4 * Policy::kProducts; i++)
         for (int member = 0; member < 4; member++)
@@ -28,7 +28,8 @@ template <class Policy> static void print(const char* format) {
                 const int step = i / Policy::kProducts / 2, half = i / Policy::kProducts % 2;
                 const int j = i % Policy::kProducts;
                 // The line of 128 bytes of the token, its chunks exchanged by the line's number.
-                const size_t at = Stage::operand(Stage::product(step, half, j)) * 16;
+                const size_t at = 16 * (Stage::operand(Stage::product(step, half, 0)) +
+                                        Stage::operand(Stage::product(0, 0, j)));
                 const size_t line = at / 128 + kToken, chunk = at % 128 / 16 + e;
                 uint16_t pair[2];
                 std::memcpy(pair, (char*)&stage + line * 128 + (chunk ^ line % 8) * 16 + member * 4, 4);

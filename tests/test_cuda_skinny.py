@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_kernels import make_weight, oracle_weight
-from test_cuda_linear import close
+from test_cpu_kernels import make_weight, oracle_weight, same
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.library import DTYPES, nvcc
-from dsv4_bench.engine.cuda.linear import _SKINNY, SKINNY, divide
+from dsv4_bench.engine.cuda.library import nvcc
+from dsv4_bench.engine.cuda.linear import _SKINNY, best_plan, plan_of
+from dsv4_bench.engine.cuda.linear import skinny as run
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16"]
-DIVISIONS = list(itertools.product((1, 2, 4), (1, 2, 4, 8)))
+DIVISIONS = list(itertools.product((1, 2, 4), (1, 2, 3, 8)))  # row groups, splits
+LIMIT = {torch.float32: 3e-6, BF16: 1e-3}  # as in test_cuda_linear.py
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +36,15 @@ def skinny(
     """x [m, groups * k] times the weight [n, k], by the kernel of this file; what was there is NaN."""
     packed = pack(weight)
     y = torch.full((len(x), packed.n), math.nan, dtype=dtype, device=CUDA)
-    pointers = x.data_ptr(), len(x), packed.address, groups, y.data_ptr()
-    SKINNY.call("skinny", x, *pointers, DTYPES[dtype], *division)
+    columns = _SKINNY[packed.format][0]
+    run(x, packed, groups, y, plan_of(packed.n, groups, len(x), packed.k, columns, *division))
     torch.cuda.synchronize()
     return y
+
+
+def close(got: Tensor, want: Tensor, what: str = "") -> None:
+    """`got` equals float64 `want`, rounded once to got's dtype."""
+    same(got.cpu(), want.to(got.dtype), LIMIT[got.dtype], what)
 
 
 def among_nan(x: Tensor) -> Tensor:
@@ -119,22 +125,25 @@ def test_a_hundred_repeats_give_the_same_bits(kind, m):
 
 
 @pytest.mark.parametrize("kind", _SKINNY)
-def test_a_division_keeps_the_gpu_busy(kind):
-    columns = _SKINNY[kind][0]
+def test_large_matrices_fill_the_gpu_in_one_wave(kind):
     for n, k in ((4096, 8192), (32768, 1024), (8192, 8192)):
-        row_groups, splits = divide(n, 1, 64, k, columns)
-        blocks = -(-n // (64 * row_groups)) * splits
+        plan = best_plan(n, 1, 64, k, _SKINNY[kind][0])
+        blocks = -(-n // (64 * plan.row_groups)) * plan.splits
         assert 120 <= blocks <= 132, (n, k)
-    row_groups, splits = divide(512, 1, 64, 4096, columns)
-    stages = -(-4096 // columns)
-    assert -(-stages // (splits * 4 // row_groups)) <= 2  # of a warp
 
 
 def test_a_tile_stays_in_its_group():
     for n in (64, 128, 192, 1024):
-        row_groups, _ = divide(n, 8, 64, 4096, 128)
-        assert n % (64 * row_groups) == 0
-    assert divide(96, 2, 8, 4096, 128) is None
+        plan = best_plan(n, 8, 64, 4096, 128)
+        assert n % (64 * plan.row_groups) == 0
+    assert best_plan(96, 2, 8, 4096, 128) is None
+
+
+def test_the_workspace_holds_activations_and_parts():
+    # 2 blocks of 64 rows, 3 stages of 256 columns; 6 parts of 100 rows of 2 tiles of 128 rows.
+    plan = plan_of(200, 1, 100, 700, 256, 2, 3)
+    assert plan.workspace == 1024 + 2 * 64 * 3 * 256 * 2 + 6 * 100 * 256 * 4
+    assert plan_of(256, 2, 5, 256, 256, 4, 1).workspace == 1024 + 2 * 16 * 256 * 2
 
 
 # ------------------------------------------------------------------------------ where activations lie

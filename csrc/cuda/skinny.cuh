@@ -1,13 +1,11 @@
 // linear for a few to 64 activation rows: weights streamed once, decoded into registers, multiplied by wgmma.
 //
-// A block of 16 warps has a tile of 64, 128 or 256 weight rows. Each warp streams 16 rows of it through a
-// ring of its own (ring.cuh); four warps make a 64-row product. Warpgroups beyond the rows of the tile, and
-// the blocks of a cluster, take columns in turn, a stage (128 bytes of a weight row) each; their sums meet
-// in shared memory, always in the same order.
-//
-// The block's columns of the activations lie in shared memory, kResidentColumns at a time, in the order in
-// which threads hold decoded weights: product `place` of a stage multiplies two columns of each of four
-// chunks, twice.
+// Three kernels. The first writes the activations in the order in which products take them, so that
+// contiguous bytes are what a block needs for a stage (128 bytes of every weight row). The second
+// multiplies: a block of 16 warps has a tile of 64, 128 or 256 weight rows; each warp streams 16 of them
+// through a ring of its own (ring.cuh), four warps make a 64-row product. Warpgroups beyond the rows of the
+// tile, and `splits` blocks, take its stages in turn. The third adds up their sums, always in the same
+// order; it is not needed where there is one.
 #pragma once
 
 #include "linear.cuh"
@@ -17,274 +15,296 @@
 namespace dsv4 {
 
 constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps, kSkinnyGroups = kSkinnyWarps / 4;
-constexpr int kResidentColumns = 1024;
+constexpr int kResidentColumns = 1024;        // of the activations, in shared memory
 constexpr size_t kSkinnyShared = 226 * 1024;  // bytes of a block, which has a multiprocessor to itself
-
-// How the work is divided: see Plan in engine/cuda/linear.py.
-struct Division {
-    int row_groups;     // 64-row products of a tile
-    int column_groups;  // warpgroups that share the columns of a product: all are kSkinnyGroups
-    int rows;           // of the tile
-    __device__ Division(int row_groups)
-        : row_groups(row_groups), column_groups(kSkinnyGroups / row_groups), rows(64 * row_groups) {}
-    // Who takes columns in turn.
-    __device__ int parts() const { return gridDim.z * column_groups; }
-    __device__ int first_part() const { return blockIdx.z * column_groups; }
-};
 
 // ---------------------------------------------------------------- activations
 
 // kTokens activation rows at the columns of one stage, as the second operands of its products.
-template <class Policy, int kTokens> struct alignas(1024) Columns64 {
+template <class Policy, int kTokens> struct alignas(1024) StageColumns {
     static constexpr int kColumns = kStageChunks * Policy::kChunk;
-    static constexpr int kVectors = kColumns / 8;        // of 16 bytes, of a row
-    static constexpr int kInner = Policy::kChunk / 8;    // of them, of a chunk
-    static constexpr int kPanel = 64 * sizeof(bf16);     // bytes of a row that lie together
+    static constexpr int kVectors = kColumns / 8;      // of 16 bytes, of a row
+    static constexpr int kInner = Policy::kChunk / 8;  // of them, of a chunk
+    static constexpr int kPanel = 64 * sizeof(bf16);   // bytes of a row that lie together
 
     char panels[kColumns / 64][kTokens][kPanel];  // swizzled
 
-    // The product (of 16 columns) that takes words q of vector `inner` of the chunks of a step.
-    __host__ __device__ static constexpr int place(int step, int inner, int q) {
-        return kInner == 4 ? step * 8 + q * 4 + inner
-               : kInner == 2 ? q * 4 + step * 2 + inner
-                             : step * 2 + q;
-    }
-    // The same by what Policy::operand gives: product j of half a chunk.
+    // The products of half a chunk, j of them: a thread's weights are of chunks 2 member and 2 member + 1 of
+    // a row, which `step` tells apart.
     __host__ __device__ static constexpr int product(int step, int half, int j) {
-        return kInner == 4 ? place(step, half * 2 + j / 2, j % 2)
-               : kInner == 2 ? place(step, half, j)
-                             : place(step, 0, half);
+        return kInner == 4 ? step * 8 + j % 2 * 4 + half * 2 + j / 2
+               : kInner == 2 ? j * 4 + step * 2 + half
+                             : step * 2 + half;
     }
-    // Where columns 2 member and 2 member + 1 (e = 0) or + 8 and + 9 (e = 1) of a product lie after the
-    // beginning of a token's row; eighth: token % 8.
-    __host__ __device__ static constexpr int offset(int product, int eighth, int member, int e) {
-        return product / 4 * kTokens * kPanel + ((product % 4 * 2 + e) ^ eighth) * 16 + member * 4;
+    // The second operand of a product: what to add to the descriptor of the stage, in its units.
+    __host__ __device__ static constexpr uint32_t operand(int product) {
+        return (product / 4 * kTokens * kPanel + product % 4 * 32) >> 4;
+    }
+    // Where columns 2 member and 2 member + 1 (e = 0) or + 8 and + 9 (e = 1) of a product lie.
+    __host__ __device__ static constexpr int offset(int product, int token, int member, int e) {
+        return (product / 4 * kTokens + token) * kPanel + ((product % 4 * 2 + e) ^ token % 8) * 16 +
+               member * 4;
     }
 
-    // Vector v of a row, as it is in memory. No two threads of a warp with consecutive v, then consecutive
-    // tokens, share a bank.
-    __host__ __device__ void put(int token, int eighth, int v, const uint4& x) {
+    // Vector v of a row, as it is in memory.
+    __host__ __device__ void put(int token, int v, const uint4& x) {
         const int chunk = v / kInner, inner = v % kInner, member = chunk / 2, step = chunk % 2;
         uint32_t words[4] = {x.x, x.y, x.z, x.w};
-        if constexpr (kInner == 4) {
+        if constexpr (kInner == 4) {  // codes i and i + 4 are decoded into one register
             words[0] = select_bytes(x.x, x.z, 0x5410), words[1] = select_bytes(x.x, x.z, 0x7632);
             words[2] = select_bytes(x.y, x.w, 0x5410), words[3] = select_bytes(x.y, x.w, 0x7632);
         }
-        char* const row = panels[0][token];
 #pragma unroll
-        for (int q = 0; q < 2; q++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int e = i ^ step;
-                *(uint32_t*)(row + offset(place(step, inner, q), eighth, member, e)) =
-                    e == 0 ? words[2 * q] : words[2 * q + 1];
-            }
-    }
-    // The second operand of a product: what to add to the descriptor of the stage, in its units.
-    __device__ static constexpr uint64_t operand(int product) {
-        return (product / 4 * kTokens * kPanel + product % 4 * 32) >> 4;
+        for (int i = 0; i < 4; i++) {
+            const int at = kInner == 4   ? product(step, inner / 2, inner % 2 * 2 + i / 2)
+                           : kInner == 2 ? product(step, inner, i / 2)
+                                         : product(step, i / 2, 0);
+            *(uint32_t*)((char*)panels + offset(at, token, member, i % 2)) = words[i];
+        }
     }
 };
 
-// ---------------------------------------------------------------- shared memory
-
-template <class Policy, int kTokens> struct SkinnyMemory {
-    using Stage = Columns64<Policy, kTokens>;
-    static constexpr int kStages = kResidentColumns / Stage::kColumns;
-    static constexpr size_t kX = kStages * sizeof(Stage);
-    static constexpr size_t kRing = kSkinnyWarps * sizeof(Slot<Policy>);  // for a depth of one
-    static constexpr int kFits = (kSkinnyShared - kX) / kRing, kDepth = kFits < 5 ? kFits : 5;
-
-    union {
-        Stage x[kStages];
-        float sums[kTokens * (4 * 64 + 4 * 4)];  // [column group][token][row of the tile + 4]
-    };
-    Slot<Policy> slots[kSkinnyWarps][kDepth];
-
-    // Of the sum of a column group: rows of four are 16 bytes apart.
-    __device__ static int place(const Division& d, int column_group, int token, int row) {
-        return (column_group * kTokens + token) * (d.rows + 4) + row;
-    }
-};
-
-// Brings round `round` of the block's columns of the activations to shared memory.
+// to[group][block of kTokens rows][stage] from x; zeros beyond the last row and column. A thread has one
+// vector; blockIdx.y: block of rows, blockIdx.z: group.
 template <class Policy, int kTokens>
-__device__ void stage_columns(const Product& p, const Division& d, int round, const bf16* x, int tokens,
-                              SkinnyMemory<Policy, kTokens>& s) {
-    using Memory = SkinnyMemory<Policy, kTokens>;
-    using Stage = typename Memory::Stage;
-    constexpr int kLines = kSkinnyThreads / Stage::kVectors;  // that the block brings at once
-    constexpr int kAll = Memory::kStages * kTokens, kBatch = kAll / kLines < 8 ? kAll / kLines : 8;
-    const int v = threadIdx.x % Stage::kVectors, columns = (int)p.w.k;
-    const int first = round * (Memory::kStages / d.column_groups) * d.parts() + d.first_part();
-#pragma unroll 1
-    for (int base = threadIdx.x / Stage::kVectors; base < kAll; base += kBatch * kLines) {
-        uint4 kept[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-            const int line = base + b * kLines, token = line % kTokens, slot = line / kTokens;
-            const int stage = first + slot / d.column_groups * d.parts() + slot % d.column_groups;
-            const int column = stage * Stage::kColumns + 8 * v;
-            kept[b] = token < tokens && column < columns
-                          ? *(const uint4*)(x + token * p.x_stride + column)
-                          : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; b++) {
-            const int line = base + b * kLines, token = line % kTokens;
-            s.x[line / kTokens].put(token, threadIdx.x / Stage::kVectors % 8, v, kept[b]);
-        }
-    }
+__global__ void __launch_bounds__(256)
+    place_columns_kernel(const Product p, int stages, StageColumns<Policy, kTokens>* to) {
+    using Stage = StageColumns<Policy, kTokens>;
+    let_next_start();
+    wait_for_previous();
+    const int i = blockIdx.x * 256 + threadIdx.x, v = i % Stage::kVectors;
+    const int token = i / Stage::kVectors % kTokens, stage = i / (Stage::kVectors * kTokens);
+    if (stage >= stages) return;
+    const int64_t row = blockIdx.y * (int64_t)kTokens + token, column = stage * (int64_t)Stage::kColumns + 8 * v;
+    const bf16* x = (const bf16*)p.x + row * p.x_stride + blockIdx.z * p.w.k + column;
+    to[(blockIdx.z * (int64_t)gridDim.y + blockIdx.y) * stages + stage].put(
+        token, v, row < p.m && column < p.w.k ? *(const uint4*)x : make_uint4(0, 0, 0, 0));
 }
 
 // ---------------------------------------------------------------- products
+
+template <class Policy, int kTokens> struct SkinnyMemory {
+    using Stage = StageColumns<Policy, kTokens>;
+    static constexpr int kSlots = kResidentColumns / Stage::kColumns;
+    static constexpr size_t kRings = kSkinnyShared - kSlots * sizeof(Stage) - 1024;
+    static constexpr int kFits = kRings / (kSkinnyWarps * sizeof(Slot<Policy>)), kDepth = kFits < 5 ? kFits : 5;
+
+    Stage x[kSlots];
+    Slot<Policy> slots[kSkinnyWarps][kDepth];
+    uint64_t full[kSlots], empty[kSlots];
+};
+
+// A block's stages of activations. Stages are dealt in turn to the groups of warps of the blocks of a tile.
+template <class Policy, int kTokens> struct Feed {
+    using Memory = SkinnyMemory<Policy, kTokens>;
+    Memory& s;
+    const typename Memory::Stage* from;
+    int stages, groups;
+
+    __device__ int parts() const { return gridDim.z * groups; }
+    __device__ int part(int group) const { return blockIdx.z * groups + group; }
+    __device__ int slot(int turn, int group) const { return (turn * groups + group) % Memory::kSlots; }
+    __device__ int parity(int turn, int group) const { return (turn * groups + group) / Memory::kSlots & 1; }
+    __device__ int turns_ahead() const { return Memory::kSlots / groups; }
+
+    // One thread.
+    __device__ void load(int turn) const {
+        for (int group = 0; group < groups; group++) {
+            const int stage = turn * parts() + part(group), at = slot(turn, group);
+            if (stage >= stages) return;
+            if (turn >= turns_ahead()) {
+                const int before = turn - turns_ahead();
+                barrier_wait(&s.empty[at], parity(before, group));
+            }
+            barrier_expect(&s.full[at], sizeof(s.x[at]));
+            bulk_load(&s.x[at], from + stage, sizeof(s.x[at]), &s.full[at]);
+        }
+    }
+};
 
 // This thread's sums of a 64-row product: element 4 j + i is row `group` + i / 2 * 8 of its warp's 16, token
 // 8 j + 2 * member + i % 2.
 template <class Policy, int kTokens> struct SkinnySums {
     static constexpr int kSums = kTokens / 2;
-    using Stage = Columns64<Policy, kTokens>;
+    using Stage = StageColumns<Policy, kTokens>;
     using Scale = typename Policy::Scale;
+    static constexpr uint64_t kUpper = 1ull << 62 | 1024ull >> 4 << 32;  // of matrix_descriptor
     float sum[kSums] = {};
 
-    // `scale` is the stage's, where it has one. Products are under way until finish().
-    __device__ void add(const Piece<Policy>& piece, const Stage& x, float scale) {
-        if constexpr (Policy::kBlockScale) {
-            float part[kSums] = {};
-            multiply(part, piece, x);
-            wgmma_wait<0>();
+    // The matrix unit cuts off what it adds to a sum of larger size, so it adds up one stage only. `scale`
+    // is the stage's, where it has one.
+    __device__ void add(const Slot<Policy>& slot, const Stage& x, float scale) {
+        float part[kSums];
+        const uint32_t b = (uint32_t)matrix_descriptor(shared_address(x.panels), 16, 1024);
+#pragma unroll 1  // other warps decode while this one multiplies; ptxas would run out of registers
+        for (int i = 0; i < 4; i++) {
+            const int step = i / 2, half = i % 2;
+            uint32_t a[2][Policy::kProducts][2];
+            decode(slot, step, half, a);
+            const uint32_t at = b + Stage::operand(Stage::product(step, half, 0));
+            wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < kSums; i++) sum[i] += part[i] * scale;
-        } else {
-            multiply(sum, piece, x);
+            for (int j = 0; j < Policy::kProducts; j++)
+                multiply_async(part, a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1],
+                               kUpper | (at + Stage::operand(Stage::product(0, 0, j))), i + j > 0);
+            wgmma_commit();
             wgmma_wait<0>();
         }
+#pragma unroll
+        for (int i = 0; i < kSums; i++) sum[i] += Policy::kBlockScale ? part[i] * scale : part[i];
     }
 
   private:
-    __device__ static Scale scale_of(const Piece<Policy>& piece, int step, int h) {
-        if constexpr (kScaleWords<Policy> > 0)
-            return (Scale)(piece.scales[h] >> step * 4 * kScaleWords<Policy>);
-        else return Scale{};
-    }
-
-    __device__ static void multiply(float (&to)[kSums], const Piece<Policy>& piece, const Stage& x) {
-        const uint64_t b = matrix_descriptor(shared_address(x.panels), 16, 1024);
-        uint32_t a[2][2][Policy::kProducts][2];  // [this half and the one before][row / 8]
+    // The operands of half a chunk, for both rows of this thread.
+    __device__ static void decode(const Slot<Policy>& slot, int step, int half,
+                                  uint32_t (&a)[2][Policy::kProducts][2]) {
+        const Lane lane;
+        const int chunk = 2 * lane.member + step;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int step = i / 2, half = i % 2;
-            if (i > 0) wgmma_wait<1>();
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint4& v = piece.codes[step][h];
-                Policy::operand(half == 0 ? make_uint2(v.x, v.y) : make_uint2(v.z, v.w),
-                                scale_of(piece, step, h), half, a[i % 2][h]);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (int j = 0; j < Policy::kProducts; j++) {
-                auto& now = a[i % 2];
-                multiply_async(to, now[0][j][0], now[1][j][0], now[0][j][1], now[1][j][1],
-                               b + Stage::operand(Stage::product(step, half, j)));
-            }
-            wgmma_commit();
+        for (int h = 0; h < 2; h++) {
+            const int row = lane.group + 8 * h;
+            Scale scale{};
+            if constexpr (kScaleWords<Policy> > 0) scale = ((const Scale*)slot.scales)[row * kStageChunks + chunk];
+            Policy::operand(((const uint2*)&slot.codes[row][Slot<Policy>::place(row, chunk)])[half], scale, half,
+                            a[h]);
         }
     }
 };
 
-// ---------------------------------------------------------------- results
+// Where sums go. `partial` [part][m][pitch] where a product has more than one part, else null: y.
+struct SkinnyOutput {
+    float* partial;
+    int64_t pitch;
+    bool to_bf16;
+};
 
-// Adds up what the warpgroups, and the blocks of the cluster, left in s.sums; each block writes a part of
-// the tile's rows. All threads of the block.
 template <class Policy, int kTokens>
-__device__ void write_skinny_sums(const Product& p, const Division& d, int64_t row0, int64_t token0,
-                                  int tokens, bool to_bf16, SkinnyMemory<Policy, kTokens>& s) {
-    const int each = d.rows / gridDim.z, first = blockIdx.z * each;
-    for (int i = threadIdx.x; i < each / 4 * tokens; i += kSkinnyThreads) {
-        const int row = first + i % (each / 4) * 4, token = i / (each / 4);
-        float total[4] = {};
-#pragma unroll 8
-        for (int part = 0; part < d.parts(); part++) {
-            const int at = s.place(d, part % d.column_groups, token, row);
-            const float4 one = remote_load4(
-                remote_address(shared_address(&s.sums[at]), part / d.column_groups));
-            total[0] += one.x, total[1] += one.y, total[2] += one.z, total[3] += one.w;
-        }
+__device__ void write_sums(const SkinnySums<Policy, kTokens>& sums, const Product& p, const SkinnyOutput& out,
+                           int part, int64_t token0, int64_t n) {
+    const Lane lane;
+    const int tokens = (int)min(p.m - token0, (int64_t)kTokens);
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const int64_t n = row0 + row + c, to = (token0 + token) * p.y_stride + n;
-            const float value = total[c] * Policy::kFactor * p.w.global_scale;
-            if (n >= p.w.n) continue;
-            if (to_bf16) ((bf16*)p.y)[to] = __float2bfloat16_rn(value);
+    for (int i = 0; i < sums.kSums; i++) {
+        const int token = i / 4 * 8 + 2 * lane.member + i % 2;
+        const int64_t row = n + lane.group + i % 4 / 2 * 8;
+        if (token >= tokens) continue;
+        if (out.partial != nullptr) {
+            out.partial[(part * p.m + token0 + token) * out.pitch + row] = sums.sum[i];
+        } else if (row < p.w.n) {
+            const float value = sums.sum[i] * Policy::kFactor * p.w.global_scale;
+            const int64_t to = (token0 + token) * p.y_stride + row;
+            if (out.to_bf16) ((bf16*)p.y)[to] = __float2bfloat16_rn(value);
             else ((float*)p.y)[to] = value;
         }
     }
 }
 
-// ---------------------------------------------------------------- kernel
-
+// blockIdx.x: tile, blockIdx.y: block of kTokens rows, blockIdx.z: which of the blocks that share a tile.
 template <class Policy, int kTokens>
 __global__ void __launch_bounds__(kSkinnyThreads, 1)
-    skinny_kernel(const Product p, int row_groups, bool to_bf16) {
+    skinny_kernel(const Product p, int row_groups, const StageColumns<Policy, kTokens>* columns,
+                  const SkinnyOutput out) {
     using Memory = SkinnyMemory<Policy, kTokens>;
     extern __shared__ char memory[];
     auto& s = *reinterpret_cast<Memory*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
     let_next_start();
-    const Division d(row_groups);
-    const int warp = threadIdx.x / 32, row_group = warp / 4 % row_groups, column_group = warp / 4 / row_groups;
-    const int row = row_group * 64 + warp % 4 * 16;  // of the tile
-    const int64_t row0 = blockIdx.x * (int64_t)d.rows, token0 = blockIdx.y * (int64_t)kTokens;
+    const int warp = threadIdx.x / 32, group = warp / 4 / row_groups;
     const int stages = (int)((p.w.k + Memory::Stage::kColumns - 1) / Memory::Stage::kColumns);
-    const Strip strip{row0 + row, 0, row0 + row < p.w.n, d.first_part() + column_group, stages, d.parts()};
+    const int64_t tile = blockIdx.x * (int64_t)(64 * row_groups);
+    const Feed<Policy, kTokens> feed{s, columns + (tile / p.per_group * gridDim.y + blockIdx.y) * stages, stages,
+                                     kSkinnyGroups / row_groups};
+    const auto row = [&] { return tile + warp / 4 % row_groups * 64 + warp % 4 * 16; };
+    const Strip strip{row(), 0, row() < p.w.n, feed.part(group), stages, feed.parts()};
     Ring<Policy, Memory::kDepth> ring(p.w, s.slots[warp], strip);
     ring.fill();
     StageScales<Policy> scales(p.w, strip);
-    wait_for_previous();
-
-    const int tokens = (int)min(p.m - token0, (int64_t)kTokens);
-    const bf16* x = (const bf16*)p.x + token0 * p.x_stride + row0 / p.per_group * p.w.k;
-    const int own = strip.stages(), in_turn = Memory::kStages / d.column_groups;
-    const int most = (stages - d.first_part() + d.parts() - 1) / d.parts();  // of any warp of the block
-    SkinnySums<Policy, kTokens> sums;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Memory::kSlots; i++) {
+            barrier_init(&s.full[i], 1);
+            barrier_init(&s.empty[i], kSkinnyWarps / feed.groups);
+        }
+        fence_barrier_init();
+        wait_for_previous();
+        for (int turn = 0; turn < feed.turns_ahead(); turn++) feed.load(turn);
+    }
+    __syncthreads();
 #pragma unroll 1
     for (int i = 1; i < Memory::kDepth; i++) ring.fill();
+
+    SkinnySums<Policy, kTokens> sums;
+    const int own = strip.stages(), late = feed.turns_ahead() > 1;  // or one thread waits for all warps
 #pragma unroll 1
-    for (int first = 0; first < most; first += in_turn) {
-        if (first > 0) __syncthreads();  // the round before is no longer read
-        stage_columns(p, d, first / in_turn, x, tokens, s);
-        fence_async_proxy();
-        __syncthreads();
-#pragma unroll 1
-        for (int i = first; i < min(first + in_turn, own); i++) {
-            const Piece<Policy> piece(
-                *(const Slot<Policy>*)((const char*)s.slots[warp] + ring.oldest()), Lane());
-            __syncwarp();
-            ring.fill();
-            sums.add(piece, s.x[(i - first) * d.column_groups + column_group], scales.of(i));
-        }
+    for (int turn = 0; turn < own; turn++) {
+        const auto& weights = *(const Slot<Policy>*)((const char*)s.slots[warp] + ring.oldest());
+        const int slot = feed.slot(turn, group);
+        barrier_wait(&s.full[slot], feed.parity(turn, group));
+        sums.add(weights, s.x[slot], scales.of(turn));
+        __syncwarp();
+        ring.fill();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[slot]);
+        if (threadIdx.x == 0 && turn >= late) feed.load(turn - late + feed.turns_ahead());
+        __syncwarp();
     }
     wait_for_copies<0>();
-    __syncthreads();
-    const Lane lane;
-#pragma unroll
-    for (int i = 0; i < sums.kSums; i++)
-        s.sums[s.place(d, column_group, i / 4 * 8 + 2 * lane.member + i % 2,
-                       row + lane.group + i % 4 / 2 * 8)] = sums.sum[i];
-    if (gridDim.z > 1) cluster_barrier();
-    else __syncthreads();
-    write_skinny_sums(p, d, row0, token0, tokens, to_bf16, s);
-    if (gridDim.z > 1) cluster_barrier();  // the sums are read before their block ends
+    wait_for_previous();  // before results overwrite what an earlier kernel may still read
+    write_sums(sums, p, out, feed.part(group), blockIdx.y * (int64_t)kTokens, row());
 }
 
+// y = factor * the sum of `parts` partial results. A thread has four weight rows; blockIdx.y: activation row.
+template <class Y>
+__global__ void __launch_bounds__(128)
+    sum_parts_kernel(const Product p, const SkinnyOutput out, int parts, float factor) {
+    let_next_start();
+    wait_for_previous();
+    const int64_t n = (blockIdx.x * 128 + threadIdx.x) * 4;
+    if (n >= p.w.n) return;
+    constexpr int kBatch = 8;
+    const float* from = out.partial + blockIdx.y * out.pitch + n;
+    float total[4] = {};
+    for (int base = 0; base < parts; base += kBatch) {
+        float4 part[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; b++)
+            if (base + b < parts) part[b] = *(const float4*)(from + (base + b) * p.m * out.pitch);
+#pragma unroll
+        for (int b = 0; b < kBatch; b++)
+            if (base + b < parts)
+                total[0] += part[b].x, total[1] += part[b].y, total[2] += part[b].z, total[3] += part[b].w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (n + i < p.w.n)
+            ((Y*)p.y)[blockIdx.y * p.y_stride + n + i] = from_float<Y>(total[i] * factor * p.w.global_scale);
+}
+
+// ---------------------------------------------------------------- launches
+
+// workspace: the activations in their order, then the partial results; see dsv4_skinny.
 template <class Policy, int kTokens>
-int launch_skinny(const Product& p, int row_groups, int splits, bool to_bf16, void* stream) {
-    constexpr size_t kShared = sizeof(SkinnyMemory<Policy, kTokens>) + 1024;
+int launch_skinny(const Product& p, int64_t groups, int row_groups, int splits, bool to_bf16, void* workspace,
+                  void* stream) {
+    using Memory = SkinnyMemory<Policy, kTokens>;
+    using Stage = typename Memory::Stage;
+    constexpr size_t kShared = sizeof(Memory) + 1024;
+    const int64_t blocks = ceil_div(p.m, kTokens), tiles = ceil_div(p.w.n, 64 * row_groups);
+    const int stages = (int)ceil_div(p.w.k, Stage::kColumns), parts = splits * kSkinnyGroups / row_groups;
+    auto* columns = (Stage*)(((uintptr_t)workspace + alignof(Stage) - 1) / alignof(Stage) * alignof(Stage));
+    float* partial = parts > 1 ? (float*)(columns + groups * blocks * stages) : nullptr;
+    const SkinnyOutput out = {partial, tiles * 64 * row_groups, to_bf16};
     auto kernel = skinny_kernel<Policy, kTokens>;
-    const int status = allow_shared(kernel, kShared);
-    if (status != cudaSuccess) return status;
-    const dim3 grid(ceil_div(p.w.n, 64 * row_groups), ceil_div(p.m, kTokens), splits);
-    return launch_clusters(splits, kernel, grid, kSkinnyThreads, kShared, stream, p, row_groups, to_bf16);
+    int status = allow_shared(kernel, kShared);
+    if (status == cudaSuccess)
+        status = launch(place_columns_kernel<Policy, kTokens>,
+                        dim3(ceil_div((int64_t)stages * Stage::kVectors * kTokens, 256), blocks, groups), 256, 0,
+                        stream, p, stages, columns);
+    if (status == cudaSuccess)
+        status = launch(kernel, dim3(tiles, blocks, splits), kSkinnyThreads, kShared, stream, p, row_groups,
+                        (const Stage*)columns, out);
+    if (status != cudaSuccess || parts == 1) return status;
+    const dim3 grid(ceil_div(p.w.n, 512), p.m);
+    const float factor = Policy::kFactor;
+    return to_bf16 ? launch(sum_parts_kernel<bf16>, grid, 128, 0, stream, p, out, parts, factor)
+                   : launch(sum_parts_kernel<float>, grid, 128, 0, stream, p, out, parts, factor);
 }
 
 }  // namespace dsv4

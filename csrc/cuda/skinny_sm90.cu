@@ -1,14 +1,16 @@
-// Ops linear and grouped_linear of a few to some hundred bf16 activation rows, on wgmma (skinny.cuh).
+// Ops linear and grouped_linear of a few to 64 bf16 activation rows, on wgmma (skinny.cuh).
 
 #include "skinny.cuh"
 
 using namespace dsv4;
 
 // x [m, groups * k] bf16, y [m, n] in y_dtype (float32 or bfloat16), both contiguous. A tile has
-// 64 * row_groups weight rows (row_groups 1, 2 or 4), all of one group; `splits` (1, 2, 4 or 8) blocks share
-// its columns.
+// 64 * row_groups weight rows (row_groups 1, 2 or 4), all of one group; `splits` blocks share its columns.
+// workspace: 1024 bytes; 2 * groups * rows * columns, with m rounded up to 16, 32 or a multiple of 64 and k to
+// 128 bytes of weights; and with parts = splits * 4 / row_groups > 1, 4 * parts * m for every weight row of the
+// tiles.
 DSV4_EXPORT int dsv4_skinny(const void* x, int64_t m, const dsv4_weight* w, int64_t groups, void* y,
-                            int y_dtype, int row_groups, int splits, void* stream) {
+                            int y_dtype, int row_groups, int splits, void* workspace, void* stream) {
     if (m == 0 || w->n == 0) return cudaSuccess;
     const Product p = {*w, x, y, m, groups * w->k, w->n, w->n / groups};
     const bool to_bf16 = y_dtype == DSV4_BF16;
@@ -16,8 +18,11 @@ DSV4_EXPORT int dsv4_skinny(const void* x, int64_t m, const dsv4_weight* w, int6
     return with_policy(w->format, w->k, [&](auto policy) {
         using Policy = decltype(policy);
         if (w->k / Policy::kChunk * kScaleWords<Policy> / 2 % 4) return kUnsupported;  // rows of scales
-        if (m <= 16) return launch_skinny<Policy, 16>(p, row_groups, splits, to_bf16, stream);
-        if (m <= 32) return launch_skinny<Policy, 32>(p, row_groups, splits, to_bf16, stream);
-        return launch_skinny<Policy, 64>(p, row_groups, splits, to_bf16, stream);
+        auto run = [&](auto tokens) {
+            return launch_skinny<Policy, tokens.value>(p, groups, row_groups, splits, to_bf16, workspace, stream);
+        };
+        if (m <= 16) return run(std::integral_constant<int, 16>{});
+        if (m <= 32) return run(std::integral_constant<int, 32>{});
+        return run(std::integral_constant<int, 64>{});
     });
 }

@@ -26,7 +26,7 @@ from dsv4_bench.engine.cuda.weights import Packed, pack
 from dsv4_bench.engine.formats import Weight
 
 LINEAR = Library("linear", {"linear": (P, I, N, P, N, P, I)})
-SKINNY = Library("skinny", {"skinny": (P, N, P, N, P, I, I, I)})
+SKINNY = Library("skinny", {"skinny": (P, N, P, N, P, I, I, I, P)})
 
 # ------------------------------------------------------------------------------ linear
 
@@ -53,14 +53,11 @@ def matmul(op: str, x: Tensor, weight: Weight, groups: int, out_dtype: torch.dty
     kept = out_dtype if out_dtype in DTYPES else torch.float32
     y = x.new_empty((*x.shape[:-1], packed.n), dtype=kept)
     there = y.data_ptr()
-    divided = _division(packed, rows, groups) if x.dtype is torch.bfloat16 else None
-    if divided:
-        address = packed.address
-        SKINNY.call("skinny", x, x.data_ptr(), rows, address, groups, there, DTYPES[kept], *divided)
+    if x.dtype is torch.bfloat16 and (plan := _skinny_plan(packed, rows, groups)):
+        skinny(x, packed, groups, y, plan)
     else:
-        LINEAR.call(
-            "linear", x, x.data_ptr(), kind, rows, packed.address, groups, there, DTYPES[kept]
-        )
+        pointers = packed.address, groups, there
+        LINEAR.call("linear", x, x.data_ptr(), kind, rows, *pointers, DTYPES[kept])
     return y if kept is out_dtype else y.to(out_dtype)
 
 
@@ -75,47 +72,74 @@ _SKINNY = {
     3: (128, 16, range(0)),
     5: (64, 8, range(0)),
 }
-# Nanoseconds: a stage of every warp of a block, as memory and decoding set it; a byte of activations; a
-# block beside these; what a cluster adds. Blocks that run at once, by the size of their cluster.
-_STAGE_NS, _BYTE_NS, _BLOCK_NS, _CLUSTER_NS = 1000, 1 / 55, 1500, 600
-_AT_ONCE = {1: 132, 2: 132, 4: 128, 8: 128}
+# Nanoseconds: a stage of every warp of a block; a byte that a multiprocessor reads; a block beside these; a
+# second kernel for the sums; a byte of what it adds up.
+_STAGE_NS, _BYTE_NS, _BLOCK_NS, _SUM_NS, _PART_NS = 1100, 1 / 45, 1500, 1500, 1 / 3000
+_PROCESSORS, _MOST_SPLITS = 132, 64
 
 
-class Division(NamedTuple):
-    """A tile of 64 * row_groups weight rows, its columns over `splits` blocks."""
+class Plan(NamedTuple):
+    """A tile of 64 * row_groups weight rows, its columns over `splits` blocks; bytes of workspace."""
 
     row_groups: int
     splits: int
+    workspace: int
 
 
-def _division(packed: Packed, m: int, groups: int) -> Division | None:
+def skinny(x: Tensor, packed: Packed, groups: int, y: Tensor, plan: Plan) -> None:
+    """y [..., n] = x [..., groups * k] W^T by csrc/cuda/skinny.cuh; x bfloat16, y float32 or bfloat16."""
+    space = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device)
+    m, there, kind = y.numel() // packed.n, y.data_ptr(), DTYPES[y.dtype]
+    pointers = packed.address, groups, there
+    division = plan.row_groups, plan.splits
+    SKINNY.call("skinny", x, x.data_ptr(), m, *pointers, kind, *division, space.data_ptr())
+
+
+def _skinny_plan(packed: Packed, m: int, groups: int) -> Plan | None:
     """How skinny.cuh divides the product of m rows; None where it is not the kernel to use."""
     columns, whole, rows = _SKINNY.get(packed.format, (0, 1, range(0)))
     if m not in rows or packed.k % whole:
         return None
-    return divide(packed.n // groups, groups, m, packed.k, columns)
+    return best_plan(packed.n // groups, groups, m, packed.k, columns)
 
 
 @lru_cache(1024)
-def divide(n: int, groups: int, m: int, k: int, columns: int) -> Division | None:
+def best_plan(n: int, groups: int, m: int, k: int, columns: int) -> Plan | None:
     """The fastest by the figures above for groups of n weight rows; None if no tile fits a group.
 
     `columns`: of a stage.
     """
-    stages, tokens = -(-k // columns), 16 if m <= 16 else 32 if m <= 32 else 64
+    stages, tokens = -(-k // columns), _tokens(m)
 
-    def nanoseconds(row_groups: int, splits: int) -> float:
-        column_groups = 4 // row_groups
-        own = -(-stages // (splits * column_groups))
-        blocks = groups * -(-n // (64 * row_groups)) * -(-m // tokens) * splits
-        staged = own * column_groups * 2 * columns * min(m, tokens)
-        one = own * _STAGE_NS + staged * _BYTE_NS + _BLOCK_NS
-        return -(-blocks // _AT_ONCE[splits]) * one + (_CLUSTER_NS if splits > 1 else 0)
+    def nanoseconds(plan: Plan) -> float:
+        column_groups = 4 // plan.row_groups
+        own = -(-stages // (plan.splits * column_groups))
+        blocks = groups * -(-n // (64 * plan.row_groups)) * -(-m // tokens) * plan.splits
+        read = own * (16 * 2304 + column_groups * 2 * columns * tokens)
+        parts = plan.splits * column_groups
+        summed = _SUM_NS + 8 * parts * m * groups * n * _PART_NS if parts > 1 else 0
+        one = max(own * _STAGE_NS, read * _BYTE_NS) + _BLOCK_NS
+        return -(-blocks // _PROCESSORS) * one + summed
 
-    choices = [
-        Division(row_groups, splits)
+    plans = [
+        plan_of(n * groups, groups, m, k, columns, row_groups, splits)
         for row_groups in (4, 2, 1)
-        for splits in (1, 2, 4, 8)
+        for splits in range(1, min(stages, _MOST_SPLITS) + 1)
         if groups == 1 or n % (64 * row_groups) == 0
     ]
-    return min(choices, key=lambda choice: nanoseconds(*choice), default=None)
+    return min(plans, key=nanoseconds, default=None)
+
+
+def _tokens(m: int) -> int:
+    """Activation rows of a block."""
+    return 16 if m <= 16 else 32 if m <= 32 else 64
+
+
+def plan_of(
+    n: int, groups: int, m: int, k: int, columns: int, row_groups: int, splits: int
+) -> Plan:
+    """The plan of such a division, with its workspace (see dsv4_skinny)."""
+    parts, tokens = splits * 4 // row_groups, _tokens(m)
+    placed = 2 * groups * -(-m // tokens) * tokens * -(-k // columns) * columns
+    partial = 4 * parts * m * -(-n // (64 * row_groups)) * 64 * row_groups if parts > 1 else 0
+    return Plan(row_groups, splits, 1024 + placed + partial)
