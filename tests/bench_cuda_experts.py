@@ -9,7 +9,6 @@ import torch
 from bench_cuda import Call, Case
 from bench_cuda_linear import BF16, BYTES, CUDA, run, weight
 
-from dsv4_bench.engine.cuda.experts import moe
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
 
@@ -106,22 +105,6 @@ def shared_case(kind: str, n: int) -> Case:
     return Case("shared_expert", f"{kind} {n} tokens", size, 6 * D * INNER * n, make)
 
 
-def moe_case(kind: str, shared_kind: str, n: int) -> Case:
-    """Routed and shared experts and their sum, as a decode graph launches them."""
-
-    def make(turn: int) -> Call:
-        shapes = ((INNER, D), (D, INNER), (INNER, D))
-        shared = Expert(*(weight(shared_kind, *shape) for shape in shapes))
-        x = torch.randn(n, D, device=CUDA, dtype=BF16)
-        routing, ids = torch.rand(n, TOP, device=CUDA), balanced(n, turn)
-        params = {"bank": bank(kind), "shared": shared, "limit": 7.0, "dtype": BF16}
-        return lambda: moe(x, routing, ids, **params)
-
-    size = int(3 * D * INNER * (n * TOP * BYTES[kind] + BYTES[shared_kind])) + 4 * n * D
-    flops = 6 * D * INNER * n * (TOP + 1)
-    return Case("moe", f"{kind} beside {shared_kind} {n} tokens", size, flops, make, copies=40 // n)
-
-
 def cases() -> Iterator[Case]:
     for n in FIGURES:
         yield experts_case("nvfp4", n)
@@ -134,5 +117,3 @@ def cases() -> Iterator[Case]:
     for n in (1, 8, 64, 1024):
         yield shared_case("nvfp4", n)
         yield shared_case("fp8", n)
-    for n in (1, 8):
-        yield moe_case("nvfp4", "fp8", n)

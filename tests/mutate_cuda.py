@@ -106,7 +106,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts: an incomplete piece is left out",
-        "experts_launch.cuh",
+        "experts_lists.cuh",
         "pieces = (mine + m.most - 1) / m.most;",
         "pieces = mine / m.most;",
         "test_cuda_experts.py test_experts and (256-128 or 160-96)",
@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts: the last slot is not added",
-        "experts_launch.cuh",
+        "experts_lists.cuh",
         "for (int s = 0; s < m.k; s++)",
         "for (int s = 0; s < m.k - 1; s++)",
         "test_cuda_experts.py test_experts and (256-128 or 160-96)",
@@ -123,7 +123,7 @@ MUTANTS = (
     Mutant(
         "experts of few pairs: the finisher does not wait for the sums",
         "experts_few.cuh",
-        "barrier_wait(&s.summed[me], number / kFinishers % 2);",
+        "barrier_wait(&s.summed[me], (number - 1) / kFinishers % 2);",
         "",
         "test_cuda_experts.py test_experts and (256-128 or 160-96)",
         ("experts",),
@@ -137,12 +137,20 @@ MUTANTS = (
         ("experts",),
     ),
     Mutant(
-        "moe: the shared expert's result is not added",
-        "experts.cuh",
-        "value += beside[i];",
-        "",
-        "test_cuda_experts.py moe",
-        ("moe",),
+        "experts of one token: a power of two is half undone",
+        "experts_ring.cuh",
+        "sum[h] += part[h] * factor.x * factor.y * weight;",
+        "sum[h] += part[h] * factor.x * weight;",
+        "test_cuda_experts.py shared_expert_at_model_shape",
+        ("experts",),
+    ),
+    Mutant(
+        "shared expert: gate and up have one scale",
+        "experts_ring.cuh",
+        "__shfl_sync(~0u, now, h * kMost + i)",
+        "__shfl_sync(~0u, now, i)",
+        "test_cuda_experts.py shared_expert_at_model_shape",
+        ("experts",),
     ),
     Mutant(
         "attention, tile: two keys exchange their masks",

@@ -14,7 +14,6 @@ from test_cpu_kernels import make_weight
 from test_cuda_linear import BF16, CUDA, close, kernel, on_gpu, random_weight, truth
 from torch import Tensor
 
-from dsv4_bench.engine.cuda import experts as cuda_experts
 from dsv4_bench.engine.errors import DSV4Error
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert
@@ -54,10 +53,11 @@ def compare(bank: list[Expert], x: Tensor, ids: Tensor, limit: float = 2.0) -> N
 
 
 @pytest.mark.parametrize("kind", [*FOUR_BITS, "fp8_e8m0", "fp8_f32", "bf16"])
-@pytest.mark.parametrize("d, inner", [(256, 128), (160, 96), (1024, 512)])
+@pytest.mark.parametrize("d, inner", [(256, 128), (160, 96), (1024, 512), (2304, 768)])
 def test_experts(kind, d, inner):
+    """Sizes of whole stages and others; warps with different numbers of stages, or none."""
     bank = make_experts(kind, 10, d, inner)
-    for n in (1, 2, 3, 9, 20, 21, 64, 65):
+    for n in (1, 2, 3, 5, 9, 20, 21, 64, 65):
         x = torch.randn(n, d, device=CUDA).to(BF16)
         compare(bank, x, choose(n, 4, 10))
         want = truth("shared_expert", x, expert=bank[0], limit=2.0)
@@ -75,6 +75,33 @@ def test_experts_of_every_tile_width(kind, d, inner, sizes):
     ids = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
     ids = ids[torch.randperm(len(ids))].int().to(CUDA)[:, None]
     compare(bank, torch.randn(len(ids), d, device=CUDA).to(BF16), ids)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 4), (2, 2, 2, 2), (5, 8, 9, 1), (4, 0, 7, 6)])
+def test_experts_of_few_pairs(kind, sizes):
+    """Every number of pairs that shares the products of a weight, and what is left of longer lists."""
+    bank = make_experts(kind, 16, 1024, 512)
+    ids = torch.repeat_interleave(torch.arange(4) * 5, torch.tensor(sizes))
+    ids = ids[torch.randperm(len(ids))].int().to(CUDA)[:, None]
+    x = torch.randn(len(ids), 1024, device=CUDA).to(BF16)
+    x *= torch.exp2(torch.randint(-30, 20, (len(ids), 1), device=CUDA)).to(BF16)
+    x[:, :256] *= 2.0**-20  # magnitudes differ from stage to stage
+    routing = torch.rand(ids.shape, device=CUDA)
+    want = truth("experts", x, routing, ids, bank=bank, limit=10.0)
+    got = kernel("experts", x, routing, ids, bank=bank, limit=10.0)
+    for token in range(len(x)):
+        close(got[token], want[token], f"token {token}", limit=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fp8_e8m0", "fp8_f32", "bf16", *FOUR_BITS])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_shared_expert_at_model_shape(kind, n):
+    (expert,) = random_experts(kind, 1, 4096, 2048)
+    x = torch.randn(n, 4096, device=CUDA).to(BF16)
+    x[:, 7] *= 100
+    want = truth("shared_expert", x, expert=expert, limit=10.0)
+    close(kernel("shared_expert", x, expert=expert, limit=10.0), want, f"{n} rows", limit=1e-3)
 
 
 def random_experts(kind: str, count: int, d: int, inner: int) -> list[Expert]:
@@ -110,11 +137,12 @@ def test_experts_chosen_by_all_and_by_none():
         assert nothing.shape == (0, d)
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 70, 300])
-def test_experts_repeat_to_the_bit_and_keep_nan(n):
+@pytest.mark.parametrize("d, inner", [(256, 128), (512, 256)])
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 70, 300])
+def test_experts_repeat_to_the_bit_and_keep_nan(n, d, inner):
     """A NaN reaches its own token only: rows of a tile that hold no pair stay out of the results."""
-    bank = make_experts("nvfp4", 16, 256, 128)
-    x = torch.randn(n, 256, device=CUDA).to(BF16)
+    bank = make_experts("nvfp4", 16, d, inner)
+    x = torch.randn(n, d, device=CUDA).to(BF16)
     ids = choose(n, 6, 16)
     routing = torch.rand(n, 6, device=CUDA)
     first = kernel("experts", x, routing, ids, bank=bank, limit=7.0)
@@ -130,8 +158,9 @@ def test_experts_repeat_to_the_bit_and_keep_nan(n):
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
 @pytest.mark.parametrize("n", [3, 150])
-def test_experts_keep_a_scale_that_is_nan(kind, n):
-    bank = make_experts(kind, 4, 512, 128)
+@pytest.mark.parametrize("inner", [128, 256])
+def test_experts_keep_a_scale_that_is_nan(kind, n, inner):
+    bank = make_experts(kind, 4, 512, inner)
     scale = bank[1].w3.scale
     assert scale is not None
     scale.view(torch.uint8)[5, 2] = 0x7F if kind == "nvfp4" else 0xFF
@@ -172,87 +201,6 @@ def test_experts_in_a_graph_and_of_one_stacked_tensor(n):
 
 def kernel_only(x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert]) -> Tensor:
     return IMPLEMENTATIONS["experts"]["sm90"].function(x, routing, ids, bank=bank, limit=7.0)
-
-
-# ------------------------------------------------------------------------------ all experts together
-
-TOGETHER = [
-    ("nvfp4", "fp8_e8m0"),
-    ("nvfp4", "fp8_f32"),
-    ("mxfp4", "fp8_e8m0"),
-    ("mxfp4", "fp8_f32"),
-]
-
-
-def one_by_one(
-    x: Tensor, routing: Tensor, ids: Tensor, bank: list[Expert], shared: Expert
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the three ops return after each other, float32 [n, d]; the sum before its cast."""
-    run = {
-        name: IMPLEMENTATIONS[name]["sm90"].function
-        for name in ("experts", "shared_expert", "moe_sum")
-    }
-    routed = run["experts"](x, routing, ids, bank=bank, limit=2.0)
-    beside = run["shared_expert"](x, expert=shared, limit=2.0)
-    return routed, beside, run["moe_sum"](routed, beside, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("routed, beside", TOGETHER)
-@pytest.mark.parametrize(
-    "d, inner, shared_inner", [(256, 128, 128), (160, 96, 32), (1024, 512, 1024)]
-)
-def test_moe_is_the_three_ops_to_the_bit(routed, beside, d, inner, shared_inner):
-    bank = make_experts(routed, 10, d, inner)
-    (shared,) = make_experts(beside, 1, d, shared_inner)
-    for n in (1, 2, 3, 8):
-        x, ids = torch.randn(n, d, device=CUDA).to(BF16), choose(n, 4, 10)
-        routing = torch.rand(n, 4, device=CUDA)
-        assert cuda_experts.moe_fits(bank, shared, n)
-        *parts, want = one_by_one(x, routing, ids, bank, shared)
-        outs = (torch.full_like(want, math.nan), torch.full_like(want, math.nan))
-        for dtype in (torch.float32, BF16):
-            for given in (None, None, outs):
-                got = cuda_experts.moe(
-                    x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=dtype, outs=given
-                )
-                assert torch.equal(got, want.to(dtype)), (n, dtype)
-        assert all(torch.equal(out, part) for out, part in zip(outs, parts, strict=True)), n
-        true = truth("experts", x, routing, ids, bank=bank, limit=2.0)
-        true = true + truth("shared_expert", x, expert=shared, limit=2.0)
-        close(want, true, f"{n} tokens", limit=1e-3)
-
-
-@pytest.mark.parametrize("routed, beside", [TOGETHER[0], TOGETHER[2]])
-@pytest.mark.parametrize("d, inner", [(4096, 2048), (7168, 3072)])
-def test_moe_at_model_shapes(routed, beside, d, inner):
-    bank, (shared,) = random_experts(routed, 24, d, inner), random_experts(beside, 1, d, inner)
-    for n in (1, 8):
-        x, ids = torch.randn(n, d, device=CUDA).to(BF16), choose(n, 6, 24)
-        x[:, 7] *= 100  # an outlier channel
-        x[n - 1] *= 2.0**-60
-        routing = torch.rand(n, 6, device=CUDA)
-        _, _, want = one_by_one(x, routing, ids, bank, shared)
-        got = [
-            cuda_experts.moe(
-                x, routing, ids, bank=bank, shared=shared, limit=2.0, dtype=torch.float32
-            )
-            for _ in range(20)
-        ]
-        assert all(torch.equal(value, want) for value in got)
-
-
-def test_moe_takes_few_tokens_of_formats_that_go_together():
-    nvfp4, mxfp4, fp8 = (make_experts(kind, 2, 128, 64) for kind in ("nvfp4", "mxfp4", "fp8_e8m0"))
-    assert cuda_experts.moe_fits(nvfp4, fp8[0], 8)
-    assert not cuda_experts.moe_fits(nvfp4, fp8[0], 9)
-    assert not cuda_experts.moe_fits(nvfp4, fp8[0], 0)
-    assert not cuda_experts.moe_fits(mxfp4, nvfp4[0], 1)
-    assert not cuda_experts.moe_fits(fp8, fp8[0], 1)
-    x, ids = torch.randn(1, 128, device=CUDA).to(BF16), torch.zeros(1, 1, device=CUDA).int()
-    with pytest.raises(DSV4Error, match="do not go together"):
-        cuda_experts.moe(
-            x, ids.float(), ids, bank=fp8, shared=fp8[0], limit=2.0, dtype=torch.float32
-        )
 
 
 def test_experts_of_unlike_formats_are_refused():

@@ -24,16 +24,13 @@ struct Moe {
     const bf16* x;         // [n, d]
     bf16* hidden;          // [n * k, inner]
     float* partial;        // [n * k, d]
-    float* y;              // [n, d]; null: only `out` is wanted
+    float* y;              // [n, d]
     Work* work;            // the pieces, where `order` is not null
     int32_t* pieces;       // how many
     int32_t* order;        // [n * k] pairs by expert; null: pairs in their own order
     int64_t n, k, d, inner, count;
     float limit;
     int most;              // pairs of a piece
-    const float* beside;   // [n, d] that is added to y
-    void* out;             // [n, d] of out_dtype: y + beside; null: only y is wanted
-    int out_dtype;
 
     __device__ int expert_of(int64_t pair) const {
         int expert = ids == nullptr ? 0 : ids[pair];
@@ -52,16 +49,9 @@ struct Moe {
         return {0, first, left < most ? left : most};
     }
     __device__ int pair(int i) const { return order == nullptr ? i : order[i]; }
-    __device__ const bf16* x_of(int pair) const { return x + pair / k * d; }
+    __device__ const bf16* x_of(int pair) const { return x + pair / (int)k * d; }
     __device__ const bf16* hidden_of(int pair) const { return hidden + pair * inner; }
     __device__ float weight_of(int pair) const { return routing == nullptr ? 1.0f : routing[pair]; }
-    __device__ void store(int64_t i, float value) const {
-        if (y != nullptr) y[i] = value;
-        if (out == nullptr) return;
-        value += beside[i];
-        if (out_dtype == DSV4_F32) ((float*)out)[i] = value;
-        else ((bf16*)out)[i] = __float2bfloat16_rn(value);
-    }
 };
 
 // silu(min(gate, limit)) * clamp(up, -limit, limit) to a few units in the last place; NaN stays NaN.
@@ -88,6 +78,9 @@ struct Items {
         : first((int)((int64_t)total * blockIdx.x / gridDim.x)),
           last((int)((int64_t)total * (blockIdx.x + 1) / gridDim.x)) {}
 };
+
+// Of one launch. The last: w2 of all experts of the only token.
+enum class Product { kHidden, kDown, kDownToken };
 
 // Stages of a ring in shared memory, in the order in which producer and consumers go round.
 struct Turn {

@@ -1,8 +1,7 @@
 // Experts of few pairs: every weight row in use is streamed from memory once, at the memory's pace.
 //
-// A launch is one product, of the routed experts and of the shared one beside them. A block is persistent
-// and walks over its share of all (piece, row tile) items of the one and then of the other. Sixteen warps
-// share the columns, or eight those of one half of the rows and eight the other's: a stage is 64 bytes of
+// A launch is one product. A block is persistent and walks over its share of all (piece, row tile) items.
+// Sixteen warps share the columns, or eight those of one half of the rows and eight the other's: a stage is 64 bytes of
 // each of 32 weight rows a warp. Every warp keeps a ring of stages of its own in shared memory, copied
 // ahead of the products, so that nothing but the end of an item makes warps wait for one another. The
 // activations of up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps in
@@ -23,9 +22,7 @@ constexpr int kGroups = 2, kFewRows = 16 * kGroups;   // of a warp: 16-row produ
 constexpr int kSumStride = kFewRows + 4;              // floats from column to column
 constexpr int kColumns = 8;                           // of a product's second operand
 constexpr int kAtOnce = 2;                            // loads of activations, a thread
-constexpr int kMeeting = 1, kHandOver = 2;            // named barriers
-
-enum class Product { kHidden, kDown, kDownToken };  // the last: all experts of the only token
+constexpr int kMeeting = 1;                           // named barrier
 
 // A warp's part of a stage.
 template <class Policy> struct Stage {
@@ -36,7 +33,6 @@ template <class Policy> struct Stage {
 struct FewShared {
     uint64_t summed[kFinishers], taken[kFinishers];
     uint32_t peaks[kPeaks][kFewPairs];  // bits of the largest finite activation of each pair
-    dsv4_weight down[kFewPairs];        // kDownToken: w2 of the token's experts
 };
 
 // In front of the activations.
@@ -45,16 +41,9 @@ struct FewBuffers {
     alignas(128) char ring[kMultipliers][kDepth][sizeof(Stage<Nvfp4>)];
 };
 
-// What a block has done of the products before.
-struct Progress {
-    int items = 0, pieces = 0;
-};
-
-// One product of one kind of expert, with kAcross warps to a row. kPart: which of a launch's, to the
-// compiler only.
-template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few {
+// One product with kAcross warps to a row.
+template <class Policy, Product kProduct, int kAcross> struct Few {
     static constexpr bool kGated = kProduct == Product::kHidden;
-    static constexpr bool kTogether = kProduct == Product::kDownToken;
     static constexpr int kTileRows = kFewRows * kMultipliers / kAcross;
     static constexpr int kOutputs = kGated ? kTileRows / 2 : kTileRows;  // rows of the result
     static constexpr int kSlice = 4 * kAcross;                           // chunks of a row in a stage
@@ -69,45 +58,33 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
     FewBuffers& buffers;
     const int lanes;   // of a warp that have a pair
     uint4 *x, *zeros;  // activations: place_of_x; zeros for the lanes that have none
-    int rows, chunks, slices, tiles, experts;  // experts: of an item
+    int rows, chunks, slices, tiles;
     Items items;
 
     __device__ Few(const Moe& m, FewShared& s, char* memory)
-        : m(m), s(s), buffers(*(FewBuffers*)memory), lanes(4 * pairs(m)),
+        : m(m), s(s), buffers(*(FewBuffers*)memory), lanes(4 * m.most),
           x((uint4*)(memory + sizeof(FewBuffers))), rows(kGated ? m.inner : m.d),
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + kSlice - 1) / kSlice),
-          tiles((rows + kOutputs - 1) / kOutputs), experts(kTogether ? (int)m.k : 1),
-          items((kTogether ? 1 : m.piece_count()) * tiles) {
+          tiles((rows + kOutputs - 1) / kOutputs), items(m.piece_count() * tiles) {
         zeros = x + (chunks + 3) / 4 * kVectors * lanes;
     }
 
-    // Different to the compiler in every part of a launch, so that it does not keep what follows from it
-    // in registers from one part to the next.
-    __device__ static int thread() {
-        int number;
-        asm("mov.u32 %0, %%tid.x;  // %1" : "=r"(number) : "n"(3 * kPart + (int)kProduct));
-        return number;
-    }
-    __device__ static int warp() { return (unsigned)thread() / 32; }
+    __device__ static int warp() { return threadIdx.x / 32; }
     __device__ static int across() { return warp() % kAcross; }
     __device__ static int first_row() { return warp() / kAcross * kFewRows; }  // of a tile
-    __device__ static int group() { return (unsigned)thread() % 32 / 4; }  // weight row
-    __device__ static int member() { return (unsigned)thread() % 4; }      // chunk of a step
-    __host__ __device__ static int pairs(const Moe& m) { return kTogether ? (int)m.k : m.most; }
+    __device__ static int group() { return threadIdx.x % 32 / 4; }  // weight row
+    __device__ static int member() { return threadIdx.x % 4; }      // chunk of a step
     // Of shared memory.
     __host__ static int64_t bytes(const Moe& m) {
         const int64_t steps = ((kGated ? m.d : m.inner) / Policy::kChunk + 3) / 4;
         return (int64_t)sizeof(FewBuffers) +
-               (steps + 1) * kVectors * 4 * pairs(m) * (int64_t)sizeof(uint4);
+               (steps + 1) * kVectors * 4 * m.most * (int64_t)sizeof(uint4);
     }
-    __device__ static bool split(const Work& work) {
-        return kMostSplit<Policy> > 0 && (kTogether || work.count <= kMostSplit<Policy>);
-    }
+    __device__ static bool split(const Work& work) { return work.count <= kMostSplit<Policy>; }
     // Whether its activations are fp16 times a power of two.
     __device__ static bool halves(const Work& work) { return kInHalves<Policy> || split(work); }
 
-    __device__ const dsv4_weight& matrix(int expert, int e, int row) const {
-        if constexpr (kTogether) return s.down[e];
+    __device__ const dsv4_weight& matrix(int expert, int row) const {
         const Expert& all = m.table[expert];
         return kGated ? (row % 16 < 8 ? all.w1 : all.w3) : all.w2;
     }
@@ -126,16 +103,13 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
             if (++tile == tiles) tile = 0, piece++;
         }
     }
-    __device__ Work work_of(int piece) const {
-        return kTogether ? Work{0, 0, (int)m.k} : m.work_of(piece);
-    }
 
     // ---- the multiplying warps: copies
 
     // The stage that is copied next, and this thread's part of it: 16 bytes of row group() of every
     // eight, and the scales of row group + 8 * member.
     struct Ahead {
-        int left, piece, tile, e = 0, slice = 0;  // left: items
+        int left, piece, tile, slice = 0;  // left: items
         int expert, own;                          // own: slices in which this thread has a chunk
         const char *codes[kPointers], *scales;
         int apart;  // bytes from the rows of one group of 16 to those of the next
@@ -144,7 +118,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
             : left(few.items.last - few.items.first), piece(few.items.first / few.tiles),
               tile(few.items.first % few.tiles), own(left > 0 ? few.slices_of(member()) : 0) {
             if (left == 0) return;
-            expert = few.work_of(piece).expert;
+            expert = few.m.work_of(piece).expert;
             find(few);
         }
         // The first stage of the current tile of the current expert.
@@ -152,13 +126,13 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
             const int row = first_row() + group() + 8 * member(), first = across() * 4;
 #pragma unroll
             for (int i = 0; i < kPointers; i++)
-                codes[i] = (const char*)few.matrix(expert, e, 8 * i).data +
+                codes[i] = (const char*)few.matrix(expert, 8 * i).data +
                            (few.weight_row(tile, first_row() + group() + 8 * i) * few.chunks + first +
                             member()) * 16;
             const int next = (kGated ? 8 : 16);  // matrix rows
             apart = few.weight_row(tile, first_row() + 24) - few.weight_row(tile, first_row() + 8) == next
                         ? next * few.chunks * 16 : 0;
-            scales = (const char*)few.matrix(expert, e, row).scale +
+            scales = (const char*)few.matrix(expert, row).scale +
                      (few.weight_row(tile, row) * few.chunks + first) * sizeof(Scale);
         }
         __device__ void skip(int chunks) {
@@ -168,17 +142,14 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         }
         __device__ void next(const Few& few) {
             if (++slice < few.slices) return skip(kSlice);
-            slice = 0;
-            if (++e == few.experts) {
-                e = 0, tile++;
-                if (--left <= 0) {
-                    own = 0;
-                    return;
-                }
-                if (!kTogether && (tile + 1) * kOutputs <= few.rows)  // no row is beyond the last
-                    return skip(kOutputs * few.chunks - kSlice * (few.slices - 1));
-                if (tile == few.tiles) tile = 0, expert = few.work_of(++piece).expert;
+            slice = 0, tile++;
+            if (--left <= 0) {
+                own = 0;
+                return;
             }
+            if ((tile + 1) * kOutputs <= few.rows)  // no row is beyond the last
+                return skip(kOutputs * few.chunks - kSlice * (few.slices - 1));
+            if (tile == few.tiles) tile = 0, expert = few.m.work_of(++piece).expert;
             find(few);
         }
     };
@@ -192,7 +163,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         const bool valid = ahead.slice < ahead.own;
 #pragma unroll
         for (int i = 0; i < 2 * kGroups; i++)
-            copy_async(&to.codes[i][thread() % 32],
+            copy_async(&to.codes[i][threadIdx.x % 32],
                        ahead.codes[i % kPointers] + (i < kPointers ? 0 : ahead.apart), valid);
         if constexpr (kRowScales<Policy>)
             copy_small<4 * sizeof(Scale)>(to.scales[group() + 8 * member()], ahead.scales,
@@ -224,9 +195,9 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         uint4 v[kAtOnce];
         load_x(work, 0, v);
         meet();  // what lies there is no longer used
-        if (thread() < kVectors * lanes) zeros[thread()] = make_uint4(0, 0, 0, 0);
+        if (threadIdx.x < kVectors * lanes) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         if (halves(work)) {
-            if (thread() < kFewPairs) peaks[thread()] = 0;
+            if (threadIdx.x < kFewPairs) peaks[threadIdx.x] = 0;
             meet();
             for (int first = 0; first < total; first += kAtOnce * kMultipliers) {
                 if (first > 0) load_x(work, first, v);
@@ -250,7 +221,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int block = first + j * kMultipliers + warp(), t = block / x_blocks();
-            const int u = block % x_blocks() * 32 + thread() % 32;
+            const int u = block % x_blocks() * 32 + threadIdx.x % 32;
             v[j] = make_uint4(0, 0, 0, 0);
             if (t < work.count && u < chunks * kVectors)
                 v[j] = *(const uint4*)(activations(work, t) + u * 8);
@@ -263,7 +234,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         for (int j = 0; j < kAtOnce; j++) {
             const int t = (first + j * kMultipliers + warp()) / x_blocks();
             const uint32_t most = __reduce_max_sync(~0u, largest_of(v[j]));
-            if (t < work.count && thread() % 32 == 0) atomicMax(&peaks[t], most);
+            if (t < work.count && threadIdx.x % 32 == 0) atomicMax(&peaks[t], most);
         }
     }
 
@@ -272,7 +243,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int block = first + j * kMultipliers + warp(), t = block / x_blocks();
-            const int u = block % x_blocks() * 32 + thread() % 32;
+            const int u = block % x_blocks() * 32 + threadIdx.x % 32;
             if (t < work.count && u < x_units())
                 x[place_of_x(split(work), u / kVectors, u % kVectors, t)] =
                     FewProducts<Policy>::operand_order(halves(work), v[j], peaks[t]);
@@ -291,87 +262,65 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         __device__ void next() { now = now == kDepth - 1 ? 0 : now + 1; }
     };
 
-    __device__ void multiply(Progress& done) const {
+    __device__ void multiply() const {
         Turn turn{(Stage<Policy>*)buffers.ring[warp()], 0};
         Ahead ahead(*this);
         for (int d = 0; d < kDepth - 1; d++) copy(ahead, turn.first[d]);
         if (!kGated) wait_for_previous();
         Work work;
-        int known = -1;
+        int number = 0, known = -1, pieces = 0;
         for_each_item([&](int piece, int tile) {
             if (piece != known) {
-                work = work_of(piece), known = piece;
-                stage_x(work, s.peaks[done.pieces++ % kPeaks]);
+                work = m.work_of(piece), known = piece;
+                stage_x(work, s.peaks[pieces++ % kPeaks]);
             }
-            const int number = done.items++;
             if constexpr (kMostSplit<Policy> > 0)
-                if (split(work)) return multiply_item<true>(ahead, turn, tile, number, work, done);
-            if constexpr (!kTogether || kMostSplit<Policy> == 0)
-                multiply_item<false>(ahead, turn, tile, number, work, done);
+                if (split(work)) return multiply_item<true>(ahead, turn, tile, number++, work);
+            multiply_item<false>(ahead, turn, tile, number++, work);
         });
         copy_wait<0>();
-        __syncwarp();  // the ring may be filled for what comes next
     }
 
     template <bool kSplit>
-    __device__ void multiply_item(Ahead& ahead, Turn& turn, int tile, int number, const Work& work,
-                                  const Progress& done) const {
+    __device__ void multiply_item(Ahead& ahead, Turn& turn, int tile, int number, const Work& work) const {
         const int present = slices_of(0);
         const int step = kAcross * kVectors * lanes;
-        float sum[kGroups][4] = {}, all[kGroups][4] = {};
-        for (int e = 0; e < experts; e++) {
-            const int column = kSplit ? group() % 2 : group();
-            const bool has = (!kSplit || group() / 2 == member()) &&
-                             (kTogether ? column == (kSplit ? 0 : e) : column < work.count);
-            const int t = kTogether ? e : column;
-            const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros;
-            BlockScales known;
-            known.load(*this, tile, work, e, 0);
-            for (int slice = 0; slice < slices; slice++) {
-                const BlockScales now = known;
-                if (slice + 1 < slices) known.load(*this, tile, work, e, slice + 1);
-                copy_wait<kDepth - 2>();
-                __syncwarp();
-                copy(ahead, turn.stage(kDepth - 1));
-                if (slice < present)
-                    multiply_stage<kSplit>(turn.stage(0), now, slice, tile, work, e, from, sum);
-                from += has ? step : 0;
-                turn.next();
-            }
-            if (kTogether && kSplit) add_expert(e, s.peaks[(done.pieces - 1) % kPeaks], sum, all);
+        const int t = kSplit ? group() % 2 : group();
+        const bool has = (!kSplit || group() / 2 == member()) && t < work.count;
+        const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros;
+        float sum[kGroups][4] = {};
+        BlockScales known;
+        known.load(*this, tile, work, 0);
+        for (int slice = 0; slice < slices; slice++) {
+            const BlockScales now = known;
+            if (slice + 1 < slices) known.load(*this, tile, work, slice + 1);
+            copy_wait<kDepth - 2>();
+            __syncwarp();
+            copy(ahead, turn.stage(kDepth - 1));
+            if (slice < present)
+                multiply_stage<kSplit>(turn.stage(0), now, slice, tile, work, from, sum);
+            from += has ? step : 0;
+            turn.next();
         }
-        keep_sums<kSplit>(kTogether && kSplit ? all : sum, number, work.count);
-    }
-
-    // all += an expert's sums with its scales, and sums anew.
-    __device__ void add_expert(int e, const uint32_t (&peaks)[kFewPairs], float (&sum)[kGroups][4],
-                               float (&all)[kGroups][4]) const {
-        const int exponent = RowScale::exponent_of(peaks[e]);
-        const float scale = s.down[e].global_scale;
-#pragma unroll
-        for (int i = 0; i < 4 * kGroups; i++) {
-            float& value = sum[i / 4][i % 4];
-            all[i / 4][i % 4] += RowScale::undo(value, exponent) * scale;
-            value = 0;
-        }
+        keep_sums<kSplit>(sum, number, work.count);
     }
 
     // Where a tile's rows of one matrix have one scale: those of a stage, read while the stage before is
     // multiplied.
     struct BlockScales {
         Scale of[kGated ? 2 : 1];
-        __device__ void load(const Few& few, int tile, const Work& work, int e, int slice) {
+        __device__ void load(const Few& few, int tile, const Work& work, int slice) {
             if constexpr (Policy::kBlockScale)
 #pragma unroll
                 for (int i = 0; i < (kGated ? 2 : 1); i++)
-                    of[i] = few.scale_of(few.matrix(work.expert, e, 8 * i),
+                    of[i] = few.scale_of(few.matrix(work.expert, 8 * i),
                                          few.weight_row(tile, first_row() + group() + 8 * i), slice);
         }
     };
 
     template <bool kSplit>
     __device__ void multiply_stage(const Stage<Policy>& stage, const BlockScales& block, int slice,
-                                   int tile, const Work& work, int e, const uint4* from,
+                                   int tile, const Work& work, const uint4* from,
                                    float (&sum)[kGroups][4]) const {
         Scale scales[kGroups][2];
         if constexpr (Policy::kBlockScale)
@@ -385,15 +334,15 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
                 scales[i / 2][i % 2] =
-                    scale_of(matrix(work.expert, e, 8 * i),
+                    scale_of(matrix(work.expert, 8 * i),
                              weight_row(tile, first_row() + group() + 8 * i), slice);
         uint4 b[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; v++) b[v] = from[kSplit ? v : v * lanes];
 #pragma unroll
         for (int q = 0; q < kGroups; q++) {
-            const uint4 codes[2] = {stage.codes[2 * q][thread() % 32],
-                                    stage.codes[2 * q + 1][thread() % 32]};
+            const uint4 codes[2] = {stage.codes[2 * q][threadIdx.x % 32],
+                                    stage.codes[2 * q + 1][threadIdx.x % 32]};
             FewProducts<Policy>::template multiply<kSplit>(codes, scales[q], b, sum[q]);
         }
     }
@@ -412,7 +361,7 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
         float* to = &buffers.sums[buffer][warp()][2 * member()][group()];
 #pragma unroll
         for (int p = 0; p < 2; p++)
-            if (kSplit ? p < (kTogether ? 1 : count) : 2 * member() + p < count)
+            if (kSplit ? p < count : 2 * member() + p < count)
 #pragma unroll
                 for (int i = 0; i < 2 * kGroups; i++)
                     to[p * kSumStride + 8 * i] = sum[i / 2][i % 2 * 2 + p];
@@ -421,17 +370,15 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
 
     // ---- the finishing warps
 
-    __device__ void finish(int me, Progress& done) const {
+    __device__ void finish(int me) const {
         Work work;
-        int known = -1;
+        int number = 0, known = -1, pieces = 0;
         for_each_item([&](int piece, int tile) {
-            if (piece != known) work = work_of(piece), known = piece, done.pieces++;
-            const int number = done.items++;
-            if (number % kFinishers != me) return;
-            const uint32_t(&peaks)[kFewPairs] = s.peaks[(done.pieces - 1) % kPeaks];
-            barrier_wait(&s.summed[me], number / kFinishers % 2);
-            int values = kTogether ? kOutputs : kOutputs * work.count;
-            for (int i = thread() % 32; i < values; i += 32) {
+            if (piece != known) work = m.work_of(piece), known = piece, pieces++;
+            if (number++ % kFinishers != me) return;
+            const uint32_t(&peaks)[kFewPairs] = s.peaks[(pieces - 1) % kPeaks];
+            barrier_wait(&s.summed[me], (number - 1) / kFinishers % 2);
+            for (int i = threadIdx.x % 32; i < kOutputs * work.count; i += 32) {
                 int64_t row = tile * kOutputs + i % kOutputs;
                 if (row < rows) finish_value(work, me, row, i % kOutputs, i / kOutputs, peaks);
             }
@@ -456,33 +403,75 @@ template <class Policy, Product kProduct, int kAcross, int kPart = 0> struct Few
             for (int w = 0; w < kAcross; w++) total += from[kColumns * w * kSumStride];
         }
         if (!halves(work)) return total * Policy::kFactor;
-        if (!kTogether) total = RowScale::undo(total, RowScale::exponent_of(peaks[pair]));
-        return total * HalfFp4::kFactor;
+        return RowScale::undo(total, RowScale::exponent_of(peaks[pair])) * HalfFp4::kFactor;
     }
 
     __device__ void finish_value(const Work& work, int me, int64_t row, int at, int which,
                                  const uint32_t (&peaks)[kFewPairs]) const {
-        if constexpr (kTogether) {
-            float y = 0;
-            if (split(work)) y = total(work, me, 0, at, peaks);
-            else  // formats without a global scale
-                for (int e = 0; e < experts; e++) y += total(work, me, e, at, peaks);
-            m.store(row, y);
+        const int64_t pair = m.pair(work.first + which);
+        const Expert& e = m.table[work.expert];
+        if constexpr (kGated) {
+            const int gate = at / 8 * 16 + at % 8;
+            const float g = rounded(total(work, me, which, gate, peaks) * e.w1.global_scale);
+            const float u = rounded(total(work, me, which, gate + 8, peaks) * e.w3.global_scale);
+            m.hidden[pair * rows + row] = __float2bfloat16_rn(swiglu(g, u, m.limit) * m.weight_of(pair));
         } else {
-            const int64_t pair = m.pair(work.first + which);
-            const Expert& e = m.table[work.expert];
-            if constexpr (kGated) {
-                const int gate = at / 8 * 16 + at % 8;
-                const float g = rounded(total(work, me, which, gate, peaks) * e.w1.global_scale);
-                const float u = rounded(total(work, me, which, gate + 8, peaks) * e.w3.global_scale);
-                m.hidden[pair * rows + row] =
-                    __float2bfloat16_rn(swiglu(g, u, m.limit) * m.weight_of(pair));
-            } else {
-                m.partial[pair * rows + row] =
-                    total(work, me, which, at, peaks) * e.w2.global_scale;
-            }
+            m.partial[pair * rows + row] = total(work, me, which, at, peaks) * e.w2.global_scale;
         }
     }
 };
+
+template <class Policy, Product kProduct, int kAcross>
+__global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_constant__ Moe m) {
+    extern __shared__ __align__(128) char memory[];
+    __shared__ FewShared s;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kFinishers; i++) {
+            barrier_init(&s.summed[i], kMultipliers * 32);
+            barrier_init(&s.taken[i], 32);
+        }
+        fence_barrier_init();
+    }
+    // The second product may start only once the first one has waited: ids and list are complete by then,
+    // and the weights are copied before the hidden vectors are there.
+    if (kProduct == Product::kHidden) wait_for_previous();
+    __syncthreads();
+    let_next_start();
+    const Few<Policy, kProduct, kAcross> product(m, s, memory);
+    const int warp = threadIdx.x / 32;
+    if (warp < kMultipliers) {
+        more_registers<104>();
+        product.multiply();
+    } else {
+        fewer_registers<64>();
+        wait_for_previous();
+        if (warp < kMultipliers + kFinishers) product.finish(warp - kMultipliers);
+    }
+}
+
+// The most pairs of a piece, as fit in shared memory; 0: none do.
+template <class Policy> int few_size(Moe m) {
+    constexpr int64_t kRoom = 227 * 1024 - sizeof(FewShared);
+    if (m.d >= 1 << 20 || m.inner >= 1 << 20) return 0;
+    for (m.most = m.n == 1 ? 1 : kFewPairs; m.most > 0; m.most /= 2)
+        if (Few<Policy, Product::kHidden, kMultipliers>::bytes(m) <= kRoom &&
+            Few<Policy, Product::kDown, kMultipliers>::bytes(m) <= kRoom)
+            break;
+    return m.most;
+}
+
+template <class Policy, Product kProduct, int kAcross>
+int launch_few(const Moe& m, int blocks, void* stream) {
+    const auto kernel = few_kernel<Policy, kProduct, kAcross>;
+    const int64_t bytes = Few<Policy, kProduct, kAcross>::bytes(m);
+    const int status = allow_shared(kernel, bytes);
+    return status == cudaSuccess ? launch(kernel, blocks, kFewThreads, bytes, stream, m) : status;
+}
+
+// Both products; m.most is few_size(m). A tile of the shared expert has the fewest rows: there are few.
+template <class Policy, int kAcross> int few_products(const Moe& m, int blocks, void* stream) {
+    const int status = launch_few<Policy, Product::kHidden, kAcross>(m, blocks, stream);
+    return status == cudaSuccess ? launch_few<Policy, Product::kDown, kAcross>(m, blocks, stream) : status;
+}
 
 }  // namespace dsv4

@@ -17,7 +17,6 @@
 namespace dsv4 {
 
 constexpr int kManyColumns = 128, kManyRows = 256;
-constexpr int kManyProducers = 128;
 
 // Where column c of every 128 lies: beside the column whose code is decoded into the same register.
 __host__ __device__ inline int place_of(int c) {
@@ -54,7 +53,8 @@ __device__ inline uint32_t transposed(uint32_t pair) {
 // kTiles: 64-row products of a consuming warpgroup.
 template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     static constexpr int kConsumers = kManyRows / 64 / kTiles * 128;
-    static constexpr int kThreads = kConsumers + kManyProducers;
+    static constexpr int kProducers = 128;
+    static constexpr int kThreads = kConsumers + kProducers;
     using Scale = typename Policy::Scale;
     struct alignas(1024) Stage {
         bf16 x[2][kMostPairs][64];  // swizzled
@@ -75,7 +75,8 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         int sources[kMostPairs];  // activation rows of the producers' item
     };
     static constexpr int kOutputs = kGated ? kManyRows / 2 : kManyRows;  // rows of the result
-    static constexpr int kRowsApart = kGated ? 16 : 32;  // matrix rows from row r of a tile to r + 32
+    static constexpr int kRowsAtOnce = kProducers / 4;    // of a tile, that the producers copy
+    static constexpr int kRowsApart = kGated ? kRowsAtOnce / 2 : kRowsAtOnce;  // the same in the matrix
 
     const Moe& m;
     Shared& s;
@@ -101,7 +102,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
 
     __device__ void produce() const {
         const int thread = threadIdx.x - kConsumers;
-        const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + 32, ...
+        const int r = thread / 4, quarter = thread % 4;  // copies of rows r, r + kRowsAtOnce, ...
         Turn turn;
         Facts next;
         for (int part = 0; part < 3; part++) look_up(next, blockIdx.x, part, thread);
@@ -113,13 +114,13 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
                 Stage& stage = s.stages[turn.stage];
                 barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
 #pragma unroll
-                for (int i = 0; i < kManyRows / 32; i++)
-                    copy_async(&stage.codes[r + 32 * i][quarter],
+                for (int i = 0; i < kManyRows / kRowsAtOnce; i++)
+                    copy_async(&stage.codes[r + kRowsAtOnce * i][quarter],
                                now.codes + (i * kRowsApart * (columns / 2) + step * 64), true);
 #pragma unroll
-                for (int i = 0; i < 2; i++)
+                for (int i = 0; i < kManyRows / kProducers; i++)
                     copy_small<4 * sizeof(Scale)>(
-                        stage.scales[r + 32 * (quarter + 4 * i)],
+                        stage.scales[r + kRowsAtOnce * (quarter + 4 * i)],
                         now.scales + (i * 4 * kRowsApart * (columns / Policy::kChunk) + step * 4));
                 copy_x(stage, now.work.count, step, thread);
                 copy_arrive(&s.full[turn.stage]);
@@ -160,7 +161,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     }
 
     __device__ void announce(const Facts& facts, Item& item, int thread) const {
-        named_barrier(1, kManyProducers);  // the sources of the item before are no longer used
+        named_barrier(1, kProducers);  // the sources of the item before are no longer used
         if (thread < facts.work.count) {
             item.pairs[thread] = facts.pair;
             s.sources[thread] = kGated ? facts.pair / (int)m.k : facts.pair;
@@ -170,7 +171,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
             item.factors[thread] = Policy::kFactor * facts.factor;
             item.count = facts.work.count;
         }
-        named_barrier(1, kManyProducers);
+        named_barrier(1, kProducers);
     }
 
     // Rows from `count` on are left as they are: their results are not used.
@@ -179,7 +180,7 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         char* to = (char*)stage.x[unit / 8][row] + ((unit % 8 ^ row % 8) << 4);
         const bf16* from = x + step * kManyColumns + unit * 8;
 #pragma unroll 4
-        for (int i = row; i < count; i += 8, to += 8 * 128)
+        for (int i = row; i < count; i += kProducers / 16, to += kProducers / 16 * 128)
             copy16(shared_address(to), from + s.sources[i] * (int64_t)columns, true);
     }
 
@@ -333,7 +334,7 @@ __global__ void
         memory + (1024 - shared_address(memory) % 1024) % 1024);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Kernel::kStages; i++) {
-            barrier_init(&s.full[i], kManyProducers + 1);
+            barrier_init(&s.full[i], Kernel::kProducers + 1);
             barrier_init(&s.empty[i], Kernel::kConsumers / 32);
         }
         fence_barrier_init();

@@ -1,9 +1,12 @@
 // Ops experts and shared_expert: gate and up with clamped SwiGLU and routing weight, then down, then
-// the sum over a token's experts in slot order. Few pairs an expert: the weights are streamed
-// (experts_few.cuh). Many: in tiles, 4-bit formats by experts_many.cuh, others by experts_tile.cuh.
+// the sum over a token's experts in slot order. One token: experts_ring.cuh. Few pairs an expert, and what
+// the others do not take: experts_few.cuh. Many: in tiles, 4-bit formats by experts_many.cuh, others by
+// experts_tile.cuh.
 
-#include "experts_launch.cuh"
+#include "experts_few.cuh"
+#include "experts_lists.cuh"
 #include "experts_many.cuh"
+#include "experts_ring.cuh"
 #include "experts_tile.cuh"
 
 namespace dsv4 {
@@ -17,39 +20,73 @@ __global__ void __launch_bounds__(kMostExperts) prepare_kernel(const Moe m, bf16
     else if (m.order != nullptr) list_pairs(m);
 }
 
-// The most pairs of a piece; up to kFewPairs they stand for few_pairs. By the pairs of an expert, on
-// average: where one way has become faster than the other.
-template <class Policy> int piece_size(const Moe& m) {
-    const int64_t pairs = m.n * m.k;
-    if (pairs <= 8 * m.count) return few_size<Policy>(m);
-    if constexpr (!kHasMany<Policy>) return kTileTokens;
-    if (!many_fits(m)) return few_size<Policy>(m);
-    return pairs <= 48 * m.count ? 64 : 128;
+// Blocks of which one fits on a multiprocessor.
+int block_count() {
+    int count = 1, device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
 }
 
-template <class Policy> int experts(Moe m, void* stream) {
-    m.most = piece_size<Policy>(m);
+int prepare(const Moe& m, bf16* placed, void* stream) {
+    const int64_t blocks = 1 + (placed != nullptr ? ceil_div(m.n * m.d / 8, kMostExperts) : 0);
+    return launch(prepare_kernel, blocks, kMostExperts, 0, stream, m, placed);
+}
+
+template <class Policy> int by_streams(Moe m, void* stream) {
+    m.most = few_size<Policy>(m);
     if (m.most == 0) return kUnsupported;
-    if (m.k == 1) m.partial = m.y;
-    if (m.ids == nullptr || m.n == 1) m.order = nullptr;
-    const bool many = kHasMany<Policy> && m.most > kFewPairs;
-    bf16* placed = (bf16*)m.partial;  // until the second product
-    int status = cudaSuccess;
-    if (many || m.order != nullptr)
-        status = launch(prepare_kernel, 1 + (many ? ceil_div(m.n * m.d / 8, 1024) : 0), kMostExperts,
-                        0, stream, m, placed);
-    if (status != cudaSuccess) return status;
-    if (m.most <= kFewPairs) return few_pairs<Policy, Nothing>(m, m, stream);
-    if constexpr (kHasMany<Policy>) {
-        status = m.most == 64 ? many_pairs<Policy, 64, 1>(m, placed, block_count(), stream)
-                              : many_pairs<Policy, 128, 2>(m, placed, block_count(), stream);
-    } else {
-        int64_t pairs = m.n * m.k;
-        int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
-                                            : min(pairs, pairs / m.most + m.count);  // at most
-        status = launch_tiles<Policy>(m, pieces, stream);
-    }
+    int status = m.order == nullptr ? cudaSuccess : prepare(m, nullptr, stream);
+    if (status == cudaSuccess)
+        status = m.ids == nullptr
+                     ? few_products<Policy, kMultipliers>(m, block_count(), stream)
+                     : few_products<Policy, kMultipliers / 2>(m, block_count(), stream);
     return status == cudaSuccess ? combine(m, stream) : status;
+}
+
+template <class Policy, int kMostPairs, int kTiles> int by_wgmma(Moe m, void* stream) {
+    m.most = kMostPairs;
+    bf16* const placed = (bf16*)m.partial;  // until the second product
+    int status = prepare(m, placed, stream);
+    if (status == cudaSuccess)
+        status = many_pairs<Policy, kMostPairs, kTiles>(m, placed, block_count(), stream);
+    return status == cudaSuccess ? combine(m, stream) : status;
+}
+
+template <class Policy> int by_tiles(Moe m, void* stream) {
+    m.most = kTileTokens;
+    int status = m.order == nullptr ? cudaSuccess : prepare(m, nullptr, stream);
+    if (status == cudaSuccess) status = launch_tiles<Policy>(m, stream);
+    return status == cudaSuccess ? combine(m, stream) : status;
+}
+
+// Where one way becomes faster than the other, by the pairs of an expert on average.
+template <class Policy> int experts(const Moe& m, void* stream) {
+    const int64_t pairs = m.n * m.k;
+    const int status = by_rings<Policy>(m, block_count(), stream);
+    if (status != kUnsupported) return status;
+    if (pairs <= 8 * m.count) return by_streams<Policy>(m, stream);
+    if constexpr (!kHasMany<Policy>) return by_tiles<Policy>(m, stream);
+    else if (!many_fits(m)) return by_streams<Policy>(m, stream);
+    else if (pairs <= 48 * m.count) return by_wgmma<Policy, 64, 1>(m, stream);
+    else return by_wgmma<Policy, 128, 2>(m, stream);
+}
+
+constexpr int kSwigluThreads = 256;
+
+// gate = swiglu(gate, up), eight elements a thread.
+__global__ void __launch_bounds__(kSwigluThreads)
+    swiglu_kernel(bf16* gate, const bf16* up, int64_t count, float limit) {
+    let_next_start();
+    wait_for_previous();
+    const int64_t at = (blockIdx.x * (int64_t)kSwigluThreads + threadIdx.x) * 8;
+    if (at >= count) return;
+    Vector<bf16> g = load_vector(gate + at);
+    const Vector<bf16> u = load_vector(up + at);
+#pragma unroll
+    for (int i = 0; i < g.kSize; i++)
+        g.at[i] = from_float<bf16>(swiglu(to_float(g.at[i]), to_float(u.at[i]), limit));
+    store_vector(gate + at, g);
 }
 
 }  // namespace
@@ -69,11 +106,19 @@ DSV4_EXPORT int dsv4_experts(const void* x, int64_t n, int64_t d, const int32_t*
     if (pairs == 0) return cudaSuccess;
     if (count > kMostExperts || pairs > INT32_MAX / 64) return kUnsupported;
     Moe m = {(const Expert*)table, ids, routing, (const bf16*)x, (bf16*)hidden, partial, y,
-             (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0,
-             nullptr, nullptr, 0};
+             (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0};
+    if (k == 1) m.partial = y;
+    if (ids == nullptr || n == 1) m.order = nullptr;
     return with_policy(format, d, [&](auto policy) {
         using Policy = decltype(policy);
         if (inner % Policy::kChunk) return kUnsupported;
         return experts<Policy>(m, stream);
     });
+}
+
+// gate [count] = swiglu(gate, up), bf16, aligned to 16 bytes.
+DSV4_EXPORT int dsv4_swiglu(void* gate, const void* up, int64_t count, float limit, void* stream) {
+    if (count % 8) return kUnsupported;
+    return launch(swiglu_kernel, ceil_div(count, 8 * kSwigluThreads), kSwigluThreads, 0, stream,
+                  (bf16*)gate, (const bf16*)up, count, limit);
 }

@@ -94,7 +94,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) down_tile_kernel(const Moe m)
     }
 }
 
-template <class Policy> int launch_tiles(const Moe& m, int64_t pieces, void* stream) {
+template <class Policy> int launch_tiles(const Moe& m, void* stream) {
+    const int64_t pairs = m.n * m.k;
+    const int64_t pieces = m.order == nullptr ? ceil_div(pairs, m.most)
+                                              : min(pairs, pairs / m.most + m.count);  // at most
     constexpr size_t kShared = sizeof(TileMemory<Policy>);
     int status = allow_shared(hidden_tile_kernel<Policy>, kShared);
     if (status == cudaSuccess) status = allow_shared(down_tile_kernel<Policy>, kShared);

@@ -1,4 +1,4 @@
-"""The `sm90` implementations of the routed and shared experts, alone and together; their weights' table.
+"""The `sm90` implementations of the routed and shared experts; the table of their weights.
 
 Contracts are those of the references in `ops`. Nothing here synchronises with the GPU.
 """
@@ -25,15 +25,16 @@ from dsv4_bench.engine.cuda.library import (
     typed,
     wrong,
 )
+from dsv4_bench.engine.cuda.linear import matmul
 from dsv4_bench.engine.cuda.weights import Packed, WeightStruct, pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
 
-EXPERTS = Library("experts", {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P)})
-MOE = Library("moe", {"moe": (P, N, N, P, P, N, P, N, N, I, P, N, I, F, P, P, P, P, P, P, P, I)})
-_MOST_TOKENS = 8  # whose shared expert runs beside the routed ones
-# enum dsv4_format: those of a shared expert by those of the routed ones.
-_BESIDE = {0: (2, 3), 1: (2, 3)}
+EXPERTS = Library(
+    "experts",
+    {"experts": (P, N, N, P, P, N, P, N, N, I, F, P, P, P, P), "swiglu": (P, P, N, F)},
+)
+_STREAMED_ROWS = 8  # of a shared expert, as the experts' kernels stream its weights
 
 
 class ExpertTable:
@@ -95,7 +96,14 @@ def experts(
 
 @sm90("shared_expert", EXPERTS, dtypes=(torch.bfloat16,))
 def shared_expert(x: Tensor, *, expert: Expert, limit: float) -> Tensor:
-    return _run_experts("shared_expert", x, None, None, _shared_table(expert), limit)
+    op = "shared_expert"
+    table = _shared_table(expert)
+    if len(x) <= _STREAMED_ROWS:
+        return _run_experts(op, x, None, None, table, limit)
+    x = _checked(op, x, table)
+    gate, up = (matmul(op, x, weight, 1, torch.bfloat16) for weight in (expert.w1, expert.w3))
+    EXPERTS.call("swiglu", gate, gate.data_ptr(), up.data_ptr(), gate.numel(), limit)
+    return matmul(op, gate, expert.w2, 1, torch.float32)
 
 
 # By id(w1): the matrices of a shared expert, which itself takes no weak reference, and their table.
@@ -110,77 +118,6 @@ def _shared_table(expert: Expert) -> ExpertTable:
         refs[0] = weakref.ref(expert.w1, lambda _: _SHARED.pop(key, None))
         _SHARED[key] = entry = (refs, ExpertTable([expert]))
     return entry[1]
-
-
-def moe_fits(bank: ExpertBank, shared: Expert, n: int) -> bool:
-    """Whether `moe` takes n tokens of these experts. The first call for a bank packs its weights."""
-    if not 0 < n <= _MOST_TOKENS:
-        return False
-    routed, beside = table_of(bank), _shared_table(shared)
-    return beside.d == routed.d and beside.format in _BESIDE.get(routed.format, ())
-
-
-def moe(
-    x: Tensor,
-    routing: Tensor,
-    experts: Tensor,
-    *,
-    bank: ExpertBank,
-    shared: Expert,
-    limit: float,
-    dtype: torch.dtype,
-    outs: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Ops experts, shared_expert and moe_sum of few tokens, to the bit, in the launches of the first.
-
-    x [n, d] bfloat16, routing [n, k] float32, experts [n, k] int32 -> [n, d] in `dtype`, float32 or
-    bfloat16. `outs`, float32 [n, d] each, are filled with what the first two ops return. Raises
-    DSV4Error for what `moe_fits` does not take.
-    """
-    op = "moe"
-    if not moe_fits(bank, shared, len(x)):
-        wrong(
-            op, f"{len(x)} tokens, or formats of routed and shared experts that do not go together"
-        )
-    if routing.shape != experts.shape or experts.dim() != 2 or len(experts) != len(x):
-        wrong(op, f"x {list(x.shape)}, routing {list(routing.shape)}, ids {list(experts.shape)}")
-    table, beside = table_of(bank), _shared_table(shared)
-    x = _checked(op, x, table)
-    ids, weights = typed(op, experts, torch.int32), floats(op, routing)
-    (n, k), device = ids.shape, x.device
-    y = torch.empty(x.shape, dtype=dtype, device=device)
-    hidden, shared_hidden = x.new_empty(n * k, table.inner), x.new_empty(n, beside.inner)
-    partial = torch.empty(n * k, table.d, dtype=torch.float32, device=device)
-    routed_y = None if outs is None else outs[0].data_ptr()
-    shared_y = torch.empty(x.shape, dtype=torch.float32, device=device) if outs is None else outs[1]
-    lists = torch.empty(4 * n * k + 1, dtype=torch.int32, device=device)
-    MOE.call(
-        "moe",
-        x,
-        x.data_ptr(),
-        n,
-        table.d,
-        ids.data_ptr(),
-        weights.data_ptr(),
-        k,
-        table.tensor.data_ptr(),
-        len(table.packed),
-        table.inner,
-        table.format,
-        beside.tensor.data_ptr(),
-        beside.inner,
-        beside.format,
-        limit,
-        hidden.data_ptr(),
-        shared_hidden.data_ptr(),
-        partial.data_ptr(),
-        routed_y,
-        shared_y.data_ptr(),
-        lists.data_ptr(),
-        y.data_ptr(),
-        DTYPES[dtype],
-    )
-    return y
 
 
 def _checked(op: str, x: Tensor, table: ExpertTable) -> Tensor:
