@@ -91,15 +91,15 @@ MUTANTS = (
     Mutant(
         "skinny: the last part of the columns is not added",
         "skinny.cuh",
-        "part < d.parts(); part++",
-        "part < d.parts() - (d.parts() > 1); part++",
+        "total[0] += part[b].x,",
+        "total[0] += base + b + 1 < parts ? part[b].x : 0,",
         "test_cuda_skinny.py",
         ("skinny",),
     ),
     Mutant(
         "skinny: activations are overwritten while they are read",
         "skinny.cuh",
-        "if (first > 0) __syncthreads();",
+        "barrier_wait(&s.empty[at], parity(before, group));",
         "",
         "test_cuda_skinny.py",
         ("skinny",),

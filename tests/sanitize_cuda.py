@@ -13,7 +13,6 @@ import torch
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
-from dsv4_bench.engine.cuda.library import DTYPES
 from dsv4_bench.engine.cuda.linear import _SKINNY, matmul, plan_of
 from dsv4_bench.engine.cuda.linear import skinny as a_few_rows
 from dsv4_bench.engine.cuda.linears import linears
