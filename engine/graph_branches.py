@@ -6,7 +6,7 @@ Torch operations between two sites are captured behind the first of them, and wh
 as that site's.
 
 Branches compete for processors: graph_order.py says which sites are captured earlier than they are
-called, which wait for more than they read, and which on streams of a higher priority, that nodes keep.
+called, and which wait for more than they read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
-from dsv4_bench.engine.graph_order import AFTER, URGENT
+from dsv4_bench.engine.graph_order import AFTER
 from dsv4_bench.engine.registry import Site
 
 
@@ -111,7 +111,7 @@ class Branches:
         self.sites: list[tuple[str, int, int]] = []
         self.failed: Site | None = None
         self._in_site = False
-        self._streams: dict[bool, list[torch.cuda.Stream]] = {False: [self.origin], True: []}
+        self._streams = [self.origin]
         self._beside = torch.cuda.Stream() if observer else None
         self._untold: list[
             tuple[Site, tuple[Any, ...], Any]
@@ -201,7 +201,7 @@ class Branches:
         reads = storages(call.args)
         writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
         needs = self._needs(reads, writes, _name(site))
-        stream = self._stream(needs, bool(URGENT.search(site.path)))
+        stream = self._stream(needs)
         torch.cuda.set_stream(stream)
         if self.clock is not None:
             self.clock.start(site)
@@ -249,18 +249,13 @@ class Branches:
             found += self._readers.get(address, [])
         return _last_ones(found)
 
-    def _stream(self, needs: list[_Work], urgent: bool) -> torch.cuda.Stream:
+    def _stream(self, needs: list[_Work]) -> torch.cuda.Stream:
         """A stream that holds nothing but what `needs` cover, made to wait for all of them."""
         covered = 0
         for work in needs:
             covered |= work.covers
-        streams = self._streams[urgent] if self.side_by_side else [self._last.stream]
-        fit = [
-            tail
-            for stream, tail in self._tails.items()
-            if stream in streams and covered >> tail.number & 1
-        ]
-        stream = max(fit, key=lambda tail: tail.number).stream if fit else self._unused(urgent)
+        fit = [tail for tail in self._tails.values() if covered >> tail.number & 1]
+        stream = max(fit, key=lambda tail: tail.number).stream if fit else self._unused()
         if all(work.stream is not stream for work in needs):
             self.nodes.forget(stream.cuda_stream)
         for work in needs:
@@ -268,13 +263,12 @@ class Branches:
                 stream.wait_event(work.event)
         return stream
 
-    def _unused(self, urgent: bool) -> torch.cuda.Stream:
-        streams = self._streams[urgent]
-        for stream in streams:
+    def _unused(self) -> torch.cuda.Stream:
+        for stream in self._streams:
             if stream not in self._tails:
                 return stream
-        streams.append(torch.cuda.Stream(priority=-1 if urgent else 0))
-        return streams[-1]
+        self._streams.append(torch.cuda.Stream())
+        return self._streams[-1]
 
     def _saw(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """A site has its result, which the observer is to be told of."""

@@ -1,4 +1,4 @@
-"""In which order, behind what, and how urgently a layer's sites are captured where their data leave a choice.
+"""In which order and behind what a layer's sites are captured where their data leave a choice.
 
 Which sites run side by side follows from what they read (graph_branches.py). These tables are about the
 processors they compete for: a kernel takes its place when it is launched, not when its input is there.
@@ -8,17 +8,13 @@ choices are worth: docs/cuda_layer.md.
 
 from __future__ import annotations
 
-import re
-
 # Sites whose first argument is the same tensor: when the first of a group is called, all are captured, in
 # this order.
 GROUPS: tuple[tuple[str, ...], ...] = (
+    ("attn/wq_a", "attn/compressor/wkv"),
     ("attn/index/wq_b", "attn/wq_b"),
     ("ffn/shared", "ffn/gate"),
 )
 
 # Sites that wait for others whose results they do not read, if these were captured before.
 AFTER: dict[str, tuple[str, ...]] = {}
-
-# Paths of sites whose kernels are placed before those of other branches.
-URGENT = re.compile(r"/attn/(wq_a|q_norm|index/.*)$")

@@ -230,7 +230,7 @@ def test_no_site_runs_beside_one_it_needs(
     assert later & set(without) == (later if fused else set())
     assert never & set(without) == (never if fused and not observed else set())
     core = {} if observed else {"core": 6}
-    assert ran == ({"linears": 6, "streams": 10, "scores": 2} | core if fused else {})
+    assert ran == ({"linears": 10, "streams": 10, "scores": 2} | core if fused else {})
     assert "L1/attn/window_write" not in without
     assert not launches.races, launches.races[:5]
     everything = (1 << launches.count()) - 1

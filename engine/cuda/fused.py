@@ -233,8 +233,9 @@ JOINS = (
         "attn/wq_a",
         (
             "attn/wkv",
-            *(f"{c}/{leaf}" for c in _COMPRESSORS for leaf in ("wkv", "wgate")),
+            *(f"attn/index/compressor/{leaf}" for leaf in ("wkv", "wgate")),
             "attn/index/weights_proj",
         ),
     ),
+    Join("attn/compressor/wkv", ("attn/compressor/wgate",)),
 )
