@@ -13,7 +13,6 @@ from __future__ import annotations
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("attn/wq_a", "attn/compressor/wkv"),
     ("attn/index/wq_b", "attn/wq_b"),
-    ("ffn/shared", "ffn/gate"),
 )
 
 # Sites that wait for others whose results they do not read, if these were captured before.
