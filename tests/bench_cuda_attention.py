@@ -13,12 +13,7 @@ from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine.cuda.hyper import hc_post, hc_post_pre, hc_post_pre_norm, hc_pre
-from dsv4_bench.engine.cuda.indexer import (
-    index_score,
-    index_topk,
-    rope_index_score,
-    rope_score_topk,
-)
+from dsv4_bench.engine.cuda.indexer import index_score, rope_index_score
 from dsv4_bench.engine.cuda.rows import rms_norm, rope
 from dsv4_bench.engine.registry import IMPLEMENTATIONS, OPS
 from dsv4_bench.engine.step import Step
@@ -185,42 +180,31 @@ def attention_cases() -> Iterator[Case]:
 # ------------------------------------------------------------------------------ indexer, compressor
 
 
-def joined(entries: int) -> Iterator[Case]:
-    """The rope of one token's queries, scores and top-k: as two launches or one, and as three or two."""
+def with_rope(entries: int) -> Case:
+    """The rope of one token's queries and their scores."""
 
     def inputs() -> tuple[Any, ...]:
         step = Step(torch.zeros(1, dtype=torch.int64, device="cuda"), (4 * entries - 1,), (1,), 128)
-        step.positions, step.visible(4)  # made once a step
         freqs = 1 / 10000 ** (torch.arange(32, device="cuda") / 32)
-        return randn(1, 64, 128), randn(1, entries, 128), randn(1, 64), step, freqs
+        return randn(1, 64, 128), (randn(1, entries, 128), randn(1, 64), step), freqs
 
-    def apart(q: Tensor, keys: Tensor, weights: Tensor, step: Step, freqs: Tensor) -> Tensor:
-        q = rope(q, step.positions, freqs=freqs, inverse=False)
-        return index_score(q, keys, weights, step, scale=0.01, ratio=4)
+    def make(_: int) -> Call:
+        q, others, freqs = inputs()
+        return lambda: rope_index_score(q, *others, freqs=freqs, scale=0.01, ratio=4)
 
-    def make(launches: Callable[..., Tensor], then: bool) -> Callable[[int], Call]:
-        def calls(_: int) -> Call:
-            *args, freqs = inputs()
-            visible = args[3].visible(4)
-            if then:
-                return lambda: index_topk(launches(*args, freqs), visible, k=512)
-            return lambda: launches(*args, freqs)
+    def apart(_: int) -> Call:
+        q, others, freqs = inputs()
+        positions = others[2].positions
 
-        return calls
+        def call() -> Tensor:
+            turned = rope(q, positions, freqs=freqs, inverse=False)
+            return index_score(turned, *others, scale=0.01, ratio=4)
 
-    def scores(*args: Any) -> Tensor:
-        return rope_index_score(*args[:4], freqs=args[4], scale=0.01, ratio=4)
+        return call
 
-    def choice(*args: Any) -> Tensor:
-        return rope_score_topk(*args[:4], freqs=args[4], scale=0.01, ratio=4, k=512)
-
-    shape, size = f"1 of {entries}", 2 * 128 * (entries + 64) + 4 * entries
-    flops = 2 * 64 * 129 * entries
-    one, two, three = make(scores, False), make(scores, True), make(apart, True)
-    yield Case("rope_index_score", shape, size, flops, one, {"two_launches": make(apart, False)})
-    if entries <= 2048:
-        peers = {"two_launches": two, "three_launches": three}
-        yield Case("rope_score_topk", shape, size, flops, make(choice, False), peers)
+    size, flops = 2 * 128 * (entries + 64) + 4 * entries, 2 * 64 * 129 * entries
+    peers = {"two_launches": apart}
+    return Case("rope_index_score", f"1 of {entries}", size, flops, make, peers)
 
 
 def index_cases() -> Iterator[Case]:
@@ -241,7 +225,7 @@ def index_cases() -> Iterator[Case]:
         published = {"DeepGEMM_fp8": peer} if peer else {}
         yield case("index_score", f"{batch} of {entries}", score, **published)
         if batch == 1:
-            yield from joined(entries)
+            yield with_rope(entries)
     for n, total, equal, peer in (
         (1, 1024, False, None),
         (8, 1024, False, None),

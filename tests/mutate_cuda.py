@@ -231,11 +231,11 @@ MUTANTS = (
         ("indexer",),
     ),
     Mutant(
-        "scores and top-k in one launch: hidden entries are chosen",
-        "indexer_topk.cuh",
-        "min(p.visible_at(query.position), total)",
-        "total",
-        "test_cuda_indexer.py one_launch",
+        "scores with the rope of the query: another position",
+        "indexer_token.cuh",
+        "turn(position, freqs.x, false)",
+        "turn(position + 1, freqs.x, false)",
+        "test_cuda_indexer.py rope",
         ("indexer",),
     ),
     Mutant(

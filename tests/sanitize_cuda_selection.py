@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.compressor import compressed_entry
 from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
-from dsv4_bench.engine.cuda.indexer import rope_index_score, rope_score_topk
+from dsv4_bench.engine.cuda.indexer import rope_index_score
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.step import Step
 
@@ -68,12 +68,6 @@ def scores() -> None:
     for to in (None, turned):
         given = (q, keys, weights, decode)
         rope_index_score(*given, freqs=randn(32), scale=0.1, ratio=4, turned=to)
-    for starts in ((4095, 700), (40,)):  # up to 1,024 entries of two sequences, and 10 of one
-        step = Step(torch.zeros(len(starts)).long().cuda(), starts, (1,) * len(starts), 128)
-        total, n = step.entries(4), len(starts)
-        q, weights = randn(n, 64, 128, dtype=BF16), randn(n, 64, dtype=BF16)
-        given = (q, randn(n, total + 3, 128, dtype=BF16), weights, step)
-        rope_score_topk(*given, freqs=randn(32), scale=0.1, ratio=4, k=512)
     # A block that takes three tokens.
     long = Step(torch.zeros(200).long().cuda(), (8200,), (200,), 128)
     keys, q = randn(1, long.entries(4), 128, dtype=BF16), randn(200, 8, 128, dtype=BF16)

@@ -9,12 +9,7 @@ import torch
 from cuda_judge import judge, kernel, same_each_time, views
 from torch import Tensor
 
-from dsv4_bench.engine.cuda.indexer import (
-    joins_rope_score,
-    joins_topk,
-    rope_index_score,
-    rope_score_topk,
-)
+from dsv4_bench.engine.cuda.indexer import joins_rope_score, rope_index_score
 from dsv4_bench.engine.step import Step
 
 pytestmark = [
@@ -75,60 +70,6 @@ def test_scores_with_the_rope_of_the_queries(half: int, filled: bool) -> None:
         )
         assert turned is None or torch.equal(turned, after)
         assert not torch.equal(after, q)
-
-
-def check_joined_topk(step: Step, k: int, ties: bool = False) -> None:
-    """Rope, scores and top-k in one launch: the bits of the three ops, also of what is filled on the way."""
-    freqs = FREQS[32].cuda()
-    q, keys, weights, _ = score_case(step)
-    if ties:  # as many different scores as eight entries have
-        keys = keys[:, torch.arange(keys.shape[1]) % 8].contiguous().nan_to_num()
-    after = kernel("rope", q, step.positions, freqs=freqs, inverse=False)["y"]
-    scores = kernel("index_score", after, keys, weights, step, **CONSTANTS)["score"]
-    wanted = kernel("index_topk", scores, step.visible(4), k=k)["index"]
-    assert joins_topk(q, keys, weights, step, freqs, ratio=4, k=k)
-    given: dict[str, Any] = {"freqs": freqs, "k": k, **CONSTANTS}
-    assert torch.equal(rope_score_topk(q, keys, weights, step, **given), wanted)
-    turned, score = torch.full_like(q, torch.nan), torch.full_like(scores, torch.nan)
-    found = rope_score_topk(q, keys, weights, step, turned=turned, score=score, **given)
-    assert torch.equal(found, wanted)
-    assert torch.equal(turned, after) and torch.equal(score, scores)
-
-
-@pytest.mark.parametrize(
-    "entries", [1, 15, 16, 17, 63, 65, 255, 256, 257, 1000, 1024, 1152, 2047, 2048]
-)
-@pytest.mark.parametrize("k", [512, 7, 1024])
-def test_scores_and_topk_in_one_launch(entries: int, k: int) -> None:
-    check_joined_topk(step_of((4 * entries - 1, 1)), k)
-    check_joined_topk(step_of((4 * entries - 1, 1)), k, ties=True)
-
-
-def test_scores_and_topk_in_one_launch_of_several_tokens() -> None:
-    check_joined_topk(step_of((3, 1), (4095, 1), (0, 1), (1026, 1), (5000, 1)), 512)
-    check_joined_topk(step_of(*((700 * i, 1) for i in range(8))), 100, ties=True)
-    step = step_of((4095, 1))
-    q, keys, weights, _ = score_case(step)
-    keys[:, [5, 77]] = torch.nan
-    given: dict[str, Any] = {"freqs": FREQS[32].cuda(), "k": 10, **CONSTANTS}
-    first = rope_score_topk(q, keys, weights, step, **given)
-    assert first[0, :2].tolist() == [5, 77]
-    for _ in range(100):
-        assert torch.equal(rope_score_topk(q, keys, weights, step, **given), first)
-
-
-def test_scores_and_topk_where_they_are_not_one_launch() -> None:
-    freqs = FREQS[32].cuda()
-    for step in (step_of((100, 3)), step_of((8195, 1)), step_of((1, 1)), step_of(*[(99, 1)] * 9)):
-        q, keys, weights, _ = score_case(step)
-        assert not joins_topk(q, keys, weights, step, freqs, ratio=4, k=512)
-        after = kernel("rope", q, step.positions, freqs=freqs, inverse=False)["y"]
-        scores = kernel("index_score", after, keys, weights, step, **CONSTANTS)["score"]
-        wanted = kernel("index_topk", scores, step.visible(4), k=512)["index"]
-        score = torch.full_like(scores, torch.nan)
-        given: dict[str, Any] = {"freqs": freqs, "k": 512, **CONSTANTS}
-        assert torch.equal(rope_score_topk(q, keys, weights, step, score=score, **given), wanted)
-        assert torch.equal(score, scores)
 
 
 def test_scores_with_the_rope_where_it_is_not_one_launch() -> None:

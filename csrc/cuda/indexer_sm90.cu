@@ -1,6 +1,6 @@
 // Op index_score: score every visible compressed entry of a sequence for every token; with the rope of its queries.
 
-#include "indexer_topk.cuh"
+#include "indexer_token.cuh"
 
 namespace dsv4 {
 namespace {
@@ -251,18 +251,4 @@ DSV4_EXPORT int dsv4_rope_index_score(const void* q, const float* freqs, int64_t
     const Problem p = {q, keys, weights, nullptr, positions, n, capacity, total, kHeads, kDim,
                        (int)ratio, scale, weights_dtype == DSV4_F32, score, freqs, (int)half, (bf16*)turned};
     return score_tokens<true>(p, processors, stream);
-}
-
-// index [n, k] int32 of op index_topk on those scores, in the same launch; score [n, total] is written if it is
-// not null. total <= 2048, k <= total; all tokens fit on the device at once if n <= 8.
-DSV4_EXPORT int dsv4_rope_score_topk(const void* q, const float* freqs, int64_t half, void* turned,
-                                     const void* keys, const void* weights, int weights_dtype,
-                                     const int64_t* positions, int64_t ratio, int64_t n, int64_t capacity,
-                                     int64_t total, float scale, int64_t k, float* score, int* index,
-                                     void* stream) {
-    if (total > kFewEntries || k > total || half % 4 || 2 * half > kDim) return kUnsupported;
-    if (total == 0 || n == 0) return cudaSuccess;
-    const Problem p = {q, keys, weights, nullptr, positions, n, capacity, total, kHeads, kDim,
-                       (int)ratio, scale, weights_dtype == DSV4_F32, score, freqs, (int)half, (bf16*)turned};
-    return score_topk(p, (int)k, index, stream);
 }

@@ -1,23 +1,24 @@
-// Keys of scores, and ranking scores by comparing all with all, where they are few.
+// Top-k of a short row by several CTAs: all scores compared with all, without a bound.
 #pragma once
 
-#include <stdint.h>
+#include "topk_bound.cuh"
 
 namespace dsv4 {
 
-// A larger score has a larger key; 0 and -0 are equal, NaN is the largest, and no key is 0.
-__device__ inline uint32_t key_of(float score) {
-    uint32_t bits = __float_as_uint(score + 0.0f);
-    if (score != score) return ~0u;
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+constexpr int kMostFew = 4096;        // scores of a row that may all be ranked,
+constexpr int64_t kFewPairs = 65536;  // if a CTA compares no more pairs
+
+// Whether all scores of a row are compared with all, without a bound.
+__host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
+    return count <= kMostFew && count * count <= kFewPairs * parts;
 }
 
 // Writes the indices of scores [begin, end) of a row of `count` that are among its first `wanted`. key: of all, in
 // order, 0 behind the last up to a multiple of four. A warp ranks Together of them at once.
-template <int Together, int Warps>
+template <int Together>
 __device__ void rank_few(const uint32_t* key, int count, int begin, int end, uint32_t wanted, int* index) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int first = begin + Together * warp; first < end; first += Together * Warps) {
+    for (int first = begin + Together * warp; first < end; first += Together * kWarps) {
         const int base = first / 4 * 4;  // of equal scores, all before this come first
         uint32_t mine[Together], rank[Together];
 #pragma unroll
@@ -36,10 +37,31 @@ __device__ void rank_few(const uint32_t* key, int count, int begin, int end, uin
         }
 #pragma unroll
         for (int j = 0; j < Together; j++) {
-            rank[j] = __reduce_add_sync(~0u, rank[j]);
+            rank[j] = __reduce_add_sync(kAll, rank[j]);
             if (lane == 0 && first + j < end && rank[j] < wanted) index[rank[j]] = first + j;
         }
     }
+}
+
+// The part that CTA `part` of `parts` has of a row of few.
+template <int Quads>
+__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, int parts, int* index) {
+    uint32_t* key = (uint32_t*)s.ranking.candidates;
+    static_assert(kMostFew * sizeof(*key) <= sizeof(s.ranking.candidates));
+    const int count = share.count;
+#pragma unroll
+    for (int q = 0; q < Quads; q++) {
+        const int at = share.at(4 * q);
+        uint32_t four[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) four[j] = at + j < count ? key_of(share.value[4 * q + j]) : 0;
+        if (at < kMostFew) *(uint4*)(key + at) = {four[0], four[1], four[2], four[3]};
+    }
+    __syncthreads();
+    const int each = (count + parts - 1) / parts, begin = min(each * part, count), end = min(begin + each, count);
+    const uint32_t wanted = min(count, k);
+    if (each <= kWarps) rank_few<1>(key, count, begin, end, wanted, index);
+    else rank_few<2>(key, count, begin, end, wanted, index);
 }
 
 }  // namespace dsv4

@@ -3,7 +3,6 @@
 
 #include "dispatch.cuh"
 #include "hopper.cuh"
-#include "topk_few.cuh"
 
 namespace dsv4 {
 
@@ -14,6 +13,13 @@ constexpr int kMostCluster = 16;   // more than 8 needs the device's consent
 constexpr int kRankBins = 2048;
 constexpr uint32_t kCrowd = 64;    // candidates in a bin, from which sorting is faster
 constexpr unsigned kAll = ~0u;
+
+// A larger score has a larger key; 0 and -0 are equal, NaN is the largest, and no key is 0.
+__device__ inline uint32_t key_of(float score) {
+    uint32_t bits = __float_as_uint(score + 0.0f);
+    if (score != score) return ~0u;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 
 // The score of a key; NaN's is NaN, and 0 that of -0.
 __device__ inline float score_of(uint32_t key) {

@@ -6,7 +6,7 @@
 // row whose bound lets too few or too many through, takes the exact way of topk_exact.cuh; one that is
 // constant needs neither. Nothing in the result depends on timing.
 
-#include "topk_bound.cuh"
+#include "topk_few.cuh"
 
 namespace dsv4 {
 namespace {
@@ -14,8 +14,6 @@ namespace {
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
 constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
-constexpr int kMostFew = 4096;        // scores of a row that may all be ranked,
-constexpr int64_t kFewPairs = 65536;  // if a CTA compares no more pairs
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
 // ---------------------------------------------------------------- few short rows
@@ -42,31 +40,6 @@ __device__ void rank_own(const Ranking& s, uint32_t taken, uint32_t owned, uint3
             if (lane == 0 && first + j < owned && rank[j] < wanted) index[rank[j]] = (int)~(uint32_t)mine[j];
         }
     }
-}
-
-// Whether all scores of a row are compared with all, without a bound.
-__host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
-    return count <= kMostFew && count * count <= kFewPairs * parts;
-}
-
-template <int Quads>
-__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, int parts, int* index) {
-    uint32_t* key = (uint32_t*)s.ranking.candidates;
-    static_assert(kMostFew * sizeof(*key) <= sizeof(s.ranking.candidates));
-    const int count = share.count;
-#pragma unroll
-    for (int q = 0; q < Quads; q++) {
-        const int at = share.at(4 * q);
-        uint32_t four[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) four[j] = at + j < count ? key_of(share.value[4 * q + j]) : 0;
-        if (at < kMostFew) *(uint4*)(key + at) = {four[0], four[1], four[2], four[3]};
-    }
-    __syncthreads();
-    const int each = (count + parts - 1) / parts, begin = min(each * part, count), end = min(begin + each, count);
-    const uint32_t wanted = min(count, k);
-    if (each <= kWarps) rank_few<1, kWarps>(key, count, begin, end, wanted, index);
-    else rank_few<2, kWarps>(key, count, begin, end, wanted, index);
 }
 
 // The least key of a share that is the whole row.

@@ -5,8 +5,6 @@ Contracts are those of the references in `ops`. Nothing here synchronises with t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,6 @@ INDEXER = Library(
     {
         "index_score": (P, P, I, P, I, P, P, N, N, N, N, N, N, F, N, N, P),
         "rope_index_score": (P, P, N, P, P, P, I, P, N, N, N, N, F, N, P),
-        "rope_score_topk": (P, P, N, P, P, P, I, P, N, N, N, N, F, N, P, P),
     },
 )
 TOPK = Library("topk", {"index_topk": (P, P, N, N, N, N, P)})
@@ -149,73 +146,6 @@ def rope_index_score(
         score.data_ptr(),
     )
     return score
-
-
-def joins_topk(
-    q: Tensor, keys: Tensor, weights: Tensor, step: Step, freqs: Tensor, *, ratio: int, k: int
-) -> bool:
-    """Whether rope_score_topk is one launch: as joins_rope_score, with up to 2,048 entries, of few tokens."""
-    return (
-        joins_rope_score(q, keys, weights, step, freqs)
-        and 0 < step.entries(ratio) <= min(_FEW, keys.shape[1])
-        and 0 < k <= _MOST_K
-        and len(q) * _CLUSTER <= processors(q.device)
-    )
-
-
-def rope_score_topk(
-    q: Tensor,
-    keys: Tensor,
-    weights: Tensor,
-    step: Step,
-    *,
-    freqs: Tensor,
-    scale: float,
-    ratio: int,
-    k: int,
-    turned: Tensor | None = None,
-    score: Tensor | None = None,
-) -> Tensor:
-    """index_topk(index_score(rope(q, step.positions), ...), step.visible(ratio)); index [n, min(k, T)] int32.
-
-    Arguments and `turned` as in rope_index_score; `score` [n, T] float32 receives the scores. One launch where
-    `joins_topk`; elsewhere rope_index_score and index_topk.
-    """
-    op, total = "rope_score_topk", step.entries(ratio)
-    if score is not None and (score.shape != (len(q), total) or not score.is_contiguous()):
-        wrong(op, f"{len(q)} tokens, {total} entries, room for scores {list(score.shape)}")
-    if not joins_topk(q, keys, weights, step, freqs, ratio=ratio, k=k):
-        common: dict[str, Any] = {"freqs": freqs, "scale": scale, "ratio": ratio, "turned": turned}
-        scores = rope_index_score(q, keys, weights, step, **common)
-        if score is not None:
-            score.copy_(scores)
-        return index_topk(scores, step.visible(ratio), k=k)
-    if turned is not None and (turned.shape != q.shape or not turned.is_contiguous()):
-        wrong(op, f"q {list(q.shape)}, room for it after its rope {list(turned.shape)}")
-    n, freqs, (weights, weights_kind) = len(q), floats(op, freqs), activation(op, weights)
-    k = min(k, total)
-    index = q.new_empty((n, k), dtype=torch.int32)
-    INDEXER.call(
-        op,
-        q,
-        q.data_ptr(),
-        freqs.data_ptr(),
-        freqs.numel(),
-        None if turned is None else turned.data_ptr(),
-        keys.data_ptr(),
-        weights.data_ptr(),
-        weights_kind,
-        step.positions.data_ptr(),
-        ratio,
-        n,
-        keys.shape[1],
-        total,
-        scale,
-        k,
-        None if score is None else score.data_ptr(),
-        index.data_ptr(),
-    )
-    return index
 
 
 def _tokens_per_block(step: Step, total: int, available: int) -> int:
