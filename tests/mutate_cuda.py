@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
+
+import children
 
 TESTS = Path(__file__).parent
 NOTICED = ("killed", "hung")
@@ -358,14 +359,8 @@ def outcome_of(mutant: Mutant, log: Path, limit: float) -> str:
         pytest = ["-x", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "-W", "ignore"]
         pytest += ["--rootdir=.", f"tests/{file}", *(["-k", chosen] if chosen else [])]
         command = [sys.executable, "-c", RUN, str(folder), ",".join(mutant.built), *pytest]
-        with log.open("w") as out:
-            try:
-                done = subprocess.run(
-                    command, cwd=TESTS.parent, stdout=out, stderr=subprocess.STDOUT, timeout=limit
-                )
-            except subprocess.TimeoutExpired:
-                return "hung"
-    return {0: "survived", 1: "killed"}.get(done.returncode, "error")
+        status = children.ended(command, log, limit, TESTS.parent)
+    return "hung" if status is None else {0: "survived", 1: "killed"}.get(status, "error")
 
 
 def main() -> int:
@@ -375,6 +370,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120, help="seconds for a mutant")
     args = parser.parse_args()
+    children.end_with_this_process()
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = [m for m in MUTANTS if any(fnmatchcase(m.name, g) for g in args.only.split("|"))]
     found = []

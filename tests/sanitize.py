@@ -17,13 +17,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import children
 
 TOOLS = ("racecheck", "synccheck", "memcheck", "initcheck")  # the slowest first
 _SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
@@ -99,15 +100,7 @@ class Runner:
 
     def ran(self, name: str, command: list[str]) -> bool:
         """Whether the command ended with status 0."""
-        with self.log(name).open("w") as file:
-            try:
-                left = max(self.end - time.monotonic(), 0)
-                done = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False
-                )
-                return done.returncode == 0
-            except subprocess.TimeoutExpired:
-                return False
+        return children.ended(command, self.log(name), self.end - time.monotonic()) == 0
 
     def check(self, tool: str, part: str) -> Result:
         began, name = time.monotonic(), f"{tool}.{part}"
@@ -188,6 +181,7 @@ def main() -> int:
         return 3
     from bench_cuda import describe_device
 
+    children.end_with_this_process()
     args.out.mkdir(parents=True, exist_ok=True)
     header = {**describe_device(), "commit": args.commit}
     return 0 if check_all(runner, args.tools.split(","), parts, args.jobs, header) else 1

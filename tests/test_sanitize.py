@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import children
 import mutate_cuda
 import pytest
 import sanitize
@@ -73,6 +74,17 @@ def test_nothing_goes_on_beyond_the_end(runner: sanitize.Runner) -> None:
     assert runner.check("synccheck", "clean").errors is None  # under way
     assert runner.check("synccheck", "clean").errors is None  # not begun
     assert 0.5 < time.monotonic() - began < 5
+
+
+def test_what_a_stopped_process_has_started_ends_too(tmp_path: Path) -> None:
+    command = ["sh", "-c", "sleep 60 & echo $!; wait"]
+    assert children.ended(command, tmp_path / "log", 0.5) is None
+    started = int((tmp_path / "log").read_text())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):  # until init has taken note
+            os.kill(started, 0)
+            time.sleep(0.1)
+    assert children.ended(["sh", "-c", "exit 3"], tmp_path / "log", 5) == 3
 
 
 def test_the_record_holds_every_result(
