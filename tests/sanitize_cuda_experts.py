@@ -22,13 +22,15 @@ def chosen(m: int, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def experts(kind: str) -> None:
     """Sizes that tiles take; of whole stages, with one token, few pairs, many in tiles of 64 and of 128."""
+    many = (40, 80) if kind in ("nvfp4", "mxfp4") else (40,)
     for inner, d in ((96, 160), (256, 512)):
         one = expert(kind, inner, d)
         bank = [expert(kind, inner, d), one, one]
-        for m in (1, 3, 5, 40, 80) if d == 512 else (1, 5):
+        for m in (1, 5, *many) if d == 512 else (1, 5):
             x, routing, ids = chosen(m, d)
             run("experts", x, routing, ids, bank=bank, limit=2.0)
-            run("shared_expert", x, expert=one, limit=2.0)
+        for m in (1, 3, 40) if d == 512 else (1, 5):
+            run("shared_expert", randn(m, d, dtype=BF16), expert=one, limit=2.0)
 
 
 PARTS = {f"experts_{kind}": (partial(experts, kind), ("experts",)) for kind in FORMATS[:5]}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from sanitize_cuda import BF16, F32, randn, run
 from torch import Tensor
 
+from dsv4_bench.engine.cuda import indexer
 from dsv4_bench.engine.cuda.compressor import compressed_entry
 from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
-from dsv4_bench.engine.cuda.indexer import rope_index_score
 from dsv4_bench.engine.fixed_step import FixedStep
 from dsv4_bench.engine.step import Step
 
@@ -28,7 +29,7 @@ def streams(n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def hyper() -> None:
-    for n, d, dtype in ((19, 4096, BF16), (9, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
+    for n, d, dtype in ((17, 4096, BF16), (2, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
         given = streams(n, d, dtype)
         x = given["args"][1]
         run("hc_pre", x, **given["pre"])
@@ -39,11 +40,11 @@ def hyper() -> None:
 
 def hyper_joined() -> None:
     """hc_post and the next hc_pre in one kernel, without and with the norm that follows."""
-    for n in (1, 37):
+    for n in (1, 17):
         given = streams(n, 4096, BF16)
-        hc_post_pre(*given["args"], **given["pre"])
         norm = {"weight": randn(4096, dtype=BF16), "weight_eps": 1e-6}
         hc_post_pre_norm(*given["args"], **given["pre"], **norm)
+    hc_post_pre(*given["args"], **given["pre"])
 
 
 # ------------------------------------------------------------------------------ indexer and top-k
@@ -56,35 +57,47 @@ def uneven() -> tuple[Step, int]:
 
 
 def scores() -> None:
+    """With the blocks of two processors: several tokens a block, more tiles than its ring holds."""
     step, capacity = uneven()
-    for dtype, heads in ((BF16, 64), (BF16, 8), (BF16, 3), (F32, 3)):
-        q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
-        run("index_score", q, keys, randn(46, heads, dtype=dtype), step, scale=0.1, ratio=4)
-    decode = Step(torch.zeros(2).long().cuda(), (40000, 701), (1, 1), 128)
-    keys, weights = randn(2, decode.entries(4) + 3, 128, dtype=BF16), randn(2, 64, dtype=BF16)
-    q = randn(2, 64, 128, dtype=BF16)
-    run("index_score", q, keys, weights, decode, scale=0.1, ratio=4)
-    turned = torch.zeros(q.shape, dtype=BF16).cuda()
-    for to in (None, turned):
-        given = (q, keys, weights, decode)
-        rope_index_score(*given, freqs=randn(32), scale=0.1, ratio=4, turned=to)
-    # A block that takes three tokens.
-    long = Step(torch.zeros(200).long().cuda(), (8200,), (200,), 128)
-    keys, q = randn(1, long.entries(4), 128, dtype=BF16), randn(200, 8, 128, dtype=BF16)
-    run("index_score", q, keys, randn(200, 8, dtype=BF16), long, scale=0.1, ratio=4)
+    decode = Step(torch.zeros(4).long().cuda(), (1300, 701, 5, 900), (1,) * 4, 128)
+    with mock.patch.object(indexer, "processors", lambda device: 2):
+        for dtype, heads in ((BF16, 64), (BF16, 8), (BF16, 3), (F32, 3)):
+            q, keys = randn(46, heads, 128, dtype=dtype), randn(3, capacity, 128, dtype=dtype)
+            run("index_score", q, keys, randn(46, heads, dtype=dtype), step, scale=0.1, ratio=4)
+        keys = randn(4, decode.entries(4) + 3, 128, dtype=BF16)
+        q, weights = randn(4, 64, 128, dtype=BF16), randn(4, 64, dtype=BF16)
+        run("index_score", q, keys, weights, decode, scale=0.1, ratio=4)
+        turned = torch.zeros(q.shape, dtype=BF16).cuda()
+        for to in (None, turned):
+            given = (q, keys, weights, decode)
+            indexer.rope_index_score(*given, freqs=randn(32), scale=0.1, ratio=4, turned=to)
+
+
+def topk_of(total: int, *scores: Tensor) -> None:
+    for score in scores:
+        run("index_topk", score[None].cuda(), torch.tensor([total]).cuda(), k=512)
+
+
+def cubes(total: int) -> Tensor:
+    """Scores whose largest say little of the k-th best."""
+    return (torch.arange(total) ** 3 // 9).float()
 
 
 def topk() -> None:
-    """A row in several blocks, in a cluster, and longer than one holds; random, all equal, and what the
-    bound does not help. Then many rows."""
-    for total in (300_001, 90_001, 40_001, 12_000, 3_000, 700):
-        whole = torch.tensor([total]).cuda()
-        cubes = (torch.arange(total) ** 3 // 9).float()
-        for score in (torch.randn(total), torch.zeros(total), cubes):
-            run("index_topk", score[None].cuda(), whole, k=512)
-    for n, total in ((3, 900), (8, 1024), (64, 1024), (46, 501)):
+    """A row in several blocks: random, all equal, and what the bound does not help. Then many rows."""
+    topk_of(12_000, torch.randn(12_000))
+    for total in (3_000, 700):
+        topk_of(total, torch.randn(total), torch.zeros(total), cubes(total))
+    for n, total, available in ((3, 900, 132), (16, 1024, 132), (3, 900, 2), (2, 5000, 2)):
         visible = (torch.arange(n) * total // n).cuda()
-        run("index_topk", randn(n, total), visible, k=100)
+        with mock.patch.object(indexer, "processors", lambda device, count=available: count):
+            run("index_topk", randn(n, total), visible, k=100)
+
+
+def topk_long() -> None:
+    """A row in a cluster, in registers of either size."""
+    topk_of(40_001, torch.randn(40_001), cubes(40_001))
+    topk_of(70_001, torch.randn(70_001))
 
 
 # ------------------------------------------------------------------------------ compressor
@@ -127,5 +140,6 @@ PARTS = {
     "hyper_joined": (hyper_joined, ("hyper",)),
     "scores": (scores, ("indexer",)),
     "topk": (topk, ("topk",)),
+    "topk_long": (topk_long, ("topk",)),
     "compressor": (compressor, ("compressor",)),
 }
