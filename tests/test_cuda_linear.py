@@ -215,7 +215,8 @@ def test_linear_of_unaligned_weights(kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_grouped_linear(kind, dtype):
-    for n, groups, k in ((6, 3, 96), (140, 2, 96), (64, 4, 256), (96, 2, 1152), (2304, 48, 128)):
+    shapes = ((6, 3, 96), (140, 2, 96), (64, 4, 256), (96, 2, 1152), (2304, 48, 128), (256, 2, 96))
+    for n, groups, k in shapes:
         weight = make_weight(kind, n, k)
         w = oracle_weight(weight).view(groups, n // groups, k)
         for m in (0, 1, 9, 65):
