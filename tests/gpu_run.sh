@@ -43,7 +43,8 @@ if wants test; then
         --verified "$out/verified.json" --commit "$commit"
 fi
 if wants sanitize; then
-    step sanitize 130 python3 tests/sanitize.py "$out/sanitize" --within 110 --commit "$commit"
+    seconds=${DSV4_SANITIZE_SECONDS:-110}
+    step sanitize $((seconds + 20)) python3 tests/sanitize.py "$out/sanitize" --within "$seconds" --commit "$commit"
 fi
 if wants layer; then
     step layer 60 python3 tests/bench_cuda_layer.py --sites --peers --json "$out/layer.json"
