@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What a GPU machine runs: builds every kernel, then tests, sanitizer and benchmarks, each with a time limit.
-#   tests/gpu_run.sh OUT [build] [test] [sanitize] [layer] [bench [GLOB ...]]
+#   tests/gpu_run.sh OUT [build] [test] [sanitize] [mutate] [layer] [bench [GLOB ...]]
 # Needs torch, pytest and nvcc, compute-sanitizer for its step; the repository must be importable as dsv4_bench.
-# On 16 cores and an H200 about 30, 90, 100, 120 and 150 s. Every result is in OUT as soon as it is there, and a
+# On 16 cores and an H200 about 30, 90, 110, 120, 120 and 150 s. Every result is in OUT as soon as it is there, and a
 # line for every step in OUT/steps.txt. With DSV4_PEERS (docs/peers.md) benchmarks time the peers found there too.
 set -uo pipefail
 mkdir -p "$1"
@@ -45,6 +45,9 @@ fi
 if wants sanitize; then
     seconds=${DSV4_SANITIZE_SECONDS:-110}
     step sanitize $((seconds + 20)) python3 tests/sanitize.py "$out/sanitize" --within "$seconds" --commit "$commit"
+fi
+if wants mutate; then
+    step mutate 200 python3 tests/mutate_cuda.py "$out/mutants" --jobs 5
 fi
 if wants layer; then
     step layer 60 python3 tests/bench_cuda_layer.py --sites --peers --json "$out/layer.json"
