@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 # Whole blocks, and blocks of 64 experts by 128 columns that stick out at either side.
 SIZES = [(256, 4096), (384, 7168), (33, 64), (1, 8), (255, 1032), (700, 200)]
-FEW = [*range(1, 66), 127, 128]  # tokens
+FEW = [*range(1, 66), 127, 128, 129, 255, 256]  # tokens
 SCALE, LIMIT = 2.5, FLOOR[torch.float32]
 
 
@@ -72,9 +72,9 @@ def test_every_number_of_tokens(hashed: bool) -> None:
 @pytest.mark.parametrize("count, d", SIZES)
 def test_sizes(count: int, d: int, hashed: bool) -> None:
     params = arguments(count, d, hashed)
-    for n in (1, 9, 20, 70, 129):
+    for n in (1, 9, 20, 70, 129, 257):
         x, tokens = tokens_of(n, d)
-        assert _in_partial_sums(x, params["weight"]) == (n <= 128)
+        assert _in_partial_sums(x, params["weight"]) == (n <= 256)
         judge(x, tokens, params)
 
 
