@@ -113,37 +113,33 @@ def grouped_case(m: int) -> Case:
     return Case("grouped_linear", shape, size, 2 * m * n * k, make, {"torch.bmm bf16": bmm})
 
 
-# Products of one input in V4-Flash's layers: of the normed stream (a CSA layer), of the query's low rank.
+# Products of one input in V4-Flash's layers, and all of a CSA layer's normed stream, in one launch.
+BF16_PAIR = [("bf16", 1024)] * 2
+FIVE = [("fp8", 1024), ("fp8", 512), *[("bf16", 256)] * 2, ("bf16", 64)]
 JOINT = {
-    "7 of a CSA layer's input": (
-        4096,
-        [("fp8", 1024), ("fp8", 512), *[("bf16", 1024)] * 2, *[("bf16", 256)] * 2, ("bf16", 64)],
-    ),
-    "wq_b and index/wq_b": (1024, [("fp8", 32768), ("fp8", 8192)]),
+    "wq_a, wkv, indexer": (4096, FIVE),
+    "compressor": (4096, BF16_PAIR),
+    "all seven": (4096, [*FIVE, *BF16_PAIR]),
+    "wq_b, index/wq_b": (1024, [("fp8", 32768), ("fp8", 8192)]),
 }
 
 
-def joint_case(name: str, normed: bool) -> Case:
+def joint_case(name: str) -> Case:
     k, shapes = JOINT[name]
 
     def make(_: int) -> Call:
         x = torch.randn(1, k, device=CUDA, dtype=BF16)
         weights = [weight(kind, n, k) for kind, n in shapes]
-        norm = (torch.ones(k, device=CUDA, dtype=BF16), 1e-6) if normed else None
-        return lambda: linears(x, weights, [None] * len(weights), norm)
+        return lambda: linears(x, weights, [None] * len(weights))
 
     def separate(_: int) -> Call:
         x = torch.randn(1, k, device=CUDA, dtype=BF16)
-        gain = torch.ones(k, device=CUDA, dtype=BF16)
         calls = [run("linear", x, weight=weight(kind, n, k), out_dtype=None) for kind, n in shapes]
-        if normed:
-            calls.insert(0, run("rms_norm", x, weight=gain, eps=1e-6))
         return lambda: [call() for call in calls]
 
     size = sum(int(n * k * BYTES[kind]) + 2 * n for kind, n in shapes) + 2 * k
     flops = sum(2 * n * k for _, n in shapes)
-    shape = f"{name}, normed" if normed else name
-    return Case("linears", shape, size, flops, make, {"one launch each": separate})
+    return Case("linears", name, size, flops, make, {"one launch each": separate})
 
 
 # ------------------------------------------------------------------------------ small ops
@@ -210,8 +206,7 @@ def cases() -> Iterator[Case]:
     for n, k, m in ((1024, 4096, 1), (8192, 1024, 1), (4096, 8192, 2), (4096, 8192, 4)):
         yield linear_case("fp8", n, k, m)
     for name in JOINT:
-        yield joint_case(name, normed=False)
-    yield joint_case("wq_b and index/wq_b", normed=True)
+        yield joint_case(name)
     for m in (1, 64):
         yield grouped_case(m)
     for m in (1024, 4096):

@@ -79,13 +79,13 @@ def matrix_unit(kind: str) -> None:
 
 
 def skinny(kind: str) -> None:
-    """5 to 64 rows: a tile of 256 weight rows, and of 64 whose columns are shared; more stages than slots."""
-    for n, k in ((200, 1152), (65, 9216)):
+    """5 to 64 rows: in one part and in two; more than one tile; more stages than slots."""
+    for n, k in ((300, 1152), (65, 9216)):
         packed = pack(weight(kind, n, k))
         for m in (5, 20, 40) if n == 200 else (5,):
             x = randn(m, k, dtype=BF16)
-            for dtype, *division in ((BF16, 4, 1), (F32, 1, 2)):
-                plan = plan_of(n, 1, m, k, _SKINNY[packed.format][0], *division)
+            for dtype, parts in ((BF16, 1), (F32, 2)):
+                plan = plan_of(n, m, k, _SKINNY[packed.format][0], 1, parts)
                 a_few_rows(x, packed, 1, torch.zeros(m, n, dtype=dtype).to(CUDA), plan)
 
 
@@ -100,12 +100,12 @@ def multiply_adds() -> None:
 
 
 def one_row() -> None:
-    """Several matrices in one launch: bfloat16, FP8 with either kind of scales; with a norm before."""
+    """Several matrices in one launch: bfloat16, FP8 with either kind of scales; several tiles a place."""
     some = [weight(kind, n, 1040) for kind, n in (("fp8_e8m0", 33), ("fp8_f32", 16), ("bf16", 40))]
     x = randn(1, 1040, dtype=BF16)
-    for norm in (None, (randn(1040), 1e-6), (randn(1040, dtype=BF16), 1e-6)):
-        linears(x, some, [None, F32, BF16], norm)
-        linears(x, some[: 1 if norm else 2], [F32, F32][: 1 if norm else 2], norm)
+    linears(x, some, [None, F32, BF16])
+    wide = [weight("fp8_f32", 150, 384), weight("bf16", 30, 384)]
+    linears(randn(1, 384, dtype=BF16), wide, [None, F32])
 
 
 def any_rows(kind: str) -> None:

@@ -2,32 +2,30 @@
 //
 // Every warp multiplies its tiles of 16 weight rows out of its own ring. `split` warps of a block share
 // a tile's columns, every split-th stage each, and each holds its own columns of the activations in
-// shared memory; the sums meet in the end. Two blocks fit on a multiprocessor: while one works, that of
-// the next kernel begins to fill its rings.
+// shared memory; the sums meet in the end. The rings begin to fill while the kernel before still runs.
 #pragma once
 
 #include "halves.cuh"
 #include "linear.cuh"
 #include "ring.cuh"
-#include "row_norm.cuh"
 
 namespace dsv4 {
 
-// How blocks are made. kDepth: stages of a ring, kEarly of them asked for before the activations;
-// kResident: blocks that a multiprocessor has room for.
+// How blocks are made. kDepth: stages of a ring, kEarly of them asked for before the activations.
 struct FewShape {
-    static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kResident = 2;
-    static constexpr int kMostRounds = 8;
-    static constexpr bool kAlone = false;
-    static constexpr int kEarlyNormed = 4;
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = 5, kEarly = 2, kMostRounds = 8;
 };
 constexpr int kFewRows = 4;
-constexpr size_t kFewShared = 226 * 1024;  // bytes, of all resident blocks
+constexpr size_t kFewShared = 226 * 1024;  // bytes, of all blocks on a multiprocessor
 
-// What a block that needs `bytes` asks for: more than half if no two are to share a multiprocessor.
-inline size_t few_shared(size_t bytes) {
+// Blocks that a multiprocessor has room for. With two, that of the next kernel fills its rings early. With
+// one, no two of a launch share a multiprocessor where a small kernel before it takes another's place.
+template <class Policy> constexpr int kFewResident = kScaleWords<Policy> > 0 ? 2 : 1;
+
+// What a block asks for that needs `bytes`.
+template <class Policy> size_t few_shared(size_t bytes) {
     constexpr size_t kMoreThanHalf = kFewShared / 2 + 1024;
-    return FewShape::kAlone && bytes < kMoreThanHalf ? kMoreThanHalf : bytes;
+    return kFewResident<Policy> == 1 && bytes < kMoreThanHalf ? kMoreThanHalf : bytes;
 }
 
 // ---------------------------------------------------------------- how the work is divided
@@ -69,7 +67,7 @@ template <class Policy> struct FewPlan : FewBlock<Policy> {
     }
     double cost() const {
         if (this->bytes() > kFewShared) return 1e30;
-        const bool alone = this->bytes() > kFewShared / Base::kResident - 1024;
+        const bool alone = kFewResident<Policy> == 2 && this->bytes() > kFewShared / 2 - 1024;
         return (double)ceil_div(blocks, (int64_t)kProcessors) * Base::cost() * (alone ? 1.5 : 1);
     }
     static FewPlan best(int64_t tiles, int64_t group, int64_t k, int rows) {
@@ -103,11 +101,6 @@ template <class Policy> struct OwnColumns {
         return v / kStage * kStage + (ordered ^ r % 2 * 4);
     }
 
-    // Where vector v of the warp lies in a row of which the warp has every step-th stage from `first` on.
-    __device__ static int source(int v, int first, int step) {
-        return (first + v / kStage * step) * kStage + v % kStage;
-    }
-
     // From bf16 rows `stride` apart with `columns` elements: every step-th stage from `first` on, zeros
     // behind the last column. Calls between() once the first loads are under way. One warp.
     template <class Between>
@@ -118,7 +111,7 @@ template <class Policy> struct OwnColumns {
 #pragma unroll
             for (int i = 0; i < kBatch; i++) {
                 const int v = base + i * 32 + lane;
-                const int from = source(v, first, step);
+                const int from = (first + v / kStage * step) * kStage + v % kStage;
                 batch[i] = r < rows && v < vectors && from < present
                                ? *(const uint4*)(x + r * stride + from * 8)
                                : make_uint4(0, 0, 0, 0);
@@ -153,58 +146,6 @@ template <class Policy> struct OwnColumns {
             }
 #pragma unroll
             for (int i = 0; i < kBatch; i++) kept[i] = next[i];
-        }
-        __syncwarp();
-    }
-
-    // Gains of the first vectors, for which nobody has to wait.
-    static constexpr int kGains = 2;
-    template <class W> struct Gains {
-        typename RowNorm<W>::Gain of[kGains];
-    };
-    template <class W>
-    __device__ Gains<W> gains(const RowNorm<W>& norm, int columns, int first, int step) const {
-        Gains<W> found;
-#pragma unroll
-        for (int i = 0; i < kGains; i++) {
-            const int v = i * 32 + threadIdx.x % 32, from = source(v, first, step);
-            found.of[i] = v < vectors && from < columns / 8 ? norm.gain(from) : typename RowNorm<W>::Gain{};
-        }
-        return found;
-    }
-    // As fill(), from one row that is normalised; `columns` are whole vectors.
-    template <class W, class Between>
-    __device__ void fill_normed(const bf16* x, const RowNorm<W>& norm, const Gains<W>& early, int columns,
-                                int first, int step, Between between) {
-        const int lane = threadIdx.x % 32;
-        auto load = [&](int v) {
-            const int from = source(v, first, step);
-            return v < vectors && from < columns / 8 ? *(const uint4*)(x + from * 8) : make_uint4(0, 0, 0, 0);
-        };
-        uint4 raw[kGains];
-#pragma unroll
-        for (int i = 0; i < kGains; i++) raw[i] = load(i * 32 + lane);
-        const float factor = norm.factor(x, columns);
-        uint32_t most = 0;
-        auto stage = [&](int v, const uint4& y) {
-            at[place(0, v)] = y;
-            most = max(most, largest_of(y));
-        };
-#pragma unroll
-        for (int i = 0; i < kGains; i++)
-            if (i * 32 + lane < vectors) stage(i * 32 + lane, norm.scaled(raw[i], early.of[i], factor));
-#pragma unroll 1
-        for (int v = kGains * 32 + lane; v < vectors; v += 32) {
-            const int from = source(v, first, step);
-            uint4 y = make_uint4(0, 0, 0, 0);
-            if (from < columns / 8) y = norm.scaled(*(const uint4*)(x + from * 8), norm.gain(from), factor);
-            stage(v, y);
-        }
-        between();
-        if constexpr (kHalf) {
-            exponent = RowScale::exponent_of(__reduce_max_sync(~0u, most));
-#pragma unroll 1
-            for (int v = lane; v < vectors; v += 32) at[place(0, v)] = stored(at[place(0, v)], exponent);
         }
         __syncwarp();
     }
@@ -374,11 +315,10 @@ __device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBloc
 }
 
 // One block: weight rows from row0 on, as many as its tiles have, times activation rows `stride` apart;
-// store(activation row, weight row, product). `memory` has block.bytes(). With a RowNorm the one row is
-// normalised first.
-template <class Policy, class Norm, class Store>
+// store(activation row, weight row, product). `memory` has block.bytes().
+template <class Policy, class Store>
 __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<Policy>& block,
-                             const bf16* x, int64_t stride, const Norm& norm, char* memory, Store store) {
+                             const bf16* x, int64_t stride, char* memory, Store store) {
     using Shape = FewShape;
     auto* slots = (Slot<Policy>*)memory;
     auto* vectors = (uint4*)(slots + Shape::kWarps * Shape::kDepth);
@@ -390,27 +330,18 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
                       block.split};
     slots += warp * Shape::kDepth;
     Ring<Policy, Shape::kDepth> ring(w, slots, strip);
-    // A norm takes a while, in which the memory should have something to do.
-    constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
-    constexpr int kEarly = kNormed ? Shape::kEarlyNormed : Shape::kEarly;
 #pragma unroll 1
-    for (int i = 0; i < kEarly; i++) ring.fill();
+    for (int i = 0; i < Shape::kEarly; i++) ring.fill();
     StageScales<Policy> scales(w, strip);
-    const int rows = row0 < w.n ? block.rows : 0, k = (int)w.k;
-    OwnColumns<Policy> own_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
+    wait_for_previous();
+
     // Loads queue up behind the copies of a block: those of the activations come before most of them.
-    auto fill_ring = [&] {
+    const int rows = row0 < w.n ? block.rows : 0;
+    OwnColumns<Policy> own_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
+    own_x.fill(x, stride, (int)w.k, s, block.split, [&] {
 #pragma unroll 1
-        for (int i = kEarly; i < Shape::kDepth; i++) ring.fill();
-    };
-    if constexpr (!kNormed) {
-        wait_for_previous();
-        own_x.fill(x, stride, k, s, block.split, fill_ring);
-    } else {
-        const auto gains = own_x.gains(norm, k, s, block.split);
-        wait_for_previous();
-        own_x.fill_normed(x, norm, gains, k, s, block.split, fill_ring);
-    }
+        for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
+    });
     Columns<Policy> columns(own_x, Lane());
     const int own = strip.stages();
     for (int t = 0; t < strip.tiles; t++) {
@@ -431,13 +362,13 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
 
 // All tiles of a block are in one group.
 template <class Policy, class Y>
-__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
+__global__ void __launch_bounds__(FewShape::kThreads, 2)
     few_kernel(const Product p, const FewBlock<Policy> block) {
     extern __shared__ __align__(16) char memory[];
     let_next_start();
     const int64_t row0 = blockIdx.x * (int64_t)block.tiles() * 16;
     const bf16* x = (const bf16*)p.x + row0 / p.per_group * p.w.k;
-    multiply_few(p.w, row0, block, x, p.x_stride, NoNorm{}, memory, [&](int row, int64_t n, float value) {
+    multiply_few(p.w, row0, block, x, p.x_stride, memory, [&](int row, int64_t n, float value) {
         ((Y*)p.y)[row * p.y_stride + n] = from_float<Y>(value);
     });
 }
@@ -453,7 +384,7 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const auto plan = FewPlan<Policy>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
     if (plan.bytes() > kFewShared) return kUnsupported;
     auto kernel = few_kernel<Policy, Y>;
-    const size_t shared = few_shared(plan.bytes());
+    const size_t shared = few_shared<Policy>(plan.bytes());
     const int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.

@@ -88,9 +88,7 @@ struct Division {
 
 // ---------------------------------------------------------------- kernel
 
-template <class Norm>
-__global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
-    linears_kernel(const Products p, const Norm norm) {
+__global__ void __launch_bounds__(FewShape::kThreads, 2) linears_kernel(const Products p) {
     extern __shared__ __align__(16) char memory[];
     let_next_start();
     const int b = blockIdx.x;
@@ -108,25 +106,11 @@ __global__ void __launch_bounds__(FewShape::kThreads, FewShape::kResident)
     };
     auto multiply = [&](auto policy) {
         const auto block = block_of<decltype(policy)>(p.rows[i], p.split, p.k);
-        multiply_few(part, row0, block, p.x, 0, norm, memory, store);
+        multiply_few(part, row0, block, p.x, 0, memory, store);
     };
     if (part.format == DSV4_DENSE_BF16) multiply(Bf16{});
     else if (part.format == DSV4_FP8_E8M0) multiply(Fp8<uint8_t>{});
     else multiply(Fp8<float>{});
-}
-
-template <class Norm> int start(Products& p, const Norm& norm, void* stream) {
-    const Division division = Division::best(p);
-    if (division.shared > kFewShared) return kUnsupported;
-    p.split = division.split;
-    for (int i = 0; i < p.count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
-    const size_t shared = few_shared(division.shared);
-    const int status = allow_shared(linears_kernel<Norm>, shared);
-    if (status != cudaSuccess) return status;
-    // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
-    const int blocks = division.blocks(p);
-    return launch(linears_kernel<Norm>, dim3(blocks < kProcessors ? kProcessors : blocks),
-                  FewShape::kThreads, shared, stream, p, norm);
 }
 
 }  // namespace
@@ -135,10 +119,9 @@ template <class Norm> int start(Products& p, const Norm& norm, void* stream) {
 using namespace dsv4;
 
 // y[i] [w[i]->n] in y_dtype[i] = x [k] bfloat16 times w[i]: bf16 or FP8, k a multiple of 16, all at
-// multiples of 16 bytes. With gain [k] in gain_dtype, not null: rms_norm(x) in bfloat16 times w[i].
+// multiples of 16 bytes.
 DSV4_EXPORT int dsv4_linears(const void* x, int64_t k, int64_t count, const dsv4_weight* const* w,
-                             void* const* y, const int* y_dtype, const void* gain, int gain_dtype,
-                             float eps, void* stream) {
+                             void* const* y, const int* y_dtype, void* stream) {
     if (count < 1 || count > kMost) return kUnsupported;
     Products p = {(const bf16*)x, k, (int)count};
     for (int i = 0; i < count; i++) {
@@ -147,9 +130,15 @@ DSV4_EXPORT int dsv4_linears(const void* x, int64_t k, int64_t count, const dsv4
         p.y[i] = y[i];
         p.y_dtype[i] = y_dtype[i];
     }
-    if (gain == nullptr) return start(p, NoNorm{}, stream);
-    return with_dtype(gain_dtype, [&](auto tag) {
-        using W = type_of<decltype(tag)>;
-        return start(p, RowNorm<W>{(const W*)gain, eps}, stream);
-    });
+    const Division division = Division::best(p);
+    if (division.shared > kFewShared) return kUnsupported;
+    p.split = division.split;
+    for (int i = 0; i < count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
+    const size_t shared = few_shared<Bf16>(division.shared);
+    const int status = allow_shared(linears_kernel, shared);
+    if (status != cudaSuccess) return status;
+    // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
+    const int blocks = division.blocks(p);
+    return launch(linears_kernel, dim3(blocks < kProcessors ? kProcessors : blocks), FewShape::kThreads,
+                  shared, stream, p);
 }
