@@ -5,8 +5,7 @@ comes after those that wrote storages it reads or writes, and after those that r
 Torch operations between two sites are captured behind the first of them, and what they make counts
 as that site's.
 
-Branches compete for processors: graph_order.py says which sites are captured earlier than they are
-called, and which wait for more than they read.
+Branches compete for processors: graph_order.py says which sites are captured before they are called.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
 from dsv4_bench.engine.graph_nodes import CapturedNodes
-from dsv4_bench.engine.graph_order import AFTER
 from dsv4_bench.engine.registry import Site
 
 
@@ -126,7 +124,6 @@ class Branches:
         self._tails = {stream: self._last}
         self._writers = dict.fromkeys(given, self._last)
         self._readers: dict[int, list[_Work]] = {}
-        self._named: dict[str, _Work] = {}  # by the site's path below the layer
         self._early: dict[str, _Captured] = {}  # by path: sites that have not been called yet
         self._count = self.nodes.count()
 
@@ -200,7 +197,7 @@ class Branches:
         bound = site.spec.bind(args, {})
         reads = storages(call.args)
         writes = storages((*call.writes, *(bound[name] for name in site.spec.mutates)))
-        needs = self._needs(reads, writes, _name(site))
+        needs = self._needs(reads, writes)
         stream = self._stream(needs)
         torch.cuda.set_stream(stream)
         if self.clock is not None:
@@ -212,7 +209,6 @@ class Branches:
             self.clock.stop(site)
         work = _mark(stream, self._works, needs)
         self._ran(work, reads, writes | _made(result) | storages(call.made))
-        self._named[_name(site)] = work
         self._kept.append((call.args, call.made, result))
         return _Captured(args, result, nodes, work, [*call.earlier, (site, args, result)])
 
@@ -236,12 +232,11 @@ class Branches:
             self._writers[address], self._readers[address] = work, []
         self._count = self.nodes.count()
 
-    def _needs(self, reads: set[int], writes: set[int], name: str) -> list[_Work]:
+    def _needs(self, reads: set[int], writes: set[int]) -> list[_Work]:
         """The works that a site with these storages comes after, without those that others cover."""
         if not self.side_by_side:
             return [self._last]
         found = [self._first]
-        found += [self._named[other] for other in AFTER.get(name, ()) if other in self._named]
         for address in reads:
             if address in self._writers:
                 found.append(self._writers[address])
@@ -301,11 +296,6 @@ def _last_ones(works: Iterable[_Work]) -> list[_Work]:
         for work in found
         if not any(o is not work and o.covers >> work.number & 1 for o in found)
     ]
-
-
-def _name(site: Site) -> str:
-    """Its path below the layer."""
-    return site.path.partition("/")[2]
 
 
 def _made(result: Any) -> set[int]:

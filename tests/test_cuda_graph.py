@@ -15,7 +15,7 @@ from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
-from dsv4_bench.engine import cuda, demo, graph_branches
+from dsv4_bench.engine import cuda, demo
 from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
@@ -130,7 +130,6 @@ OTHER_GROUPS = (
     ("attn/wq_b", "attn/index/wq_b"),
     ("ffn/gate", "ffn/shared"),
 )
-OTHER_WAITS = {"attn/wq_a": ("attn/compressor/wgate",), "attn/index/wq_b": ("attn/wq_b",)}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -141,7 +140,6 @@ def test_layers_of_real_sizes_have_the_bits_of_the_same_step_op_by_op(
     monkeypatch.setattr(fusion, "JOINS", ())  # they round otherwise
     if other_order:
         monkeypatch.setattr(fusion, "GROUPS", OTHER_GROUPS)
-        monkeypatch.setattr(graph_branches, "AFTER", OTHER_WAITS)
     ours, theirs = (filled_alike(flash, batch) for _ in range(2))
     graph = DecodeGraph(flash, ours)
     tokens = torch.zeros(batch, dtype=torch.int64, device="cuda")
