@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import subprocess
 from pathlib import Path
@@ -21,7 +20,6 @@ from dsv4_bench.engine.formats import Weight
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 FORMATS = ["nvfp4", "mxfp4", "fp8_e8m0", "fp8_f32", "bf16"]
-DIVISIONS = list(itertools.product((1, 2, 4), (1, 2, 3, 8)))  # row groups, splits
 LIMIT = {torch.float32: 3e-6, BF16: 1e-3}  # as in test_cuda_linear.py
 
 
@@ -31,13 +29,13 @@ def seed():
 
 
 def skinny(
-    x: Tensor, weight: Weight, division: tuple[int, int], groups: int = 1, dtype=torch.float32
+    x: Tensor, weight: Weight, parts: int, groups: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """x [m, groups * k] times the weight [n, k], by the kernel of this file; what was there is NaN."""
     packed = pack(weight)
     y = torch.full((len(x), packed.n), math.nan, dtype=dtype, device=CUDA)
     columns = _SKINNY[packed.format][0]
-    run(x, packed, groups, y, plan_of(packed.n, groups, len(x), packed.k, columns, *division))
+    run(x, packed, groups, y, plan_of(packed.n, len(x), packed.k, columns, groups, parts))
     torch.cuda.synchronize()
     return y
 
@@ -57,16 +55,16 @@ def among_nan(x: Tensor) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("division", DIVISIONS)
-def test_every_division(kind, division):
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_any_number_of_parts(kind, parts):
     whole = 128  # columns: rows of scales are words
-    for n, k in ((272, 2 * whole), (40, 9 * whole), (200, 33 * whole)):
+    for n, k in ((272, 2 * whole), (40, 9 * whole), (200, 33 * whole), (513, 8 * whole)):
         weight = make_weight(kind, n, k)
         exact, there = oracle_weight(weight), weight.to(CUDA)
         for m in (1, 5, 16, 17, 32, 33, 64, 65, 130):
             x = torch.randn(m, k).to(BF16)
             x[:, 5] *= 300  # an outlier channel
-            got = skinny(among_nan(x), there, division)
+            got = skinny(among_nan(x), there, parts)
             close(got, x.double() @ exact.T, f"[{n}, {k}], {m} rows")
 
 
@@ -78,22 +76,20 @@ def test_columns_that_end_anywhere(kind, step):
     for k in range(step, 600, 5 * step):
         weight = make_weight(kind, 70, k)
         x = torch.randn(9, k).to(BF16)
-        got = skinny(among_nan(x), weight.to(CUDA), (1, 2), dtype=BF16)
+        got = skinny(among_nan(x), weight.to(CUDA), 2, dtype=BF16)
         close(got, x.double() @ oracle_weight(weight).T, f"{k} columns")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize(
-    "groups, n, division", [(3, 64, (1, 4)), (2, 256, (4, 2)), (8, 128, (2, 1))]
-)
-def test_groups(kind, groups, n, division):
+@pytest.mark.parametrize("groups, n, parts", [(3, 256, 3), (2, 512, 1)])
+def test_groups(kind, groups, n, parts):
     weight = make_weight(kind, groups * n, 384)
     w = oracle_weight(weight).view(groups, n, 384)
     for m in (7, 64):
         x = torch.randn(m, groups * 384).to(BF16)
         want = torch.einsum("mgk,gnk->mgn", x.double().view(m, groups, 384), w).flatten(1)
-        close(skinny(among_nan(x), weight.to(CUDA), division, groups), want)
+        close(skinny(among_nan(x), weight.to(CUDA), parts, groups), want)
 
 
 @pytest.mark.gpu
@@ -108,7 +104,7 @@ def test_nan_and_infinity_stay_where_they_belong(kind):
     x[3, 17], x[0, 40] = math.nan, math.inf
     want = x.double() @ oracle_weight(weight).T
     assert want[3].isnan().all() and want[1:3].isfinite().any()
-    close(skinny(among_nan(x), weight.to(CUDA), (1, 2)), want)
+    close(skinny(among_nan(x), weight.to(CUDA), 2), want)
 
 
 @pytest.mark.gpu
@@ -116,9 +112,9 @@ def test_nan_and_infinity_stay_where_they_belong(kind):
 @pytest.mark.parametrize("m", [8, 64])
 def test_a_hundred_repeats_give_the_same_bits(kind, m):
     weight, x = make_weight(kind, 1024, 4096).to(CUDA), torch.randn(m, 4096, device=CUDA).to(BF16)
-    for division in ((4, 8), (1, 8), (2, 1)):
-        first = skinny(x, weight, division)
-        assert all(torch.equal(skinny(x, weight, division), first) for _ in range(100))
+    for parts in (1, 5):
+        first = skinny(x, weight, parts)
+        assert all(torch.equal(skinny(x, weight, parts), first) for _ in range(100))
 
 
 # ------------------------------------------------------------------------------ how work is divided
@@ -127,23 +123,20 @@ def test_a_hundred_repeats_give_the_same_bits(kind, m):
 @pytest.mark.parametrize("kind", _SKINNY)
 def test_large_matrices_fill_the_gpu_in_one_wave(kind):
     for n, k in ((4096, 8192), (32768, 1024), (8192, 8192)):
-        plan = best_plan(n, 1, 64, k, _SKINNY[kind][0])
-        blocks = -(-n // (64 * plan.row_groups)) * plan.splits
-        assert 120 <= blocks <= 132, (n, k)
+        assert 120 <= n // 256 * best_plan(n, 64, k, _SKINNY[kind][0]).parts <= 132, (n, k)
 
 
-def test_a_tile_stays_in_its_group():
-    for n in (64, 128, 192, 1024):
-        plan = best_plan(n, 8, 64, 4096, 128)
-        assert n % (64 * plan.row_groups) == 0
-    assert best_plan(96, 2, 8, 4096, 128) is None
+def test_no_part_is_empty():
+    for k in (64, 256, 1024, 4096, 7168):
+        for n in (64, 512, 4096):
+            assert 1 <= best_plan(n, 8, k, 128).parts <= -(-k // 128)
 
 
 def test_the_workspace_holds_activations_and_parts():
-    # 2 blocks of 64 rows, 3 stages of 256 columns; 6 parts of 100 rows of 2 tiles of 128 rows.
-    plan = plan_of(200, 1, 100, 700, 256, 2, 3)
-    assert plan.workspace == 1024 + 2 * 64 * 3 * 256 * 2 + 6 * 100 * 256 * 4
-    assert plan_of(256, 2, 5, 256, 256, 4, 1).workspace == 1024 + 2 * 16 * 256 * 2
+    # 2 blocks of 64 rows, 3 stages of 256 columns; 6 parts of 100 rows of a tile.
+    activations, parts = 2 * 64 * 3 * 256 * 2, 6 * 100 * 256 * 4
+    assert plan_of(200, 100, 700, 256, 1, 6).workspace == 1024 + activations + parts
+    assert plan_of(512, 5, 256, 256, 2, 1).workspace == 1024 + 2 * 2 * 16 * 256
 
 
 # ------------------------------------------------------------------------------ where activations lie

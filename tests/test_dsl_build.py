@@ -207,30 +207,25 @@ class Held:
         return math.prod(self.shape)
 
 
-FEW, MORE = dsl_linear.FEW_ROWS, dsl_linear.FEW_OF_SMALL
-LARGE = Held(dsl_linear.SMALL, 64)
-SMALLER = Held(dsl_linear.SMALL - 1, 64)
+FEW, WEIGHT = dsl_linear.FEW_ROWS, Held(1024, 64)
 
 
 @pytest.mark.parametrize("op", ["linear", "grouped_linear"])
 @pytest.mark.parametrize(
-    "shape, weight, refused, chosen",
+    "shape, refused, chosen",
     [
-        ((0, 64), LARGE, None, "sm90"),
-        ((FEW, 64), LARGE, None, "sm90"),
-        ((FEW + 1, 64), LARGE, None, "cutedsl"),
-        ((2, FEW, 64), LARGE, None, "cutedsl"),
-        ((MORE, 64), SMALLER, None, "sm90"),
-        ((MORE + 1, 64), SMALLER, None, "cutedsl"),
-        ((4096, 64), LARGE, "no such format", "sm90"),
-        ((4096, 0), LARGE, None, "sm90"),
+        ((0, 64), None, "sm90"),
+        ((FEW, 64), None, "sm90"),
+        ((FEW + 1, 64), None, "cutedsl"),
+        ((2, FEW, 64), None, "cutedsl"),
+        ((4096, 64), "no such format", "sm90"),
+        ((4096, 0), None, "sm90"),
     ],
 )
 def test_many_rows_go_to_cutedsl_if_it_takes_them(
     monkeypatch: pytest.MonkeyPatch,
     op: str,
     shape: tuple[int, ...],
-    weight: Held,
     refused: str | None,
     chosen: str,
 ) -> None:
@@ -239,7 +234,7 @@ def test_many_rows_go_to_cutedsl_if_it_takes_them(
     for name in ("sm90", "cutedsl"):
         monkeypatch.setattr(table[name], "function", lambda x, _name=name, **params: _name)
     params = {"out_dtype": None} if op == "linear" else {"groups": 1}
-    assert table["sm90+cutedsl"].function(Held(*shape), weight=weight, **params) == chosen
+    assert table["sm90+cutedsl"].function(Held(*shape), weight=WEIGHT, **params) == chosen
 
 
 def test_kernel_means_both_where_both_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

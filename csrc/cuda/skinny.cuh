@@ -2,10 +2,9 @@
 //
 // Three kernels. The first writes the activations in the order in which products take them, so that
 // contiguous bytes are what a block needs for a stage (128 bytes of every weight row). The second
-// multiplies: a block of 16 warps has a tile of 64, 128 or 256 weight rows; each warp streams 16 of them
-// through a ring of its own (ring.cuh), four warps make a 64-row product. Warpgroups beyond the rows of the
-// tile, and `splits` blocks, take its stages in turn. The third adds up their sums, always in the same
-// order; it is not needed where there is one.
+// multiplies: a block of 16 warps has a tile of 256 weight rows; each warp streams 16 of them through a ring
+// of its own (ring.cuh), four warps make a 64-row product. `parts` blocks take the stages of a tile in turn.
+// The third adds up their sums, always in the same order; it is not needed where there is one part.
 #pragma once
 
 #include "linear.cuh"
@@ -14,8 +13,9 @@
 
 namespace dsv4 {
 
-constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps, kSkinnyGroups = kSkinnyWarps / 4;
+constexpr int kSkinnyWarps = 16, kSkinnyThreads = 32 * kSkinnyWarps, kSkinnyRows = 16 * kSkinnyWarps;
 constexpr int kResidentColumns = 1024;        // of the activations, in shared memory
+constexpr int kEarlyStages = 2;               // of weights, asked for before activations
 constexpr size_t kSkinnyShared = 226 * 1024;  // bytes of a block, which has a multiprocessor to itself
 
 // ---------------------------------------------------------------- activations
@@ -94,31 +94,23 @@ template <class Policy, int kTokens> struct SkinnyMemory {
     uint64_t full[kSlots], empty[kSlots];
 };
 
-// A block's stages of activations. Stages are dealt in turn to the groups of warps of the blocks of a tile.
+// A block's stages of activations: one a turn.
 template <class Policy, int kTokens> struct Feed {
     using Memory = SkinnyMemory<Policy, kTokens>;
     Memory& s;
     const typename Memory::Stage* from;
-    int stages, groups;
+    int stages;
 
-    __device__ int parts() const { return gridDim.z * groups; }
-    __device__ int part(int group) const { return blockIdx.z * groups + group; }
-    __device__ int slot(int turn, int group) const { return (turn * groups + group) % Memory::kSlots; }
-    __device__ int parity(int turn, int group) const { return (turn * groups + group) / Memory::kSlots & 1; }
-    __device__ int turns_ahead() const { return Memory::kSlots / groups; }
+    __device__ static int slot(int turn) { return turn % Memory::kSlots; }
+    __device__ static int parity(int turn) { return turn / Memory::kSlots & 1; }
 
     // One thread.
     __device__ void load(int turn) const {
-        for (int group = 0; group < groups; group++) {
-            const int stage = turn * parts() + part(group), at = slot(turn, group);
-            if (stage >= stages) return;
-            if (turn >= turns_ahead()) {
-                const int before = turn - turns_ahead();
-                barrier_wait(&s.empty[at], parity(before, group));
-            }
-            barrier_expect(&s.full[at], sizeof(s.x[at]));
-            bulk_load(&s.x[at], from + stage, sizeof(s.x[at]), &s.full[at]);
-        }
+        const int stage = turn * gridDim.z + blockIdx.z, at = slot(turn);
+        if (stage >= stages) return;
+        if (turn >= Memory::kSlots) barrier_wait(&s.empty[at], parity(turn - Memory::kSlots));
+        barrier_expect(&s.full[at], sizeof(s.x[at]));
+        bulk_load(&s.x[at], from + stage, sizeof(s.x[at]), &s.full[at]);
     }
 };
 
@@ -136,7 +128,7 @@ template <class Policy, int kTokens> struct SkinnySums {
     __device__ void add(const Slot<Policy>& slot, const Stage& x, float scale) {
         float part[kSums];
         const uint32_t b = (uint32_t)matrix_descriptor(shared_address(x.panels), 16, 1024);
-#pragma unroll 1  // other warps decode while this one multiplies; ptxas would run out of registers
+#pragma unroll
         for (int i = 0; i < 4; i++) {
             const int step = i / 2, half = i % 2;
             uint32_t a[2][Policy::kProducts][2];
@@ -180,7 +172,7 @@ struct SkinnyOutput {
 
 template <class Policy, int kTokens>
 __device__ void write_sums(const SkinnySums<Policy, kTokens>& sums, const Product& p, const SkinnyOutput& out,
-                           int part, int64_t token0, int64_t n) {
+                           int64_t token0, int64_t n) {
     const Lane lane;
     const int tokens = (int)min(p.m - token0, (int64_t)kTokens);
 #pragma unroll
@@ -189,7 +181,7 @@ __device__ void write_sums(const SkinnySums<Policy, kTokens>& sums, const Produc
         const int64_t row = n + lane.group + i % 4 / 2 * 8;
         if (token >= tokens) continue;
         if (out.partial != nullptr) {
-            out.partial[(part * p.m + token0 + token) * out.pitch + row] = sums.sum[i];
+            out.partial[(blockIdx.z * p.m + token0 + token) * out.pitch + row] = sums.sum[i];
         } else if (row < p.w.n) {
             const float value = sums.sum[i] * Policy::kFactor * p.w.global_scale;
             const int64_t to = (token0 + token) * p.y_stride + row;
@@ -199,55 +191,57 @@ __device__ void write_sums(const SkinnySums<Policy, kTokens>& sums, const Produc
     }
 }
 
-// blockIdx.x: tile, blockIdx.y: block of kTokens rows, blockIdx.z: which of the blocks that share a tile.
+// blockIdx.x: tile, blockIdx.y: block of kTokens rows, blockIdx.z: part.
 template <class Policy, int kTokens>
 __global__ void __launch_bounds__(kSkinnyThreads, 1)
-    skinny_kernel(const Product p, int row_groups, const StageColumns<Policy, kTokens>* columns,
+    skinny_kernel(const Product p, const StageColumns<Policy, kTokens>* columns,
                   const SkinnyOutput out) {
     using Memory = SkinnyMemory<Policy, kTokens>;
     extern __shared__ char memory[];
     auto& s = *reinterpret_cast<Memory*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
     let_next_start();
-    const int warp = threadIdx.x / 32, group = warp / 4 / row_groups;
+    const int warp = threadIdx.x / 32;
     const int stages = (int)((p.w.k + Memory::Stage::kColumns - 1) / Memory::Stage::kColumns);
-    const int64_t tile = blockIdx.x * (int64_t)(64 * row_groups);
-    const Feed<Policy, kTokens> feed{s, columns + (tile / p.per_group * gridDim.y + blockIdx.y) * stages, stages,
-                                     kSkinnyGroups / row_groups};
-    const auto row = [&] { return tile + warp / 4 % row_groups * 64 + warp % 4 * 16; };
-    const Strip strip{row(), 0, row() < p.w.n, feed.part(group), stages, feed.parts()};
+    const auto row = [&] { return blockIdx.x * (int64_t)kSkinnyRows + warp * 16; };
+    const int64_t group = blockIdx.x * (int64_t)kSkinnyRows / p.per_group;
+    const Feed<Policy, kTokens> feed{s, columns + (group * gridDim.y + blockIdx.y) * stages, stages};
+    const Strip strip{row(), 0, row() < p.w.n, (int)blockIdx.z, stages, (int)gridDim.z};
     Ring<Policy, Memory::kDepth> ring(p.w, s.slots[warp], strip);
-    ring.fill();
+    static_assert(Memory::kDepth >= kEarlyStages);
+#pragma unroll 1
+    for (int i = 0; i < kEarlyStages; i++) ring.fill();
     StageScales<Policy> scales(p.w, strip);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Memory::kSlots; i++) {
             barrier_init(&s.full[i], 1);
-            barrier_init(&s.empty[i], kSkinnyWarps / feed.groups);
+            barrier_init(&s.empty[i], kSkinnyWarps);
         }
         fence_barrier_init();
         wait_for_previous();
-        for (int turn = 0; turn < feed.turns_ahead(); turn++) feed.load(turn);
+        for (int turn = 0; turn < Memory::kSlots; turn++) feed.load(turn);
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = 1; i < Memory::kDepth; i++) ring.fill();
+    for (int i = kEarlyStages; i < Memory::kDepth; i++) ring.fill();
 
     SkinnySums<Policy, kTokens> sums;
-    const int own = strip.stages(), late = feed.turns_ahead() > 1;  // or one thread waits for all warps
+    const int own = strip.stages();
 #pragma unroll 1
     for (int turn = 0; turn < own; turn++) {
         const auto& weights = *(const Slot<Policy>*)((const char*)s.slots[warp] + ring.oldest());
-        const int slot = feed.slot(turn, group);
-        barrier_wait(&s.full[slot], feed.parity(turn, group));
+        const int slot = feed.slot(turn);
+        barrier_wait(&s.full[slot], feed.parity(turn));
         sums.add(weights, s.x[slot], scales.of(turn));
         __syncwarp();
         ring.fill();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[slot]);
-        if (threadIdx.x == 0 && turn >= late) feed.load(turn - late + feed.turns_ahead());
+        // One turn late, as one thread waits there for all warps to have read the slot.
+        if (threadIdx.x == 0 && turn > 0) feed.load(turn - 1 + Memory::kSlots);
         __syncwarp();
     }
     wait_for_copies<0>();
     wait_for_previous();  // before results overwrite what an earlier kernel may still read
-    write_sums(sums, p, out, feed.part(group), blockIdx.y * (int64_t)kTokens, row());
+    write_sums(sums, p, out, blockIdx.y * (int64_t)kTokens, row());
 }
 
 // y = factor * the sum of `parts` partial results. A thread has four weight rows; blockIdx.y: activation row.
@@ -281,16 +275,15 @@ __global__ void __launch_bounds__(128)
 
 // workspace: the activations in their order, then the partial results; see dsv4_skinny.
 template <class Policy, int kTokens>
-int launch_skinny(const Product& p, int64_t groups, int row_groups, int splits, bool to_bf16, void* workspace,
-                  void* stream) {
+int launch_skinny(const Product& p, int64_t groups, int parts, bool to_bf16, void* workspace, void* stream) {
     using Memory = SkinnyMemory<Policy, kTokens>;
     using Stage = typename Memory::Stage;
     constexpr size_t kShared = sizeof(Memory) + 1024;
-    const int64_t blocks = ceil_div(p.m, kTokens), tiles = ceil_div(p.w.n, 64 * row_groups);
-    const int stages = (int)ceil_div(p.w.k, Stage::kColumns), parts = splits * kSkinnyGroups / row_groups;
+    const int64_t blocks = ceil_div(p.m, kTokens), tiles = ceil_div(p.w.n, kSkinnyRows);
+    const int stages = (int)ceil_div(p.w.k, Stage::kColumns);
     auto* columns = (Stage*)(((uintptr_t)workspace + alignof(Stage) - 1) / alignof(Stage) * alignof(Stage));
     float* partial = parts > 1 ? (float*)(columns + groups * blocks * stages) : nullptr;
-    const SkinnyOutput out = {partial, tiles * 64 * row_groups, to_bf16};
+    const SkinnyOutput out = {partial, tiles * kSkinnyRows, to_bf16};
     auto kernel = skinny_kernel<Policy, kTokens>;
     int status = allow_shared(kernel, kShared);
     if (status == cudaSuccess)
@@ -298,7 +291,7 @@ int launch_skinny(const Product& p, int64_t groups, int row_groups, int splits, 
                         dim3(ceil_div((int64_t)stages * Stage::kVectors * kTokens, 256), blocks, groups), 256, 0,
                         stream, p, stages, columns);
     if (status == cudaSuccess)
-        status = launch(kernel, dim3(tiles, blocks, splits), kSkinnyThreads, kShared, stream, p, row_groups,
+        status = launch(kernel, dim3(tiles, blocks, parts), kSkinnyThreads, kShared, stream, p,
                         (const Stage*)columns, out);
     if (status != cudaSuccess || parts == 1) return status;
     const dim3 grid(ceil_div(p.w.n, 512), p.m);

@@ -26,7 +26,7 @@ from dsv4_bench.engine.cuda.weights import Packed, pack
 from dsv4_bench.engine.formats import Weight
 
 LINEAR = Library("linear", {"linear": (P, I, N, P, N, P, I)})
-SKINNY = Library("skinny", {"skinny": (P, N, P, N, P, I, I, I, P)})
+SKINNY = Library("skinny", {"skinny": (P, N, P, N, P, I, I, P)})
 
 # ------------------------------------------------------------------------------ linear
 
@@ -63,26 +63,21 @@ def matmul(op: str, x: Tensor, weight: Weight, groups: int, out_dtype: torch.dty
 
 # ------------------------------------------------------------------------------ a few to 64 rows
 
-# By format code (enum dsv4_format): columns of a stage of csrc/cuda/skinny.cuh, what k must be a multiple
-# of, and the activation rows for which it is the fastest kernel.
-_SKINNY = {
-    0: (256, 64, range(0)),
-    1: (256, 128, range(0)),
-    2: (128, 16, range(0)),
-    3: (128, 16, range(0)),
-    5: (64, 8, range(0)),
-}
+# By format code (enum dsv4_format): columns of a stage of csrc/cuda/skinny.cuh, and what k must be a
+# multiple of.
+_SKINNY = {0: (256, 64), 1: (256, 128), 2: (128, 16), 3: (128, 16), 5: (64, 8)}
+# It is the fastest kernel up to 64 rows: of large matrices and of bfloat16 from 5 on, else from 17.
+_SKINNY_ROWS, _LARGE, _BF16 = (5, 17, 64), 1 << 24, 5
 # Nanoseconds: a stage of every warp of a block; a byte that a multiprocessor reads; a block beside these; a
 # second kernel for the sums; a byte of what it adds up.
 _STAGE_NS, _BYTE_NS, _BLOCK_NS, _SUM_NS, _PART_NS = 1100, 1 / 45, 1500, 1500, 1 / 3000
-_PROCESSORS, _MOST_SPLITS = 132, 64
+_PROCESSORS, _TILE, _MOST_PARTS = 132, 256, 16
 
 
 class Plan(NamedTuple):
-    """A tile of 64 * row_groups weight rows, its columns over `splits` blocks; bytes of workspace."""
+    """Over how many blocks the columns of a tile are divided, and bytes of workspace (see dsv4_skinny)."""
 
-    row_groups: int
-    splits: int
+    parts: int
     workspace: int
 
 
@@ -91,55 +86,46 @@ def skinny(x: Tensor, packed: Packed, groups: int, y: Tensor, plan: Plan) -> Non
     space = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device)
     m, there, kind = y.numel() // packed.n, y.data_ptr(), DTYPES[y.dtype]
     pointers = packed.address, groups, there
-    division = plan.row_groups, plan.splits
-    SKINNY.call("skinny", x, x.data_ptr(), m, *pointers, kind, *division, space.data_ptr())
+    SKINNY.call("skinny", x, x.data_ptr(), m, *pointers, kind, plan.parts, space.data_ptr())
 
 
 def _skinny_plan(packed: Packed, m: int, groups: int) -> Plan | None:
     """How skinny.cuh divides the product of m rows; None where it is not the kernel to use."""
-    columns, whole, rows = _SKINNY.get(packed.format, (0, 1, range(0)))
-    if m not in rows or packed.k % whole:
+    if packed.format not in _SKINNY or (groups > 1 and packed.n // groups % _TILE):
         return None
-    return best_plan(packed.n // groups, groups, m, packed.k, columns)
+    columns, whole = _SKINNY[packed.format]
+    fewest_of_large, fewest, most = _SKINNY_ROWS
+    if packed.n * packed.k >= _LARGE or packed.format == _BF16:
+        fewest = fewest_of_large
+    if not fewest <= m <= most or packed.k % whole:
+        return None
+    return best_plan(packed.n, m, packed.k, columns, groups)
 
 
 @lru_cache(1024)
-def best_plan(n: int, groups: int, m: int, k: int, columns: int) -> Plan | None:
-    """The fastest by the figures above for groups of n weight rows; None if no tile fits a group.
+def best_plan(n: int, m: int, k: int, columns: int, groups: int = 1) -> Plan:
+    """The fastest by the figures above; a stage has `columns`."""
+    stages, tiles, tokens = -(-k // columns), -(-n // _TILE), _tokens(m)
 
-    `columns`: of a stage.
-    """
-    stages, tokens = -(-k // columns), _tokens(m)
-
-    def nanoseconds(plan: Plan) -> float:
-        column_groups = 4 // plan.row_groups
-        own = -(-stages // (plan.splits * column_groups))
-        blocks = groups * -(-n // (64 * plan.row_groups)) * -(-m // tokens) * plan.splits
-        read = own * (16 * 2304 + column_groups * 2 * columns * tokens)
-        parts = plan.splits * column_groups
-        summed = _SUM_NS + 8 * parts * m * groups * n * _PART_NS if parts > 1 else 0
+    def nanoseconds(parts: int) -> float:
+        own, blocks = -(-stages // parts), tiles * -(-m // tokens) * parts
+        read = own * (16 * 2304 + 2 * columns * tokens)
+        summed = _SUM_NS + 8 * parts * m * n * _PART_NS if parts > 1 else 0
         one = max(own * _STAGE_NS, read * _BYTE_NS) + _BLOCK_NS
         return -(-blocks // _PROCESSORS) * one + summed
 
-    plans = [
-        plan_of(n * groups, groups, m, k, columns, row_groups, splits)
-        for row_groups in (4, 2, 1)
-        for splits in range(1, min(stages, _MOST_SPLITS) + 1)
-        if groups == 1 or n % (64 * row_groups) == 0
-    ]
-    return min(plans, key=nanoseconds, default=None)
+    best = min(range(1, min(stages, _MOST_PARTS) + 1), key=nanoseconds)
+    return plan_of(n, m, k, columns, groups, best)
+
+
+def plan_of(n: int, m: int, k: int, columns: int, groups: int, parts: int) -> Plan:
+    """The plan of so many parts."""
+    tokens = _tokens(m)
+    placed = 2 * groups * -(-m // tokens) * tokens * -(-k // columns) * columns
+    partial = 4 * parts * m * -(-n // _TILE) * _TILE if parts > 1 else 0
+    return Plan(parts, 1024 + placed + partial)
 
 
 def _tokens(m: int) -> int:
     """Activation rows of a block."""
     return 16 if m <= 16 else 32 if m <= 32 else 64
-
-
-def plan_of(
-    n: int, groups: int, m: int, k: int, columns: int, row_groups: int, splits: int
-) -> Plan:
-    """The plan of such a division, with its workspace (see dsv4_skinny)."""
-    parts, tokens = splits * 4 // row_groups, _tokens(m)
-    placed = 2 * groups * -(-m // tokens) * tokens * -(-k // columns) * columns
-    partial = 4 * parts * m * -(-n // (64 * row_groups)) * 64 * row_groups if parts > 1 else 0
-    return Plan(row_groups, splits, 1024 + placed + partial)

@@ -161,8 +161,7 @@ def _launch(
 
 _FEW = {op: IMPLEMENTATIONS[op]["sm90"] for op in ("linear", "grouped_linear")}
 _MANY = {op: IMPLEMENTATIONS[op]["cutedsl"] for op in _FEW}
-# Measured on an H200 at the models' shapes: sm90 is faster up to so many rows, of a small matrix longer.
-FEW_ROWS, FEW_OF_SMALL, SMALL = 16, 64, 1024
+FEW_ROWS = 64  # up to which sm90 is the faster one
 
 
 def _for_any_rows(op: str) -> Callable[[Function], Function]:
@@ -181,8 +180,7 @@ def _for_any_rows(op: str) -> Callable[[Function], Function]:
 
 def _takes(x: Tensor, weight: Weight, groups: int = 1) -> bool:
     """Whether x has many rows, and cutedsl takes them."""
-    few = FEW_ROWS if weight.shape[0] >= SMALL else FEW_OF_SMALL
-    return x.numel() > few * x.shape[-1] and why_not(x, weight, groups) is None
+    return x.numel() > FEW_ROWS * x.shape[-1] and why_not(x, weight, groups) is None
 
 
 @_for_any_rows("linear")
