@@ -13,7 +13,7 @@ from dsv4_bench.engine.kv_entry import pack, packed_bytes
 # tokens, heads, width of the window, selected entries: 16 and 32 heads a CTA and a cluster a token; two
 # CTAs that join; a second kernel that combines; one CTA for several tokens.
 FEW = ((1, 64, 128, 200), (3, 20, 65, 0), (12, 64, 128, 200))
-TILES = ((20, 64, 128, 320), (1, 64, 128, 2100), (134, 20, 65, 1))
+TILES = ((20, 64, 128, 320), (1, 64, 128, 2100), (170, 20, 65, 1))
 ROWS = 300  # of a pool
 
 

@@ -71,9 +71,11 @@ def test_widths(n: int, window: int, selected: int) -> None:
     judge("attention", *args, **params)
 
 
-@pytest.mark.parametrize("n, selected", [(20, 512), (20, 320), (14, 512), (1, 4000), (3, 1900)])
+@pytest.mark.parametrize(
+    "n, selected", [(20, 512), (20, 320), (14, 512), (1, 4000), (3, 1900), (140, 512)]
+)
 def test_other_shares(n: int, selected: int) -> None:
-    """Two shares that meet in a cluster, and many that a second kernel combines."""
+    """Two shares that meet in a cluster, many that a second kernel combines; 132 tokens and 8 in clusters."""
     args, params = case(n, 64, 128, selected)
     judge("attention", *args, **params)
 

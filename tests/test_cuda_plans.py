@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dsv4_bench.engine.cuda.attention import Plan, plan
+from dsv4_bench.engine.cuda.attention import Plan, last_tokens, plan
 from dsv4_bench.engine.cuda.indexer import _tokens_per_block
 from dsv4_bench.engine.step import Step
 
 PROCESSORS = 132
 
 
-# Processors that the parts of one H200 have: a cluster lies in one of them.
-PARTS = (18, 18, 18, 18, 16, 16, 14, 14)
+# Clusters of 1, 2, ... CTAs that an H200 said it runs at once.
+AT_ONCE = (132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7)
 
 
 def at_once(ranks: int) -> int:
-    return sum(part // ranks for part in PARTS)
+    return AT_ONCE[ranks - 1]
 
 
 @pytest.mark.parametrize("fits", [None, at_once])
@@ -69,6 +69,19 @@ def test_plans() -> None:
     assert plan(64, 64, (128, 512), PROCESSORS, at_once) == Plan(64, 2)
     assert plan(67, 64, (128, 512), PROCESSORS, at_once) == Plan(64, 1)
     assert plan(12, 64, (64, 0), PROCESSORS, at_once) == Plan(16, 1)  # a block of keys
+
+
+def test_what_is_left_of_the_last_round() -> None:
+    def tokens(n: int, heads: int = 64) -> int:
+        def plan_of(rest: int) -> Plan:
+            return plan(rest, heads, (128, 512), PROCESSORS, at_once)
+
+        return last_tokens(n, heads, PROCESSORS, plan_of)
+
+    assert tokens(4096) == 4  # 31 rounds of 132
+    assert tokens(4096, 128) == 4  # 62 of 66 tokens
+    assert tokens(132 + 11) == 11 and tokens(132 + 12) == 0  # more than clusters take at once
+    assert tokens(11) == tokens(131) == tokens(132) == tokens(264) == 0
 
 
 def step_of(starts: tuple[int, ...], lengths: tuple[int, ...]) -> Step:

@@ -16,6 +16,8 @@ constexpr int kFewThreads = 256, kFewBlocks = 2, kMostRanks = 16;
 constexpr int kPartPitch = kDim + 4;  // floats; 4 spread the banks
 constexpr int kChunks = kHalf / 64;   // of the output that a warpgroup has
 constexpr int kPieces = 4;            // of the width, multiplied one after another as they arrive
+constexpr int kUnits = 64 / kPieces;  // of 16 bytes, in a piece of a row
+constexpr int kRowsOfLane = 8 * kUnits / 32;  // of the eight that a warp copies
 
 template <int kColumns> struct Few {
     char q[kColumns * kDim * 2];  // 8 chunks of kColumns rows of 128 bytes, swizzled
@@ -89,12 +91,14 @@ template <int kColumns, bool kPacked> struct FewHeads {
         for (int b = 0; b < kFewBlocks; b++)
             index[b] = b < blocks ? index_of(p, token, first + b, 8 * warp + lane % 8) : -1;
         const float sink = thread < kColumns && head + thread < p.heads ? p.sink[head + thread] : 0;
+        int key[kFewBlocks][kRowsOfLane];
 #pragma unroll
         for (int b = 0; b < kFewBlocks; b++) {
             if (b >= blocks) break;
             const uint32_t exist = __ballot_sync(~0u, index[b] >= 0) & 0xff;
             if (lane == 0) s.exists[b][warp] = exist;
             if constexpr (kPacked) decode_block(b, index[b]);
+            else find_rows(b, index[b], key[b]);
         }
 #pragma unroll
         for (int piece = 0; piece < kPieces; piece++) {
@@ -102,7 +106,7 @@ template <int kColumns, bool kPacked> struct FewHeads {
             if constexpr (!kPacked) {
 #pragma unroll
                 for (int b = 0; b < kFewBlocks; b++)
-                    if (b < blocks) copy_block(b, index[b], piece);
+                    if (b < blocks) copy_block(b, key[b], piece);
             }
             copy_arrive(&s.landed[piece]);
         }
@@ -114,28 +118,34 @@ template <int kColumns, bool kPacked> struct FewHeads {
     // A piece of q; 16 threads share a row.
     __device__ void copy_q(int piece) const {
         const bf16* q = p.q + (token * p.heads + head) * kDim;
-        const int unit = 64 / kPieces * piece + thread % (64 / kPieces);
+        const int unit = kUnits * piece + thread % kUnits;
 #pragma unroll
         for (int i = 0; i < kColumns / 4 / kPieces; i++) {
-            const int at = (i * kFewThreads + thread) / (64 / kPieces);
+            const int at = (i * kFewThreads + thread) / kUnits;
             const bool exists = head + at < p.heads;
             copy16(shared_address(s.q) + unit / 8 * (kColumns * 128) + at * 128 +
                        ((unit % 8 ^ at % 8) << 4),
                    q + (exists ? at * kDim + unit * 8 : 0), exists);
         }
     }
-    // A piece of a block: 16 lanes share a row.
-    __device__ void copy_block(int b, int indices, int piece) const {
-        constexpr int kUnits = 64 / kPieces, kAtOnce = 32 / kUnits;
+    // kUnits lanes share a row of a block: of those that a lane copies, where they are in the pool.
+    __device__ void find_rows(int b, int indices, int (&key)[kRowsOfLane]) const {
+        const Pool pool = pool_of(p, first + b);
+#pragma unroll
+        for (int i = 0; i < kRowsOfLane; i++)
+            key[i] = checked(pool, __shfl_sync(~0u, indices, 8 / kRowsOfLane * i + lane / kUnits));
+    }
+    // A piece of them.
+    __device__ void copy_block(int b, const int (&key)[kRowsOfLane], int piece) const {
         const Pool pool = pool_of(p, first + b);
         const uint32_t to = shared_address(keys) + b * kTileBytes;
         const int unit = kUnits * piece + lane % kUnits;
 #pragma unroll
-        for (int r = 0; r < 8; r += kAtOnce) {
-            const int row = r + lane / kUnits;
-            const int key = checked(pool, __shfl_sync(~0u, indices, row));
-            copy16(to + unit_offset(8 * warp + row, unit),
-                   (const char*)pool.keys + (int64_t)max(key, 0) * (2 * kDim) + 16 * unit, key >= 0);
+        for (int i = 0; i < kRowsOfLane; i++) {
+            const int row = 8 * warp + 8 / kRowsOfLane * i + lane / kUnits;
+            copy16(to + unit_offset(row, unit),
+                   (const char*)pool.keys + (int64_t)max(key[i], 0) * (2 * kDim) + 16 * unit,
+                   key[i] >= 0);
         }
     }
     __device__ void decode_block(int b, int indices) const {
@@ -310,9 +320,9 @@ template <int kColumns, bool kPacked> struct FewHeads {
         for (int i = thread; i < ranks * kColumns; i += kFewThreads) {
             const int column = i % kColumns;
             Softmax all = {-INFINITY, 0};
-#pragma unroll 1
+#pragma unroll 5
             for (int k = 0; k < ranks; k++) all.most = fmaxf(all.most, s.shares[k][column].most);
-#pragma unroll 1
+#pragma unroll 5
             for (int k = 0; k < ranks; k++)
                 all.sum += s.shares[k][column].sum * weight_of(s.shares[k][column].most, all.most);
             const Softmax total = with_sink(all, s.sink[column]);
@@ -323,44 +333,30 @@ template <int kColumns, bool kPacked> struct FewHeads {
         }
     }
 
-    // This CTA's slice of the heads' output, of all shares; a unit is four values of a head.
+    // This CTA's slice of the heads' output, of all shares.
     __device__ void combine() const {
-        constexpr int kUnits = kColumns * (kDim / 4), kAtOnce = 2;
-        const int end = kUnits * (rank + 1) / ranks;
-        for (int first = kUnits * rank / ranks + thread; first < end; first += kAtOnce * kFewThreads) {
-            float4 result[kAtOnce] = {};
+        constexpr int kQuads = kColumns * (kDim / 4);
+        for (int quad = kQuads * rank / ranks + thread; quad < kQuads * (rank + 1) / ranks;
+             quad += kFewThreads) {
+            const int column = quad / (kDim / 4), at = quad % (kDim / 4);
+            const uint32_t part =
+                shared_address(keys) + (column * kPartPitch + 4 * at) * sizeof(float);
+            if (head + column >= p.heads) break;
+            float4 result = {};
 #pragma unroll 5
             for (int i = 0; i < ranks; i++) {
-                float4 v[kAtOnce];
-#pragma unroll
-                for (int k = 0; k < kAtOnce; k++)
-                    v[k] = remote_load4(remote_address(part_of(first + k * kFewThreads), i));
-#pragma unroll
-                for (int k = 0; k < kAtOnce; k++) {
-                    const float factor = s.factor[i][column_of(first + k * kFewThreads)];
-                    result[k].x += v[k].x * factor;
-                    result[k].y += v[k].y * factor;
-                    result[k].z += v[k].z * factor;
-                    result[k].w += v[k].w * factor;
-                }
+                const float4 v = remote_load4(remote_address(part, i));
+                const float factor = s.factor[i][column];
+                result.x += v.x * factor;
+                result.y += v.y * factor;
+                result.z += v.z * factor;
+                result.w += v.w * factor;
             }
-#pragma unroll
-            for (int k = 0; k < kAtOnce; k++)
-                if (first + k * kFewThreads < end) write_unit(first + k * kFewThreads, result[k]);
+            const int64_t out = token * p.heads + head + column;
+            uint2 pairs = {pack_bf16(result.x, result.y), pack_bf16(result.z, result.w)};
+            if (p.positions && 4 * at >= kPlain) pairs = turned_back(pairs, (4 * at - kPlain) / 2);
+            store8(p.o + out * kDim + 4 * at, pairs.x, pairs.y);
         }
-    }
-    // Past the last unit, those of a unit that is there.
-    __device__ static int column_of(int unit) { return unit / (kDim / 4) % kColumns; }
-    __device__ uint32_t part_of(int unit) const {
-        const int at = unit % (kDim / 4);
-        return shared_address(keys) + (column_of(unit) * kPartPitch + 4 * at) * sizeof(float);
-    }
-    __device__ void write_unit(int unit, float4 sum) const {
-        const int column = head + column_of(unit), at = unit % (kDim / 4) * 4;
-        if (column >= p.heads) return;
-        uint2 pairs = {pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w)};
-        if (p.positions && at >= kPlain) pairs = turned_back(pairs, (at - kPlain) / 2);
-        store8(p.o + (token * p.heads + column) * kDim + at, pairs.x, pairs.y);
     }
 };
 

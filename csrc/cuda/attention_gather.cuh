@@ -28,11 +28,13 @@ namespace dsv4 {
 
 constexpr int kDim = 512, kPlain = 448;             // head width; of it without rope, in packed pools
 constexpr int kHeads = 64, kBlock = 64;             // heads and keys of a tile
-constexpr int kStages = 2, kConsumers = 256, kProducers = 128;
+constexpr int kStages = 2, kConsumers = 256;
+// Threads that gather: decoding takes two warpgroups.
+template <bool kPacked> constexpr int kProducers = kPacked ? 256 : 128;
 constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 128-byte swizzle
 constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
 constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
-constexpr int kAhead = 7;  // packed rows that a producer warp has under way
+constexpr int kAhead = 3;  // packed rows that a producer warp has under way
 constexpr int kHalf = kDim / 2;
 
 struct Shared {
@@ -42,8 +44,8 @@ struct Shared {
     float most[kStages][kHeads];                               // largest logit so far, of a head
     float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
     uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
-    uint64_t full[kStages][2], empty[kStages][2], weighed[kStages], q_full, q_empty, summed;
-    alignas(16) char entries[kProducers / 32][kAhead][kEntryBytes];
+    uint64_t full[kStages][2], empty[kStages][2], weighed[kStages][2], q_full, q_empty, summed;
+    alignas(16) char entries[kProducers<true> / 32][kAhead][kEntryBytes];
 };
 
 struct Problem {
@@ -119,9 +121,9 @@ struct Indices {
     __device__ uint64_t exist() const {
         return __ballot_sync(~0u, low >= 0) | (uint64_t)__ballot_sync(~0u, high >= 0) << 32;
     }
-    // That of key `row` of the 16 of `warp`; `row` may differ between lanes.
-    __device__ int at(int warp, int row) const {
-        return __shfl_sync(~0u, warp < 2 ? low : high, (16 * warp + row) % 32);
+    // That of key first + row of the same 32 as `first`; `row` may differ between lanes.
+    __device__ int at(int first, int row) const {
+        return __shfl_sync(~0u, first < 32 ? low : high, (first + row) % 32);
     }
 };
 
@@ -134,7 +136,7 @@ struct Part {
     __device__ Part(const Pool& pool, const Indices& rows, int warp, int lane)
         : row(16 * warp + lane / 8), unit(lane % 8), pool(pool) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) index[i] = checked(pool, rows.at(warp, lane / 8 + 4 * i));
+        for (int i = 0; i < 4; i++) index[i] = checked(pool, rows.at(16 * warp, lane / 8 + 4 * i));
     }
     // Starts copying half of the width; zeros where there is no row.
     __device__ void copy_half(const char* tile, int half) const {
@@ -190,7 +192,9 @@ struct Blocks {
 
 // q of work `at`, number `turn` of this CTA, once the one before is no longer read; heads that do not
 // exist are zeros.
+template <bool kPacked>
 __device__ void next_q(const Problem& p, int at, Shared& s, int turn) {
+    constexpr int kThreads = kProducers<kPacked>;
     const int thread = threadIdx.x - kConsumers, unit = thread % 64;
     const Work work(p, at);
     if (turn > 0) barrier_wait(&s.q_empty, (turn - 1) % 2);
@@ -198,7 +202,7 @@ __device__ void next_q(const Problem& p, int at, Shared& s, int turn) {
     const bf16* from =
         p.q + ((int64_t)work.token * p.heads + work.head + row) * kDim + 8 * unit;
 #pragma unroll 2
-    for (; row < kHeads; row += kProducers / 64, from += kProducers / 64 * kDim) {
+    for (; row < kHeads; row += kThreads / 64, from += kThreads / 64 * kDim) {
         const bool exists = row < work.heads;
         copy16(shared_address(s.q) + unit_offset(row, unit), exists ? from : p.q, exists);
     }
@@ -213,7 +217,7 @@ __device__ void gather(const Problem& p, Shared& s) {
     Indices next = now.indices(lane);
     bool begins = true;
     for (int g = 0, turn = 0; now.exist(); g++) {
-        if (begins) next_q(p, now.at, s, turn++);
+        if (begins) next_q<false>(p, now.at, s, turn++);
         const Indices rows = next;
         const uint64_t exists = rows.exist();
         const Part part(pool_of(p, now.block), rows, warp, lane);
@@ -286,36 +290,37 @@ struct Source {
 // The producers of packed pools: as `gather`.
 __device__ void gather_packed(const Problem& p, Shared& s) {
     const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
+    constexpr int kOwn = kBlock / (kProducers<true> / 32);  // rows of a block that a warp decodes
     const EntryRing ring = {lane, s.entries[warp]};
     Blocks ahead(p);
     Source rows(ahead, true, lane);
     bool begins = ahead.advance();
     Source next(ahead, begins, lane);
     for (int r = 0; r < kAhead; r++) {
-        ring.fetch(r, pool_of(p, rows.block), rows.rows.at(warp, r));
+        ring.fetch(r, pool_of(p, rows.block), rows.rows.at(kOwn * warp, r));
         copy_commit();
     }
     int slot = 0;
     for (int g = 0, turn = 0; rows.block >= 0; g++) {
-        if (rows.begins >= 0) next_q(p, rows.begins, s, turn++);
+        if (rows.begins >= 0) next_q<true>(p, rows.begins, s, turn++);
         char* tile = s.keys[g % kStages];
         const uint64_t exists = rows.rows.exist();
 #pragma unroll 1
         for (int half = 0; half < 2; half++) open_half(s, g, half, thread, exists);
 #pragma unroll 1
-        for (int r = 0; r < 16; r++) {
+        for (int r = 0; r < kOwn; r++) {
             copy_wait<kAhead - 1>();
             __syncwarp();
             const EntryCodes codes(ring.slots[slot], lane);
             __syncwarp();
-            const bool wraps = r + kAhead >= 16;
+            const bool wraps = r + kAhead >= kOwn;
             const Indices from = {wraps ? next.rows.low : rows.rows.low,
                                   wraps ? next.rows.high : rows.rows.high};
             ring.fetch(slot, pool_of(p, wraps ? next.block : rows.block),
-                       from.at(warp, (r + kAhead) % 16));
+                       from.at(kOwn * warp, (r + kAhead) % kOwn));
             copy_commit();
             slot = slot + 1 == kAhead ? 0 : slot + 1;
-            codes.store(tile, 16 * warp + r, lane);
+            codes.store(tile, kOwn * warp + r, lane);
         }
         fence_async_proxy();
         for (int half = 0; half < 2; half++) barrier_arrive(&s.full[g % kStages][half]);

@@ -10,7 +10,7 @@ namespace dsv4 {
 namespace {
 
 template <bool kPacked>
-__global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(Problem p) {
+__global__ void __launch_bounds__(kConsumers + kProducers<kPacked>, 1) attention_kernel(Problem p) {
     extern __shared__ char memory[];
     Shared& s = *reinterpret_cast<Shared*>((shared_address(memory) + 1023) / 1024 * 1024 -
                                            shared_address(memory) + memory);
@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
             for (int half = 0; half < 2; half++) {
-                barrier_init(&s.full[i][half], kProducers + 1);  // copies, and the bits of what exists
+                barrier_init(&s.full[i][half], kProducers<kPacked> + 1);  // copies, and the bits of what exists
                 barrier_init(&s.empty[i][half], kConsumers / 2);
             }
-            barrier_init(&s.weighed[i], kConsumers / 2);
+            for (int half = 0; half < 2; half++)
+                barrier_init(&s.weighed[i][half], kConsumers / 2);
         }
-        barrier_init(&s.q_full, kProducers);
+        barrier_init(&s.q_full, kProducers<kPacked>);
         barrier_init(&s.q_empty, kConsumers);
         barrier_init(&s.summed, kConsumers);
         fence_barrier_init();
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<72>();
+        fewer_registers<kPacked ? 56 : 72>();
         if constexpr (kPacked) gather_packed(p, s);
         else gather(p, s);
         if (p.shares > 1 && !p.part) {  // the others' `join`
@@ -39,11 +40,11 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1) attention_kernel(P
             cluster_sync();
         }
     } else if (threadIdx.x < kConsumers / 2) {
-        more_registers<216>();
-        compute<0>(p, s);
+        more_registers<kPacked ? 200 : 216>();
+        compute<0, kPacked>(p, s);
     } else {
-        more_registers<216>();
-        compute<1>(p, s);
+        more_registers<kPacked ? 200 : 216>();
+        compute<1, kPacked>(p, s);
     }
 }
 
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kDim / 4)
 }
 
 // At most one CTA a processor.
-int launch_attention(void (*kernel)(Problem), const Problem& p, void* stream) {
+template <bool kPacked> int launch_attention(const Problem& p, void* stream) {
+    void (*kernel)(Problem) = attention_kernel<kPacked>;
     const size_t shared = sizeof(Shared) + 1024;  // to align it
     int device, processors, status = allow_shared(kernel, shared);
     if (!status) status = cudaGetDevice(&device);
@@ -97,7 +99,7 @@ int launch_attention(void (*kernel)(Problem), const Problem& p, void* stream) {
     if (status) return status;
     const int64_t blocks = p.works < processors ? p.works : processors;
     const int ranks = p.part ? 1 : p.shares;
-    return launch_clusters(ranks, kernel, dim3(blocks / ranks, 1, ranks), kConsumers + kProducers,
+    return launch_clusters(ranks, kernel, dim3(blocks / ranks, 1, ranks), kConsumers + kProducers<kPacked>,
                            shared, stream, p);
 }
 
@@ -147,8 +149,7 @@ DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window
             return (plain ? launch_few<16, true> : launch_few<16, false>)(p, n, stream);
         if (columns == 32)
             return (plain ? launch_few<32, true> : launch_few<32, false>)(p, n, stream);
-        int status = launch_attention(plain ? attention_kernel<true> : attention_kernel<false>, p,
-                                      stream);
+        int status = (plain ? launch_attention<true> : launch_attention<false>)(p, stream);
         if (status || !part) return status;
         return launch(combine_kernel, dim3(n * heads), kDim / 4, 0, stream, (const float*)part,
                       (const Softmax*)part_sums, sink, heads, (int)shares, (bf16*)o, lse);

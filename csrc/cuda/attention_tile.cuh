@@ -25,7 +25,7 @@ constexpr float kSlack = 8;
 constexpr int kAtOnce = 8;  // loads from another CTA that a thread has under way
 
 // Warpgroup w of the two. Its number is known to the compiler, and so all addresses of matrices.
-template <int w> struct Consumer {
+template <int w, bool kPacked> struct Consumer {
     Shared& s;
     const float scale;  // to log2 units
     const int lane = threadIdx.x % 32, t = lane % 4;
@@ -42,12 +42,12 @@ template <int w> struct Consumer {
     }
     // From now on the weights are relative to `most`.
     __device__ void scale_to(float low, float high) {
-        float shrink[2] = {weight_of(of[0].most, low), weight_of(of[1].most, high)};
+        if (!__any_sync(~0u, low != of[0].most || high != of[1].most)) return;
+        const float shrink[2] = {weight_of(of[0].most, low), weight_of(of[1].most, high)};
         of[0] = {low, of[0].sum * shrink[0]};
         of[1] = {high, of[1].sum * shrink[1]};
-        if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1))
 #pragma unroll
-            for (int i = 0; i < 128; i++) sum[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < 128; i++) sum[i] *= shrink[i / 2 % 2];
     }
 
     // logit = q k^T for the 64 heads and keys of the own stage; this warpgroup's half of the width first,
@@ -71,15 +71,22 @@ template <int w> struct Consumer {
         return matrix_descriptor(shared_address(s.keys[stage]) + w * (kTileBytes / 2), kChunk, 1024);
     }
 
-    // Masks the logits, scales the sums so far to the largest; what the exponents are relative to.
-    __device__ void refer(float (&logit)[32], float (&from)[2], uint64_t exists) {
+    // sum += a b for 16 keys: b their values, a their weights, a descriptor or four registers. A kernel of
+    // 512 threads has no instruction for so many sums at once.
+    template <class... Weights> __device__ void multiply(uint64_t b, Weights... a) {
+        if constexpr (!kPacked) return wgmma_64x256(sum, a..., b);
+        wgmma_64x128(sum, a..., b);
+        wgmma_64x128(sum + 64, a..., b + (2 * kChunk >> 4));
+    }
+
+    // Masks the logits; the largest of a row.
+    __device__ void largest(float (&logit)[32], float (&most)[2], uint64_t exists) const {
         if (~exists) {
             const uint64_t mine = exists >> (2 * t);
 #pragma unroll
             for (int i = 0; i < 32; i++)
                 if (!(mine >> (i / 4 * 8 + i % 2) & 1)) logit[i] = -INFINITY;
         }
-        float most[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float two[8];
@@ -92,28 +99,49 @@ template <int w> struct Consumer {
             most[i] = fmaxf(two[0], __shfl_xor_sync(~0u, two[0], 1));
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 2; i++)
             most[i] = fmaxf(most[i], __shfl_xor_sync(~0u, most[i], 2)) * scale;
-            if (!(most[i] > of[i].most + kSlack)) most[i] = of[i].most;
-            from[i] = most[i] == -INFINITY ? 0 : most[i];
+    }
+
+    // The weights of the first half of a block. They are computed beside the largest logits, relative to
+    // those so far, and anew where one of these is far beyond. (A kernel of 512 threads has no registers
+    // for that.)
+    __device__ void weigh_first(float (&logit)[32], uint32_t (&weight)[16], uint64_t exists) {
+        const float before[2] = {of[0].sum, of[1].sum};
+        float most[2];
+        largest(logit, most, exists);
+        if constexpr (!kPacked) {
+            weigh(logit, weight, 0);
+            weigh(logit, weight, 1);
         }
-        if (t < 2) s.most[w][row + 8 * t] = t ? most[1] : most[0];
-        scale_to(most[0], most[1]);
+        if (kPacked ||
+            __any_sync(~0u, most[0] > of[0].most + kSlack || most[1] > of[1].most + kSlack)) {
+            for (int i = 0; i < 2; i++) {
+                of[i].sum = before[i];
+                if (!(most[i] > of[i].most + kSlack)) most[i] = of[i].most;
+            }
+            scale_to(most[0], most[1]);
+            weigh(logit, weight, 0);
+            weigh(logit, weight, 1);
+        }
+        if (t < 2) s.most[w][row + 8 * t] = t ? of[1].most : of[0].most;
     }
 
     // Logits of 16 keys -> weights, as this thread's bfloat16 operands and in shared memory.
-    __device__ void weigh(float (&logit)[32], uint32_t (&weight)[16], const float (&from)[2], int k) {
+    __device__ void weigh(const float (&logit)[32], uint32_t (&weight)[16], int k) {
+        const float from[2] = {of[0].most == -INFINITY ? 0 : of[0].most,
+                               of[1].most == -INFINITY ? 0 : of[1].most};
+        float value[8];
         // Row lane % 8 of matrix lane / 8: heads 0-7, 8-15, 0-7, 8-15; keys 0-7, 0-7, 8-15, 8-15.
         const int at = threadIdx.x % 128 / 32 * 16 + lane % 16;
         const uint32_t to = shared_address(s.weights[w]) + at * 128 + ((lane / 16 ^ lane % 8) << 4);
 #pragma unroll
-        for (int i = 8 * k; i < 8 * k + 8; i++) {
-            logit[i] = exp2_approximate(fmaf(logit[i], scale, -from[i / 2 % 2]));
-            of[i / 2 % 2].sum += logit[i];
+        for (int i = 0; i < 8; i++) {
+            value[i] = exp2_approximate(fmaf(logit[8 * k + i], scale, -from[i / 2 % 2]));
+            of[i / 2 % 2].sum += value[i];
         }
 #pragma unroll
-        for (int i = 4 * k; i < 4 * k + 4; i++)
-            weight[i] = pack_bf16(logit[2 * i], logit[2 * i + 1]);
+        for (int i = 0; i < 4; i++) weight[4 * k + i] = pack_bf16(value[2 * i], value[2 * i + 1]);
         store_matrices(to ^ (k * 32), weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
                        weight[4 * k + 3]);
     }
@@ -135,26 +163,28 @@ template <int w> struct Consumer {
             end_other(under_way);
             wgmma_wait<0>();
             if (last) barrier_arrive(&s.q_empty);
-            float from[2];
-            refer(logit, from, exists);
             const uint64_t b = values(w);
 #pragma unroll
-            for (int k = 0; k < kBlock / 16; k++) weigh(logit, weight, from, k);
-            fence_async_proxy();
-            barrier_arrive(&s.weighed[w]);
-            wgmma_fence();
+            for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int k = 0; k < kBlock / 16; k++)
-                wgmma_64x256(sum, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
-                             weight[4 * k + 3], b + (k * 16 * 128 >> 4));
-            wgmma_commit();
+                for (int k = 2; k < 4 && half; k++) weigh(logit, weight, k);
+                if (half == 0) weigh_first(logit, weight, exists);
+                fence_async_proxy();
+                barrier_arrive(&s.weighed[w][half]);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 2 * half; k < 2 * half + 2; k++)
+                    multiply(b + (k * 16 * 128 >> 4), weight[4 * k], weight[4 * k + 1],
+                             weight[4 * k + 2], weight[4 * k + 3]);
+                wgmma_commit();
+            }
         } else {
             barrier_wait(&s.full[w][1 - w], phase);
             wgmma_wait<0>();
             end_other(under_way);
             if (last) barrier_arrive(&s.q_empty);
             if (t < 2) s.most[w][row + 8 * t] = t ? of[1].most : of[0].most;
-            barrier_arrive(&s.weighed[w]);
+            for (int half = 0; half < 2; half++) barrier_arrive(&s.weighed[w][half]);
         }
         wgmma_wait<0>();
         barrier_arrive(&s.empty[w][w]);
@@ -165,17 +195,23 @@ template <int w> struct Consumer {
         const int stage = 1 - w;
         barrier_wait(&s.full[stage][w], phase);
         const uint64_t exists = s.exists[stage][w];
-        barrier_wait(&s.weighed[stage], phase);
+        barrier_wait(&s.weighed[stage][0], phase);
         if (exists) {
             scale_to(s.most[stage][row], s.most[stage][row + 8]);
             const uint64_t a = matrix_descriptor(shared_address(s.weights[stage]), 16, 1024);
             const uint64_t b = values(stage);
-            fence_async_proxy();
-            wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kBlock / 16; k++)
-                wgmma_64x256(sum, a + (k * 32 >> 4), b + (k * 16 * 128 >> 4));
+            for (int half = 0; half < 2; half++) {
+                if (half) barrier_wait(&s.weighed[stage][1], phase);
+                fence_async_proxy();
+                wgmma_fence();
+#pragma unroll
+                for (int k = 2 * half; k < 2 * half + 2; k++)
+                    multiply(b + (k * 16 * 128 >> 4), a + (k * 32 >> 4));
+            }
             wgmma_commit();
+        } else {
+            barrier_wait(&s.weighed[stage][1], phase);
         }
     }
 
@@ -211,8 +247,8 @@ __device__ inline uint4 transpose_quad(uint32_t (&word)[4], int t) {
 }
 
 // Normalised output, and lse.
-template <int w>
-__device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c,
+template <int w, bool kPacked>
+__device__ void write_output(const Problem& p, const Work& work, Consumer<w, kPacked>& c,
                              const float (&sink)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -238,8 +274,8 @@ __device__ void write_output(const Problem& p, const Work& work, Consumer<w>& c,
 }
 
 // Several shares: what the combining kernel needs.
-template <int w>
-__device__ void write_part(const Problem& p, const Work& work, const Consumer<w>& c) {
+template <int w, bool kPacked>
+__device__ void write_part(const Problem& p, const Work& work, const Consumer<w, kPacked>& c) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int head = c.row + 8 * i;
@@ -256,7 +292,7 @@ __device__ void write_part(const Problem& p, const Work& work, const Consumer<w>
 // Two shares, a cluster: each CTA leaves its sums in place of keys and q, which nobody reads any more;
 // the first two warps of a warpgroup in the first CTA, the others in the second, add them to theirs.
 // False for the warps that have nothing more to do.
-template <int w> __device__ bool join(Consumer<w>& c) {
+template <int w, bool kPacked> __device__ bool join(Consumer<w, kPacked>& c) {
     const int thread = c.row / 16 * 32 + c.lane;  // of the warpgroup
     const int rank = cluster_rank();
     const bool adds = thread / 64 == rank;
@@ -297,8 +333,8 @@ template <int w> __device__ bool join(Consumer<w>& c) {
 }
 
 // Warpgroup w, through all works of this CTA.
-template <int w> __device__ void compute(const Problem& p, Shared& s) {
-    Consumer<w> c(s, p.scale * kLog2e);
+template <int w, bool kPacked> __device__ void compute(const Problem& p, Shared& s) {
+    Consumer<w, kPacked> c(s, p.scale * kLog2e);
     int g = 0;
     for (int turn = 0; first_work() + turn * works_at_once() < p.works; turn++) {
         int at = first_work() + turn * works_at_once();

@@ -90,9 +90,7 @@ def plan(
         ranks, tiles = -(-blocks // each), n * -(-heads // columns)
         if at_once is None or not 0 < ranks <= _MOST_RANKS or (columns == 32 and blocks <= 3):
             continue
-        if tiles * (3 - each) <= at_once(
-            ranks
-        ):  # single blocks only where half of the device will do
+        if tiles <= at_once(ranks):
             return Plan(columns, ranks)
     found = _plans_of_tiles(n * -(-heads // _HEADS), blocks, available)
     return min(found, key=lambda pair: pair[0])[1]
@@ -124,6 +122,26 @@ def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
     if window.dtype == torch.uint8:
         few = few and plain_of(dim, window.shape[1]) == _DIM - _ROPE
     return _plan_on(q.device, n, heads, widths, few)
+
+
+def last_tokens(n: int, heads: int, available: int, plan_of: Callable[[int], Plan]) -> int:
+    """How many of n tokens are better launched by themselves, in clusters.
+
+    A CTA of 64 heads takes one token after another. What remains when all processors have had the same
+    number would keep a few of them for as long as a whole round.
+    """
+    groups = -(-heads // _HEADS)
+    if n * groups <= available:
+        return 0
+    rest = -(-(n * groups % available) // groups)
+    return rest if rest and plan_of(rest).heads < _HEADS else 0
+
+
+def _last_tokens(q: Tensor, window: Tensor, widths: tuple[int, int]) -> int:
+    def plan_of(rest: int) -> Plan:
+        return _plan(q[:rest], window, widths)
+
+    return last_tokens(q.shape[0], q.shape[1], processors(q.device), plan_of)
 
 
 @sm90("attention", ATTENTION)
@@ -192,51 +210,57 @@ def _launch(
     n, heads, dim = q.shape
     window, window_index = _pool(op, window, q), _index(op, window_index, n)
     entry_rows = entry_width = 0
-    entry_address = entry_index_address = None
-    if entries is not None and entry_index is not None:
+    entry_address = None
+    if entries is None or entry_index is None:
+        entry_index = None
+    else:
         entries, entry_index = _pool(op, entries, q), _index(op, entry_index, n)
         if entries.dtype != window.dtype:
             wrong(op, f"one pool is {window.dtype}, the other {entries.dtype}")
         entry_rows, entry_width = entries.shape[0], entry_index.shape[1]
-        entry_address, entry_index_address = entries.data_ptr(), entry_index.data_ptr()
+        entry_address = entries.data_ptr()
     sink = floats(op, sink)
     if sink.shape != (heads,):
         wrong(op, f"sink is {list(sink.shape)}, q has {heads} heads")
     o = torch.empty_like(q)
     lse = q.new_empty((n, heads), dtype=torch.float32)
-    how = _plan(q, window, (window_index.shape[1], entry_width))
-    part = part_sums = None
-    if how.heads == _HEADS and how.combined:
-        part = lse.new_empty((n, heads, how.shares, dim))
-        part_sums = lse.new_empty((n, heads, how.shares, 2))
-    ATTENTION.call(
-        op,
-        q,
-        q.data_ptr(),
-        window.data_ptr(),
-        window.shape[0],
-        window_index.data_ptr(),
-        window_index.shape[1],
-        entry_address,
-        entry_rows,
-        entry_index_address,
-        entry_width,
-        sink.data_ptr(),
-        scale,
-        n,
-        heads,
-        dim,
-        plain_of(dim, window.shape[1]) if window.dtype == torch.uint8 else 0,
-        how.heads,
-        how.shares,
-        None if part is None else part.data_ptr(),
-        None if part_sums is None else part_sums.data_ptr(),
-        positions,
-        freqs,
-        o.data_ptr(),
-        lse.data_ptr(),
-        kind,
-    )
+    widths = window_index.shape[1], entry_width
+    cut = n - _last_tokens(q, window, widths)
+    for part in (slice(0, cut), slice(cut, n)) if cut < n else (slice(0, n),):
+        tokens = part.stop - part.start
+        how = _plan(q[part], window, widths)
+        sums = softmax = None
+        if how.combined:
+            sums = lse.new_empty((tokens, heads, how.shares, dim))
+            softmax = lse.new_empty((tokens, heads, how.shares, 2))
+        ATTENTION.call(
+            op,
+            q,
+            q[part].data_ptr(),
+            window.data_ptr(),
+            window.shape[0],
+            window_index[part].data_ptr(),
+            window_index.shape[1],
+            entry_address,
+            entry_rows,
+            None if entry_index is None else entry_index[part].data_ptr(),
+            entry_width,
+            sink.data_ptr(),
+            scale,
+            tokens,
+            heads,
+            dim,
+            plain_of(dim, window.shape[1]) if window.dtype == torch.uint8 else 0,
+            how.heads,
+            how.shares,
+            None if sums is None else sums.data_ptr(),
+            None if softmax is None else softmax.data_ptr(),
+            positions,
+            freqs,
+            o[part].data_ptr(),
+            lse[part].data_ptr(),
+            kind,
+        )
     return o, lse
 
 
