@@ -22,10 +22,11 @@ constexpr size_t kFewShared = 226 * 1024;  // bytes, of all blocks on a multipro
 // one, no two of a launch share a multiprocessor where a small kernel before it takes another's place.
 template <class Policy> constexpr int kFewResident = kScaleWords<Policy> > 0 ? 2 : 1;
 
-// What a block asks for that needs `bytes`.
-template <class Policy> size_t few_shared(size_t bytes) {
+// What each of `blocks` asks for that needs `bytes`. More blocks than multiprocessors fill all places.
+template <class Policy> size_t few_shared(size_t bytes, int64_t blocks) {
     constexpr size_t kMoreThanHalf = kFewShared / 2 + 1024;
-    return kFewResident<Policy> == 1 && bytes < kMoreThanHalf ? kMoreThanHalf : bytes;
+    const bool alone = kFewResident<Policy> == 1 && blocks <= kProcessors;
+    return alone && bytes < kMoreThanHalf ? kMoreThanHalf : bytes;
 }
 
 // ---------------------------------------------------------------- how the work is divided
@@ -37,7 +38,8 @@ template <class Policy> struct FewBlock : FewShape {
 
     __host__ __device__ FewBlock(int split, int rounds, int64_t k, int rows)
         : split(split), rounds(rounds),
-          all(((int)(k / Policy::kChunk) + kStageChunks - 1) / kStageChunks), own((all + split - 1) / split), rows(rows) {}
+          all(((int)(k / Policy::kChunk) + kStageChunks - 1) / kStageChunks),
+          own((all + split - 1) / split), rows(rows) {}
     __host__ __device__ int places() const { return kWarps / split; }
     __host__ __device__ int tiles() const { return places() * rounds; }
     __host__ __device__ int vectors() const { return own * Policy::kChunk; }  // of a warp's activation row
@@ -384,13 +386,12 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const auto plan = FewPlan<Policy>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
     if (plan.bytes() > kFewShared) return kUnsupported;
     auto kernel = few_kernel<Policy, Y>;
-    const size_t shared = few_shared<Policy>(plan.bytes());
+    const size_t shared = few_shared<Policy>(plan.bytes(), plan.blocks);
     const int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.
     const int64_t blocks = plan.blocks < kProcessors ? kProcessors : plan.blocks;
-    return launch(kernel, dim3(blocks), plan.kThreads, shared, stream, p,
-                  (FewBlock<Policy>)plan);
+    return launch(kernel, dim3(blocks), plan.kThreads, shared, stream, p, (FewBlock<Policy>)plan);
 }
 
 }  // namespace dsv4

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(FewShape::kThreads, 2) linears_kernel(const Pr
     const int b = blockIdx.x;
     int i = 0;
     while (i < p.count && b >= p.end[i]) i++;
-    if (i == p.count) return wait_for_previous();  // with its place: else the next kernel's blocks gather there
+    if (i == p.count) return wait_for_previous();  // else two of the next kernel's blocks meet here
     const int64_t row0 = (b - (i > 0 ? p.end[i - 1] : 0)) * (int64_t)p.rows[i];
     dsv4_weight part = p.w[i];
     if (part.n > row0 + p.rows[i]) part.n = row0 + p.rows[i];
@@ -134,11 +134,11 @@ DSV4_EXPORT int dsv4_linears(const void* x, int64_t k, int64_t count, const dsv4
     if (division.shared > kFewShared) return kUnsupported;
     p.split = division.split;
     for (int i = 0; i < count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
-    const size_t shared = few_shared<Bf16>(division.shared);
+    const int blocks = division.blocks(p);
+    const size_t shared = few_shared<Bf16>(division.shared, blocks);
     const int status = allow_shared(linears_kernel, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
-    const int blocks = division.blocks(p);
     return launch(linears_kernel, dim3(blocks < kProcessors ? kProcessors : blocks), FewShape::kThreads,
                   shared, stream, p);
 }
