@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant(
         "attention, tile: the other warpgroup's weights are not waited for",
         "attention_tile.cuh",
-        "barrier_wait(&s.weighed[stage], phase);",
+        "barrier_wait(&s.weighed[stage][0], phase);",
         "",
         "test_cuda_attention.py widths or identical",
         ("attention",),
