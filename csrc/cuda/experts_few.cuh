@@ -1,11 +1,11 @@
 // Experts of few pairs: every weight row in use is streamed from memory once, at the memory's pace.
 //
 // A launch is one product. A block is persistent and walks over its share of all (piece, row tile) items.
-// Sixteen warps share the columns, or eight those of one half of the rows and eight the other's: a stage is 64 bytes of
-// each of 32 weight rows a warp. Every warp keeps a ring of stages of its own in shared memory, copied
-// ahead of the products, so that nothing but the end of an item makes warps wait for one another. The
-// activations of up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps in
-// turn add up the sums of an item and finish it, while the others go on.
+// Sixteen warps share the columns, or eight those of one half of the rows and eight the other's: a stage is
+// 64 bytes of each of 32 weight rows a warp. Every warp keeps a ring of stages of its own in shared memory,
+// copied ahead of the products, so that nothing but the end of an item makes warps wait for one another.
+// The activations of up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps
+// in turn add up the sums of an item and finish it, while the others go on.
 //
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once

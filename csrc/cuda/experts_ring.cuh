@@ -1,11 +1,10 @@
 // Experts of one token, and the shared expert of up to eight: weights through a ring of every warp (ring.cuh).
 //
 // A launch is one product. A tile is 16 weight rows; for the hidden vector, eight of w1 above the same
-// eight of w3. A team of kWarps warps shares a tile's columns, every kWarps-th stage each; a team goes over
-// its share of all (expert, tile) items, the expert counting as one item where its results are summed. Every
-// warp holds its own columns of the activations and waits for nobody; in the end the block adds up what its
-// warps have. The blocks of both products fit on the GPU at once, as far as there is room, so that the
-// second one's rings fill while the first one ends.
+// eight of w3. A team of kWarps warps shares a tile's columns, every kWarps-th stage each, and goes over its
+// share of all (expert, tile) items; where results are summed, a tile of all experts is one item. Every warp
+// holds its own columns of the activations and waits for nobody; in the end the block adds up what its
+// warps have. Blocks of the second product begin to fill their rings where those of the first have ended.
 //
 // Scales of 4-bit blocks multiply sums: a step of the matrix unit has eight blocks of a row, and each has
 // one of the eight columns of the second operand to itself. FP8 and bf16 have a column for each token.
@@ -17,7 +16,7 @@
 namespace dsv4 {
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
-constexpr int kRingDepth = 4, kRingResident = 2;  // stages of a ring; most blocks of a multiprocessor
+constexpr int kRingDepth = 3, kRingResident = 2;  // stages of a ring; most blocks of a multiprocessor
 constexpr int kRingRows = 8;  // most tokens of the shared expert, and experts of the only token
 constexpr int64_t kRingShared = 228 * 1024, kBlockShared = 1152;  // bytes; the latter: of a block besides
 
@@ -540,15 +539,16 @@ int ring_products(const Moe& m, int processors, void* stream) {
 }
 
 // Both products. kUnsupported for more tokens or experts, and for sizes that are no whole stages or have no
-// room.
+// room: a warp has at most TurnScales::kMost stages of a row.
 template <class Policy> int by_rings(Moe m, int processors, void* stream) {
     constexpr int kStage = Policy::kChunk * kStageChunks;
-    if (m.d % kStage || m.inner % kStage || m.d > 1 << 14 || m.inner > 1 << 14) return kUnsupported;
+    if (m.d % kStage || m.inner % kStage || m.d > 1 << 13 || m.inner > 1 << 13) return kUnsupported;
     if (m.ids != nullptr) {
         if (m.n > 1 || m.k > kRingRows) return kUnsupported;
         m.most = 1;
         // Many items: a smaller team has fewer ends of them.
-        return ring_products<Policy, Product::kHidden, kRingWarps / 2, Product::kDownToken>(m, processors, stream);
+        return ring_products<Policy, Product::kHidden, kRingWarps / 2, Product::kDownToken>(
+            m, processors, stream);
     }
     if (m.n > (kScaledColumns<Policy> ? 1 : kRingRows)) return kUnsupported;
     m.most = (int)m.n;
