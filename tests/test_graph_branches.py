@@ -316,6 +316,22 @@ def test_what_torch_launches_behind_a_site_captured_early_comes_after_it(
         assert branches.origin.seen == (1 << launches.count()) - 1
 
 
+def test_what_was_captured_early_for_another_input_is_run_again(
+    model: Transformer, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(model, monkeypatch)
+    monkeypatch.setattr(fusion, "JOINS", ())
+    monkeypatch.setattr(fusion, "GROUPS", (("attn/wkv", "attn/wq_a"),))
+    wq_a, wkv = (model.sites[f"L1/attn/{name}"] for name in ("wq_a", "wkv"))
+    x, other = torch.randn(2, 1, model.config.hidden_size)
+    branches = Branches(None, None, fusions=Fusions(model.sites))
+    with launches, branches.part([x, other]):
+        branches.around(wq_a, (x,))
+        found = branches.around(wkv, (other,))
+    branches.finish()
+    assert torch.equal(found, wkv.run((other,))) and not launches.races
+
+
 def test_a_chain_is_in_the_order_of_the_program(model: Transformer, launches: Launches) -> None:
     capture(model, prefilled(model, (125, 2)), launches, Branches(None, None, side_by_side=False))
     assert launches.before == [(1 << number) - 1 for number in range(launches.count())]
