@@ -49,14 +49,15 @@ def test_whether_a_record_still_holds() -> None:
         assert verified.Record(**{**ENTRY, **changes}).standing(IMPL) == standing
 
 
-def test_a_record_of_two_builds() -> None:
-    """Both must be of the same sources, whatever compiled them."""
+def test_a_record_of_several_builds() -> None:
+    """All must be of the same sources, whatever compiled them."""
     impl = IMPLEMENTATIONS["linear"]["sm90+cutedsl"]
-    first, second = (part.rpartition("-")[0] for part in impl.code().split("+"))
+    *first, last = (part.rpartition("-")[0] for part in impl.code().split("+"))
+    few = "+".join(f"{sources}-01234567" for sources in first)
     for code, standing in (
-        (f"{first}-01234567+{second}-89abcdef", "these sources, another compiler"),
-        (f"{first}-01234567+linear_dsl_sm90-aaaaaaaaaaaa-89abcdef", "changed since"),
-        (f"{first}-01234567", "changed since"),
+        (f"{few}+{last}-89abcdef", "these sources, another compiler"),
+        (f"{few}+linear_dsl_sm90-aaaaaaaaaaaa-89abcdef", "changed since"),
+        (few, "changed since"),
     ):
         assert verified.Record(**{**ENTRY, "code": code}).standing(impl) == standing
 

@@ -178,15 +178,18 @@ class Library:
 
 
 def sm90(
-    op: str, library: Library, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+    op: str,
+    library: Library,
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+    also: tuple[Library, ...] = (),
 ) -> Callable[[Function], Function]:
-    """Register the decorated function as implementation `sm90` of `op`, compiled in `library`."""
+    """Register the decorated function as implementation `sm90` of `op`, compiled in `library` (and `also`)."""
 
     def requires(context: Context) -> str | None:
         return unavailable(library.name, context, dtypes)
 
     def code() -> str:
-        return cuda_build(library.name).identity()
+        return "+".join(cuda_build(used.name).identity() for used in (library, *also))
 
     return implementation(op=op, name="sm90", requires=requires, code=code)
 

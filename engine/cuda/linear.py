@@ -31,12 +31,12 @@ SKINNY = Library("skinny", {"skinny": (P, N, P, N, P, I, I, P)})
 # ------------------------------------------------------------------------------ linear
 
 
-@sm90("linear", LINEAR)
+@sm90("linear", LINEAR, also=(SKINNY,))
 def linear(x: Tensor, *, weight: Weight, out_dtype: torch.dtype | None) -> Tensor:
     return matmul("linear", x, weight, 1, out_dtype or x.dtype)
 
 
-@sm90("grouped_linear", LINEAR)
+@sm90("grouped_linear", LINEAR, also=(SKINNY,))
 def grouped_linear(o: Tensor, *, weight: Weight, groups: int) -> Tensor:
     if groups < 1 or weight.shape[0] % groups:
         wrong("grouped_linear", f"{groups} groups do not divide {weight.shape[0]} rows")
