@@ -25,7 +25,7 @@ from dsv4_bench.engine.cuda.library import (
     typed,
     wrong,
 )
-from dsv4_bench.engine.cuda.linear import matmul
+from dsv4_bench.engine.cuda.linear import LINEAR, SKINNY, matmul
 from dsv4_bench.engine.cuda.weights import Packed, WeightStruct, pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
@@ -94,7 +94,7 @@ def experts(
     return _run_experts(op, x, ids, weights, table_of(bank), limit)
 
 
-@sm90("shared_expert", EXPERTS, dtypes=(torch.bfloat16,))
+@sm90("shared_expert", EXPERTS, dtypes=(torch.bfloat16,), also=(LINEAR, SKINNY))
 def shared_expert(x: Tensor, *, expert: Expert, limit: float) -> Tensor:
     op = "shared_expert"
     table = _shared_table(expert)
