@@ -12,7 +12,7 @@
 namespace dsv4 {
 namespace {
 
-// Block 0: the list, if there is one; the others: `placed`, x with its columns in places.
+// Block 0: the list, if there is one; the others: `placed`, which is x with its columns in places.
 __global__ void __launch_bounds__(kMostExperts) prepare_kernel(const Moe m, bf16* placed) {
     let_next_start();
     wait_for_previous();
@@ -28,6 +28,7 @@ int block_count() {
     return count;
 }
 
+// The list of pairs, if there is one, and unless null `placed`.
 int prepare(const Moe& m, bf16* placed, void* stream) {
     const int64_t blocks = 1 + (placed != nullptr ? ceil_div(m.n * m.d / 8, kMostExperts) : 0);
     return launch(prepare_kernel, blocks, kMostExperts, 0, stream, m, placed);
