@@ -116,8 +116,9 @@ def _plan_on(device: torch.device, n: int, heads: int, widths: tuple[int, int], 
     return plan(n, heads, widths, processors(device), at_once)
 
 
-def _plan(q: Tensor, window: Tensor, widths: tuple[int, int]) -> Plan:
-    n, heads, dim = q.shape
+def _plan(q: Tensor, window: Tensor, widths: tuple[int, int], n: int) -> Plan:
+    """For n tokens like those of q."""
+    heads, dim = q.shape[1:]
     few = dim == _DIM and q.dtype == torch.bfloat16
     if window.dtype == torch.uint8:
         few = few and plain_of(dim, window.shape[1]) == _DIM - _ROPE
@@ -138,9 +139,7 @@ def last_tokens(n: int, heads: int, available: int, plan_of: Callable[[int], Pla
 
 
 def _last_tokens(q: Tensor, window: Tensor, widths: tuple[int, int]) -> int:
-    def plan_of(rest: int) -> Plan:
-        return _plan(q[:rest], window, widths)
-
+    plan_of = partial(_plan, q, window, widths)
     return last_tokens(q.shape[0], q.shape[1], processors(q.device), plan_of)
 
 
@@ -165,7 +164,7 @@ def joins_rope(
     width = 0 if entry_index is None else entry_index.shape[1]
     if q.dim() != 3 or 2 * freqs.numel() != _ROPE or not q.numel():
         return False
-    return _plan(q, window, (window_index.shape[1], width)).heads < _HEADS
+    return _plan(q, window, (window_index.shape[1], width), q.shape[0]).heads < _HEADS
 
 
 def attention_rope(
@@ -226,9 +225,8 @@ def _launch(
     lse = q.new_empty((n, heads), dtype=torch.float32)
     widths = window_index.shape[1], entry_width
     cut = n - _last_tokens(q, window, widths)
-    for part in (slice(0, cut), slice(cut, n)) if cut < n else (slice(0, n),):
-        tokens = part.stop - part.start
-        how = _plan(q[part], window, widths)
+    for first, tokens in ((0, cut), (cut, n - cut)) if cut < n else ((0, n),):
+        how = _plan(q, window, widths, tokens)
         sums = softmax = None
         if how.combined:
             sums = lse.new_empty((tokens, heads, how.shares, dim))
@@ -236,14 +234,14 @@ def _launch(
         ATTENTION.call(
             op,
             q,
-            q[part].data_ptr(),
+            _address(q, first),
             window.data_ptr(),
             window.shape[0],
-            window_index[part].data_ptr(),
+            _address(window_index, first),
             window_index.shape[1],
             entry_address,
             entry_rows,
-            None if entry_index is None else entry_index[part].data_ptr(),
+            None if entry_index is None else _address(entry_index, first),
             entry_width,
             sink.data_ptr(),
             scale,
@@ -257,11 +255,16 @@ def _launch(
             None if softmax is None else softmax.data_ptr(),
             positions,
             freqs,
-            o[part].data_ptr(),
-            lse[part].data_ptr(),
+            _address(o, first),
+            _address(lse, first),
             kind,
         )
     return o, lse
+
+
+def _address(rows: Tensor, first: int) -> int:
+    """Of row `first` of a contiguous tensor."""
+    return rows.data_ptr() + first * rows.stride(0) * rows.element_size()
 
 
 def _pool(op: str, pool: Tensor, q: Tensor) -> Tensor:
