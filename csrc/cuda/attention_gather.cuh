@@ -279,6 +279,14 @@ struct EntryRing {
     }
 };
 
+// Brings a row of a pool into the L2, but for what of it shares 16 bytes with a row beside.
+__device__ inline void prefetch_entry(const Pool& pool, int row) {
+    if (row < 0 || row >= pool.rows) return;
+    const uint64_t entry = (uint64_t)pool.keys + (int64_t)row * kEntryBytes, from = (entry + 15) / 16 * 16;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(kEntryBytes / 16 * 16)
+                 : "memory");
+}
+
 // A block, -1 for none, and its rows in its pool; the work that it begins, -1 for none.
 struct Source {
     int block, begins;
@@ -327,6 +335,8 @@ __device__ void gather_packed(const Problem& p, Shared& s) {
         rows = next;
         begins = ahead.advance();
         next = Source(ahead, begins, lane);
+        const int row = next.rows.at(kOwn * warp, lane % kOwn);
+        if (lane < kOwn && next.block >= 0) prefetch_entry(pool_of(p, next.block), row);
     }
     copy_wait<0>();
 }
