@@ -1,10 +1,10 @@
 // Gathering for the tensor-core attention: what a CTA works on, its shared memory, and the producers.
 //
 // A CTA takes one token after another: 64 of its heads and a share of its keys, 64 at a time. One
-// warpgroup gathers keys into two stages, each in two halves of the width, in the layout that wgmma
-// reads both as K (contracted over the width) and as V (contracted over keys). Two warpgroups multiply
-// (attention_tile.cuh). With more than one share the unnormalised sums go to memory, and a second
-// kernel combines them.
+// warpgroup, two for packed pools, gathers keys into two stages, each in two halves of the width, in the
+// layout that wgmma reads both as K (contracted over the width) and as V (contracted over keys). Two
+// warpgroups multiply (attention_tile.cuh). Two shares of a token are a cluster and join; otherwise the
+// unnormalised sums go to memory, and a second kernel combines them.
 //
 // Blocks are counted through all tokens of a CTA: block g lies in stage g % 2, and phase g / 2 of every
 // barrier of that stage belongs to it.
@@ -12,12 +12,15 @@
 //   barrier            arrives                            waits                  meaning
 //   full[stage][half]  the producers' copies              both who read it       the half is there
 //   empty[stage][half] warpgroup `half`, after its p v    producers              it may be overwritten
-//   weighed[stage]     warpgroup `stage`, after softmax   the other warpgroup    weights, largest logits
+//   weighed[stage][i]  warpgroup `stage`, after softmax   the other warpgroup    weights of 32 keys, and
+//                                                                                 the largest logits
 //   q_full, q_empty    producers; both, after q k^T       both; producers        q of the next token
 //   summed             both, after a token                both                   sums of weights
 //
 // Warpgroup `stage` alone computes the logits of its blocks; as the other waits for their weights before
 // its p v, empty[stage][half] says that nobody reads the half, the weights or the largest logits any more.
+// Every thread arrives, also where one of its warp would do: what it has read or written is then released
+// by itself, which compute-sanitizer can follow.
 #pragma once
 
 #include "attention.cuh"

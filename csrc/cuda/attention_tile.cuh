@@ -2,8 +2,8 @@
 //
 // Warpgroup w has columns 256 w to 256 w + 255 of the output in registers and computes logits and
 // weights of the blocks of parity w. In order of blocks, for each of them, it
-//   of its own:     waits for full, q k^T, softmax, writes the weights and announces them, p v from
-//                   registers, releases its half of the stage;
+//   of its own:     waits for full, q k^T, softmax, writes the weights and announces them, 32 keys at a
+//                   time, p v from registers, releases its half of the stage;
 //   of the other's: waits for the weights, scales as they say, p v from shared memory, releases.
 // So the softmax of one runs beside the products of the other. The largest logit passes from block to
 // block, so both scale alike, and which thread comes first changes no bit.
@@ -166,9 +166,12 @@ template <int w, bool kPacked> struct Consumer {
             const uint64_t b = values(w);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-#pragma unroll
-                for (int k = 2; k < 4 && half; k++) weigh(logit, weight, k);
-                if (half == 0) weigh_first(logit, weight, exists);
+                if (half == 0) {
+                    weigh_first(logit, weight, exists);
+                } else {
+                    weigh(logit, weight, 2);
+                    weigh(logit, weight, 3);
+                }
                 fence_async_proxy();
                 barrier_arrive(&s.weighed[w][half]);
                 wgmma_fence();
