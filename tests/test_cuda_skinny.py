@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_cpu_kernels import make_weight, oracle_weight, same
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.library import nvcc
-from dsv4_bench.engine.cuda.linear import _SKINNY, best_plan, plan_of
+from dsv4_bench.engine.cuda.linear import _SKINNY, _skinny_plan, best_plan, plan_of
 from dsv4_bench.engine.cuda.linear import skinny as run
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
@@ -124,6 +125,26 @@ def test_a_hundred_repeats_give_the_same_bits(kind, m):
 def test_large_matrices_fill_the_gpu_in_one_wave(kind):
     for n, k in ((4096, 8192), (32768, 1024), (8192, 8192)):
         assert 120 <= n // 256 * best_plan(n, 64, k, _SKINNY[kind][0]).parts <= 132, (n, k)
+
+
+@pytest.mark.parametrize(
+    "kind, n, k, groups, fewest",
+    [
+        (0, 4096, 8192, 1, 17),
+        (0, 32768, 1024, 1, 5),  # one part: no kernel for the sums
+        (2, 4096, 8192, 1, 17),
+        (2, 1024, 4096, 1, 5),
+        (5, 256, 4096, 1, 5),
+        (2, 8192, 4096, 8, 17),
+        (2, 768, 4096, 6, 65),  # a tile would span groups
+        (0, 4096, 8224, 1, 65),  # rows of scales that are not words
+        (4, 4096, 8192, 1, 65),  # float32
+    ],
+)
+def test_where_it_is_chosen(kind, n, k, groups, fewest):
+    weight = SimpleNamespace(format=kind, n=n, k=k)
+    rows = [m for m in range(1, 130) if _skinny_plan(weight, m, groups)]
+    assert rows == list(range(fewest, 65))
 
 
 def test_no_part_is_empty():

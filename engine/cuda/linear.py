@@ -66,8 +66,11 @@ def matmul(op: str, x: Tensor, weight: Weight, groups: int, out_dtype: torch.dty
 # By format code (enum dsv4_format): columns of a stage of csrc/cuda/skinny.cuh, and what k must be a
 # multiple of.
 _SKINNY = {0: (256, 64), 1: (256, 128), 2: (128, 16), 3: (128, 16), 5: (64, 8)}
-# It is the fastest kernel up to 64 rows: of large matrices and of bfloat16 from 5 on, else from 17.
-_SKINNY_ROWS, _LARGE, _BF16 = (5, 17, 64), 1 << 24, 5
+_FEWEST, _MOST = 17, 64  # activation rows for which it is the fastest kernel
+_FEWEST_OF_SOME, _SMALL = (
+    5,
+    1024,
+)  # measured for bfloat16, for FP8 of up to so many rows, and for one part
 # Nanoseconds: a stage of every warp of a block; a byte that a multiprocessor reads; a block beside these; a
 # second kernel for the sums; a byte of what it adds up.
 _STAGE_NS, _BYTE_NS, _BLOCK_NS, _SUM_NS, _PART_NS = 1100, 1 / 45, 1500, 1500, 1 / 3000
@@ -94,12 +97,11 @@ def _skinny_plan(packed: Packed, m: int, groups: int) -> Plan | None:
     if packed.format not in _SKINNY or (groups > 1 and packed.n // groups % _TILE):
         return None
     columns, whole = _SKINNY[packed.format]
-    fewest_of_large, fewest, most = _SKINNY_ROWS
-    if packed.n * packed.k >= _LARGE or packed.format == _BF16:
-        fewest = fewest_of_large
-    if not fewest <= m <= most or packed.k % whole:
+    if not _FEWEST_OF_SOME <= m <= _MOST or packed.k % whole:
         return None
-    return best_plan(packed.n, m, packed.k, columns, groups)
+    plan = best_plan(packed.n, m, packed.k, columns, groups)
+    some = columns == 64 or plan.parts == 1 or (columns == 128 and packed.n <= _SMALL)
+    return plan if some or m >= _FEWEST else None
 
 
 @lru_cache(1024)
