@@ -205,9 +205,15 @@ def cases() -> Iterator[Case]:
         yield linear_case("bf16", n, 4096, 1)
     for n, k, m in ((1024, 4096, 1), (8192, 1024, 1), (4096, 8192, 2), (4096, 8192, 4)):
         yield linear_case("fp8", n, k, m)
+    for kind, n, k in (("bf16", 256, 4096), ("fp8", 1024, 4096)):
+        for m in (8, 64):
+            yield linear_case(kind, n, k, m)
+    for kind in ("nvfp4", "fp8"):
+        yield linear_case(kind, 4096, 8192, 32)
+    yield linear_case("bf16", 4096, 8192, 64)
     for name in JOINT:
         yield joint_case(name)
-    for m in (1, 64):
+    for m in (1, 8, 64):
         yield grouped_case(m)
     for m in (1024, 4096):
         yield linear_case("nvfp4", 4096, 8192, m)
