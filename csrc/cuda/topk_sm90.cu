@@ -141,7 +141,8 @@ int parts_for(int64_t n, int64_t total, int64_t processors) {
     int parts = 1;
     while (parts < kMostPartsOfFew && 2 * parts * n <= processors) parts *= 2;
     if (parts > 1 && is_few(total, parts)) return parts;
-    return parts < kLeastParts || total > kShort ? 1 : min(parts, (int)kMostParts);
+    const int64_t least = total <= kCandidates ? kMostParts : kLeastParts;  // of a short row, most are candidates
+    return parts < least || total > kShort ? 1 : min(parts, (int)kMostParts);
 }
 
 // ---------------------------------------------------------------- long rows, and many
