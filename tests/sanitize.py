@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,8 +65,11 @@ def print_launches(names: list[str]) -> None:
     for name in names:
         torch.manual_seed(1)
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            PARTS[name].run()
-            torch.cuda.synchronize()
+            try:
+                PARTS[name].run()
+                torch.cuda.synchronize()
+            except Exception:  # what it did not launch will be missing
+                traceback.print_exc()
         kernels = {event.key for event in recorded.key_averages() if "dsv4" in event.key}
         found[name] = sorted(ptxas.without_arguments(kernel) for kernel in kernels)
         print(f"{name}: {len(found[name])} kernels", flush=True)
