@@ -7,7 +7,8 @@ for the device, is a CannotAnswer that names the site.
 
 The kernels are those of the eager kernel route on the same inputs, but for index tensors that are
 longer by entries nobody sees. Those change how the attention and the top-k divide their work, hence
-the order of sums: results agree to rounding, and exactly with an eager run of the same `FixedStep`.
+the order of sums: results agree to rounding, and with `fuse` False exactly with an eager run of the same
+`FixedStep`; launches of several sites may round otherwise, see cuda/fused.py.
 """
 
 from __future__ import annotations
