@@ -33,7 +33,7 @@ def attention(cases: tuple[tuple[int, int, int, int], ...], packed: bool) -> Non
         sink = {"sink": randn(heads), "scale": 0.04}
         run("attention", q, keys[0], indices(n, window), *entries, **sink)
         if cases is FEW:
-            where = torch.arange(n).cuda() * 70_001
+            where = (torch.arange(n) * 70_001).cuda()
             args = (q, keys[0], indices(n, window), *entries, where)
             attention_rope(*args, **sink, freqs=randn(32))
 
