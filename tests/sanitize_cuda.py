@@ -72,7 +72,7 @@ def matrix_unit(kind: str) -> None:
         w = weight(kind, n, k)
         for m in (1, 3, 6, 9, 65) if n == 80 else (1, 3, 9):
             multiplied(w, m)
-            if n == 80:
+            if n in (40, 80):
                 multiplied(w, m, dtype=F32)
     for m in (1, 20):
         multiplied(weight(kind, 64, 96), m, groups=2)
@@ -84,7 +84,7 @@ def skinny(kind: str) -> None:
         packed = pack(weight(kind, n, k))
         for m in (5, 20, 40) if n == 300 else (5,):
             x = randn(m, k, dtype=BF16)
-            for dtype, parts in ((BF16, 1), (F32, 2)):
+            for dtype, parts in ((BF16, 1), (BF16, 2), (F32, 2)):
                 plan = plan_of(n, m, k, _SKINNY[packed.format][0], 1, parts)
                 a_few_rows(x, packed, 1, torch.zeros(m, n, dtype=dtype).to(CUDA), plan)
 
