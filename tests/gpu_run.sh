@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU machine runs: builds every kernel, then tests, sanitizer and benchmarks, each with a time limit.
-#   tests/gpu_run.sh OUT [build] [test] [sanitize] [mutate] [layer] [bench [GLOB ...]]
+#   tests/gpu_run.sh OUT [build] [test] [sanitize] [mutate] [layer] [count] [bench [GLOB ...]]
 # Needs torch, pytest and nvcc, compute-sanitizer for its step; the repository must be importable as dsv4_bench.
 # On 16 cores and an H200 about 30, 90, 110, 120, 120 and 150 s. Every result is in OUT as soon as it is there, and a
 # line for every step in OUT/steps.txt. With DSV4_PEERS (docs/peers.md) benchmarks time the peers found there too.
@@ -57,6 +57,9 @@ if wants layer; then
     step layer 60 python3 tests/bench_cuda_layer.py --sites --peers --json "$out/layer.json"
     step probes 60 python3 tests/bench_probes.py --json "$out/probes.json"
     step profile 120 bash tests/measure_profile.sh "$out/profile" short
+fi
+if wants count; then
+    step count 120 python3 tests/count_cuda.py aims --json "$out/counters.json"
 fi
 if (($#)); then
     shift
