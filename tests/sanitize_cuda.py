@@ -14,9 +14,9 @@ import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
 from dsv4_bench.engine.cuda.library import DTYPES
-from dsv4_bench.engine.cuda.linear import _SKINNY, LINEAR, matmul, plan_of
-from dsv4_bench.engine.cuda.linear import skinny as a_few_rows
+from dsv4_bench.engine.cuda.linear import LINEAR, matmul
 from dsv4_bench.engine.cuda.linears import linears
+from dsv4_bench.engine.cuda.skinny import STAGES, plan_of, skinny
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import (
@@ -78,15 +78,15 @@ def matrix_unit(kind: str) -> None:
         multiplied(weight(kind, 64, 96), m, groups=2)
 
 
-def skinny(kind: str) -> None:
+def some_rows(kind: str) -> None:
     """5 to 64 rows: in one part and in two; more than one tile; more stages than slots."""
     for n, k in ((300, 1152), (65, 9216)):
         packed = pack(weight(kind, n, k))
         for m in (5, 20, 40) if n == 300 else (5,):
             x = randn(m, k, dtype=BF16)
             for dtype, parts in ((BF16, 1), (BF16, 2), (F32, 2)):
-                plan = plan_of(n, m, k, _SKINNY[packed.format][0], 1, parts)
-                a_few_rows(x, packed, 1, torch.zeros(m, n, dtype=dtype).to(CUDA), plan)
+                plan = plan_of(n, m, k, STAGES[packed.format].columns, 1, parts)
+                skinny(x, packed, 1, torch.zeros(m, n, dtype=dtype).to(CUDA), plan)
 
 
 def multiply_adds() -> None:
@@ -110,7 +110,7 @@ def one_row() -> None:
 
 def any_rows(kind: str) -> None:
     matrix_unit(kind)
-    skinny(kind)
+    some_rows(kind)
 
 
 # ------------------------------------------------------------------------------ rows

@@ -13,8 +13,8 @@ from test_cpu_kernels import make_weight, oracle_weight, same
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.library import nvcc
-from dsv4_bench.engine.cuda.linear import _SKINNY, _skinny_plan, best_plan, plan_of
-from dsv4_bench.engine.cuda.linear import skinny as run
+from dsv4_bench.engine.cuda.skinny import STAGES, best_plan, plan_for, plan_of
+from dsv4_bench.engine.cuda.skinny import skinny as run
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
@@ -35,7 +35,7 @@ def skinny(
     """x [m, groups * k] times the weight [n, k], by the kernel of this file; what was there is NaN."""
     packed = pack(weight)
     y = torch.full((len(x), packed.n), math.nan, dtype=dtype, device=CUDA)
-    columns = _SKINNY[packed.format][0]
+    columns = STAGES[packed.format].columns
     run(x, packed, groups, y, plan_of(packed.n, len(x), packed.k, columns, groups, parts))
     torch.cuda.synchronize()
     return y
@@ -121,10 +121,10 @@ def test_a_hundred_repeats_give_the_same_bits(kind, m):
 # ------------------------------------------------------------------------------ how work is divided
 
 
-@pytest.mark.parametrize("kind", _SKINNY)
+@pytest.mark.parametrize("kind", STAGES)
 def test_large_matrices_fill_the_gpu_in_one_wave(kind):
     for n, k in ((4096, 8192), (32768, 1024), (8192, 8192)):
-        assert 120 <= n // 256 * best_plan(n, 64, k, _SKINNY[kind][0]).parts <= 132, (n, k)
+        assert 120 <= n // 256 * best_plan(n, 64, k, STAGES[kind].columns).parts <= 132, (n, k)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_large_matrices_fill_the_gpu_in_one_wave(kind):
 )
 def test_where_it_is_chosen(kind, n, k, groups, fewest):
     weight = SimpleNamespace(format=kind, n=n, k=k)
-    rows = [m for m in range(1, 130) if _skinny_plan(weight, m, groups)]
+    rows = [m for m in range(1, 130) if plan_for(weight, m, groups)]
     assert rows == list(range(fewest, 65))
 
 

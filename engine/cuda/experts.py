@@ -25,7 +25,8 @@ from dsv4_bench.engine.cuda.library import (
     typed,
     wrong,
 )
-from dsv4_bench.engine.cuda.linear import LINEAR, SKINNY, matmul
+from dsv4_bench.engine.cuda.linear import LINEAR, matmul
+from dsv4_bench.engine.cuda.skinny import SKINNY
 from dsv4_bench.engine.cuda.weights import Packed, WeightStruct, pack
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.ops.experts import Expert, ExpertBank
