@@ -224,7 +224,7 @@ def _launch(
     o = torch.empty_like(q)
     lse = q.new_empty((n, heads), dtype=torch.float32)
     widths = window_index.shape[1], entry_width
-    cut = n - _last_tokens(q, window, widths)
+    cut = n - _last_tokens(q, window, widths)  # n where positions are given: joins_rope takes few
     for first, tokens in ((0, cut), (cut, n - cut)) if cut < n else ((0, n),):
         how = _plan(q, window, widths, tokens)
         sums = softmax = None

@@ -33,9 +33,7 @@ GATE = Library(
     },
 )
 _COLUMNS, _MOST_EXPERTS = 128, 1024  # that a block of gate_sums adds up; that it takes
-_MOST_TOKENS = (
-    256  # 10 us where op linear takes 40; with more, the partial sums are the larger traffic
-)
+_MOST_TOKENS = 256  # 10 us where op linear takes 40; with more, partial sums are the larger traffic
 
 
 @sm90("gate", GATE)
