@@ -10,6 +10,7 @@ from cuda_judge import FLOOR, kernel
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.gate import _in_partial_sums
+from dsv4_bench.engine.cuda.library import Library, cuda_build
 from dsv4_bench.engine.formats import Weight
 from dsv4_bench.engine.numerics import double_precision
 from dsv4_bench.engine.ops.gate import gate
@@ -152,3 +153,22 @@ def test_a_hundred_times_the_same(n: int) -> None:
         for outputs in (captured, again):
             for found, wanted in zip(outputs, first, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_its_identity_names_every_build_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens, many, and float32 ones: by partial sums, and by both kernels of op linear."""
+    called: set[str] = set()
+    launch = Library.call
+
+    def watched(self: Library, *args: Any) -> None:
+        called.add(self.name)
+        launch(self, *args)
+
+    monkeypatch.setattr(Library, "call", watched)
+    params = arguments(256, 4096)
+    for n, dtype in ((3, BF16), (300, BF16), (3, torch.float32), (300, torch.float32)):
+        x, tokens = tokens_of(n, 4096)
+        kernel("gate", x.to(dtype), tokens, **params)
+    code = IMPLEMENTATIONS["gate"]["sm90"].code
+    assert "linear" in called and code is not None
+    assert {cuda_build(name).identity() for name in called} <= set(code().split("+"))

@@ -62,6 +62,15 @@ def test_a_record_of_several_builds() -> None:
         assert verified.Record(**{**ENTRY, "code": code}).standing(impl) == standing
 
 
+@pytest.mark.parametrize("op, own", [("gate", "gate"), ("shared_expert", "experts")])
+def test_an_op_that_calls_linear_names_its_builds(op: str, own: str) -> None:
+    """A change of linear's sources is a change of the op's."""
+    code = IMPLEMENTATIONS[op]["sm90"].code
+    assert code is not None
+    names = [build.rsplit("-", 2)[0] for build in code().split("+")]
+    assert names == [f"{name}_sm90" for name in (own, "linear", "skinny")]
+
+
 def test_an_absent_record_is_empty(record: Path) -> None:
     assert verified.load() == {}
 

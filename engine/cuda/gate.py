@@ -21,7 +21,8 @@ from dsv4_bench.engine.cuda.library import (
     typed,
     wrong,
 )
-from dsv4_bench.engine.cuda.linear import matmul
+from dsv4_bench.engine.cuda.linear import LINEAR, matmul
+from dsv4_bench.engine.cuda.skinny import SKINNY
 from dsv4_bench.engine.cuda.weights import pack
 from dsv4_bench.engine.formats import Weight
 
@@ -36,7 +37,7 @@ _COLUMNS, _MOST_EXPERTS = 128, 1024  # that a block of gate_sums adds up; that i
 _MOST_TOKENS = 256  # 10 us where op linear takes 40; with more, partial sums are the larger traffic
 
 
-@sm90("gate", GATE)
+@sm90("gate", GATE, also=(LINEAR, SKINNY))
 def gate(
     x: Tensor,
     tokens: Tensor,
