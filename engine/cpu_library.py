@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dsv4_bench.engine import build
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error, did_you_mean
-from dsv4_bench.engine.formats import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, Weight
+from dsv4_bench.engine.packed import Packs
 from dsv4_bench.engine.registry import Context, Function, implementation
 
 # ------------------------------------------------------------------------------ ISA and build
@@ -222,7 +221,6 @@ def cpu(
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum dsv4_dtype
 EMBED_DTYPES = {**DTYPES, torch.float16: 2}
-_DENSE = {torch.float32: 4, torch.bfloat16: 5, torch.float16: 6}  # enum dsv4_format
 
 
 def wrong(op: str, text: str) -> NoReturn:
@@ -259,85 +257,4 @@ def same_dtype(op: str, keys: Tensor, q: Tensor) -> Tensor:
     return typed(op, keys, q.dtype)
 
 
-class _WeightStruct(ctypes.Structure):
-    """struct dsv4_weight."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("global_scale", ctypes.c_float),
-        ("format", ctypes.c_int32),
-    )
-
-
-class Packed:
-    """A weight as the kernels take it: `address` of the C struct, `n` and `k`.
-
-    Valid as long as the weight has the same tensors and global scale; what is in them may change.
-    """
-
-    __slots__ = ("address", "data", "global_scale", "k", "keep", "n", "owner", "scale")
-
-    def __init__(self, weight: Weight) -> None:
-        self.data, self.scale, self.global_scale = weight.data, weight.scale, weight.global_scale
-        self.n, self.k = weight.shape
-        kind, data, scale = _checked(weight)
-        address = None if scale is None else scale.data_ptr()
-        # Contiguous copies and the struct live as long as this object.
-        struct = _WeightStruct(data.data_ptr(), address, self.n, self.k, weight.global_scale, kind)
-        self.keep = (data, scale, struct)
-        self.address = ctypes.addressof(struct)
-        key = id(weight)
-        self.owner = weakref.ref(weight, lambda _: _PACKED.pop(key, None))
-
-
-_PACKED: dict[int, Packed] = {}  # by id(weight); an entry goes when its weight does
-
-
-def pack(weight: Weight) -> Packed:
-    """The packed form of `weight`, made once. DSV4Error if shapes or dtypes do not fit its format."""
-    entry = _PACKED.get(id(weight))
-    if (
-        entry is not None
-        and entry.data is weight.data
-        and entry.scale is weight.scale
-        and entry.global_scale == weight.global_scale
-    ):
-        return entry
-    entry = Packed(weight)
-    _PACKED[id(weight)] = entry
-    return entry
-
-
-def _checked(weight: Weight) -> tuple[int, Tensor, Tensor | None]:
-    """Format code and contiguous tensors of a weight whose shapes and dtypes are as documented."""
-    n, k = weight.shape
-    name, data, scale = f"weight {weight.name!r}", weight.data, weight.scale
-    if not data.is_cpu or (scale is not None and not scale.is_cpu):
-        wrong(name, f"expected CPU tensors, it is on {data.device}")
-    if weight.format == "dense":
-        if data.dtype not in _DENSE:
-            wrong(name, f"a dense weight is float32, bfloat16 or float16, not {data.dtype}")
-        return _DENSE[data.dtype], data.contiguous(), None
-    if scale is None:
-        wrong(name, f"{weight.format} without scale")
-    if weight.format == "fp8_block":
-        shape, kind = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), 3 if scale.itemsize == 4 else 2
-        fits = scale.dtype in (torch.float32, torch.float8_e8m0fnu, torch.uint8)
-    elif weight.format == "nvfp4":
-        shape, kind, fits = (n, k // NVFP4_BLOCK), 0, scale.dtype == torch.float8_e4m3fn
-    elif weight.format == "mxfp4":
-        shape, kind = (n, k // MXFP4_BLOCK), 1
-        fits = scale.dtype in (torch.float8_e8m0fnu, torch.uint8)
-    else:
-        wrong(name, f"unknown format {weight.format!r}")
-    block = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}.get(weight.format, 1)
-    if data.itemsize != 1 or not fits or tuple(scale.shape) != shape or k % block:
-        wrong(
-            name,
-            f"{weight.format} [{n}, {k}] with data {data.dtype} and scale {scale.dtype} "
-            f"{list(scale.shape)}, expected a scale of {list(shape)}",
-        )
-    return kind, data.contiguous(), scale.contiguous()
+pack = Packs("in CPU memory", lambda tensor: tensor.is_cpu, Tensor.contiguous, wrong)

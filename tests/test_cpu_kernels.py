@@ -286,10 +286,10 @@ def test_packed_weights_go_with_their_weights():
     weight = make_weight("f32", 4, 8)
     cpu_library.pack(weight)
     key = id(weight)
-    assert key in cpu_library._PACKED
+    assert key in cpu_library.pack
     del weight
     gc.collect()
-    assert key not in cpu_library._PACKED
+    assert key not in cpu_library.pack
 
 
 def test_linear_refuses_what_would_read_wild():

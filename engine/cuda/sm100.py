@@ -16,7 +16,7 @@ from torch import Tensor
 import dsv4_bench.engine.ops  # noqa: F401  (registers the ops)
 from dsv4_bench.engine import build
 from dsv4_bench.engine.cuda.library import DTYPES, FLAGS, F, I, Library, N, P, dense, nvcc, wrong
-from dsv4_bench.engine.cuda.weights import Packed
+from dsv4_bench.engine.cuda.weights import Packed, pack
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.formats import Weight, swizzle_scales
 from dsv4_bench.engine.registry import Context, implementation
@@ -64,7 +64,7 @@ def swizzled(weight: Weight) -> Packed:
     entry = _SWIZZLED.get(id(weight))
     if entry is not None and entry[0].fits(weight):
         return entry[0]
-    packed, key = Packed(weight), id(weight)
+    packed, key = pack.make(weight), id(weight)
     assert weight.scale is not None
     order = swizzle_scales(weight.scale)
     packed.keep = (packed.keep[0], order)
