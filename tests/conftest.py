@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,7 @@ def with_ratios(config: Config, *ratios: int) -> Config:
 
 
 MakeCheckpoint = Callable[..., Path]
+Plant = Callable[[str, Callable[..., Any]], None]
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +79,22 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DSV4_CACHE", str(folder))
     monkeypatch.delenv("DSV4_CKPT", raising=False)
     return folder
+
+
+@pytest.fixture
+def plant() -> Iterator[Plant]:
+    """Registers implementations named `bug` for one test: plant(op, function)."""
+    from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation
+
+    planted: list[str] = []
+
+    def register(op: str, function: Callable[..., Any]) -> None:
+        implementation(op=op, name="bug")(function)
+        planted.append(op)
+
+    yield register
+    for op in planted:
+        IMPLEMENTATIONS[op].pop("bug", None)
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import Plant
 from torch import Tensor
 
 import dsv4_bench.engine.cpu  # noqa: F401
@@ -15,9 +16,7 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import (
-    IMPLEMENTATIONS,
     Site,
-    implementation,
     parse_route,
     reference,
     spec_of,
@@ -54,20 +53,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(write_checkpoint(folder, CONFIG, "nvfp4", seed=2))
 
 
-@pytest.fixture
-def plant() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
-    """Register `bug` implementations for one test."""
-    planted: list[str] = []
-
-    def register(op: str, function: Callable[..., Any]) -> None:
-        implementation(op=op, name="bug")(function)
-        planted.append(op)
-
-    yield register
-    for op in planted:
-        IMPLEMENTATIONS[op].pop("bug", None)
-
-
 def check(
     checkpoint: Checkpoint, route: list[str], dtype: torch.dtype = torch.float32
 ) -> CheckReport:
@@ -79,9 +64,6 @@ def check(
 @pytest.fixture(scope="module")
 def baseline(checkpoint: Checkpoint) -> Baseline:
     return Baseline(Transformer(checkpoint), TOKENS, (110, 26, 1, 1, 1, 1))
-
-
-Plant = Callable[[str, Callable[..., Any]], None]
 
 
 def first_of(baseline: Baseline, site: str, **options: Any) -> Finding:
@@ -159,7 +141,7 @@ def _worse_sets(score: Tensor, visible: Tensor, *, k: int) -> Tensor:
 )
 def test_a_planted_bug_is_named(
     baseline: Baseline,
-    plant: Callable[[str, Callable[..., Any]], None],
+    plant: Plant,
     op: str,
     bug: Callable[..., Any],
     site: str,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, MakeCheckpoint
+from conftest import SMALL, MakeCheckpoint, Plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,8 +22,6 @@ from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.generate import teacher_forced_logits
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import (
-    IMPLEMENTATIONS,
-    implementation,
     parse_route,
     reference,
 )
@@ -121,23 +119,6 @@ def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
 @pytest.fixture
 def model(checkpoint: Checkpoint) -> Transformer:
     return Transformer(checkpoint)
-
-
-@pytest.fixture
-def plant() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
-    """Register implementations called `bug` for one test."""
-    planted: list[str] = []
-
-    def register(op: str, function: Callable[..., Any]) -> None:
-        implementation(op=op, name="bug")(function)
-        planted.append(op)
-
-    yield register
-    for op in planted:
-        IMPLEMENTATIONS[op].pop("bug", None)
-
-
-Plant = Callable[[str, Callable[..., Any]], None]
 
 
 def trials_of(model: Transformer, *route: str) -> Trials:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, MakeCheckpoint, with_ratios
+from conftest import SMALL, MakeCheckpoint, Plant, with_ratios
 from torch import Tensor
 
 import dsv4_bench.engine.cpu  # noqa: F401
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.errors import DSV4Error, ExitCode
 from dsv4_bench.engine.model import Transformer
-from dsv4_bench.engine.registry import IMPLEMENTATIONS, implementation, parse_route, reference
+from dsv4_bench.engine.registry import parse_route, reference
 from dsv4_bench.workbench.checking import layerwise
 from dsv4_bench.workbench.checking.sequence_rows import aligned, rows_at
 from dsv4_bench.workbench.checking.varying import Effect, Varied, standard_variations, vary
@@ -27,22 +26,6 @@ CHUNKS = (44, 1, 3)
 @pytest.fixture(scope="module")
 def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return Checkpoint(make_checkpoint("nvfp4", with_ratios(SMALL, 0, 4)))
-
-
-@pytest.fixture
-def plant() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
-    planted: list[str] = []
-
-    def register(op: str, function: Callable[..., Any]) -> None:
-        implementation(op=op, name="bug")(function)
-        planted.append(op)
-
-    yield register
-    for op in planted:
-        IMPLEMENTATIONS[op].pop("bug", None)
-
-
-Plant = Callable[[str, Callable[..., Any]], None]
 
 
 def varied(checkpoint: Checkpoint, *route: str, only: str = "") -> Varied:
