@@ -30,9 +30,11 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
             out.copy_(value)
         return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
 
-    def attention_rope(*args: Any, sink: Any, scale: float, freqs: Tensor) -> Tensor:
+    def attention_rope(*args: Any, sink: Any, scale: float, freqs: Tensor, outs: Any) -> Tensor:
         ran["core"] += 1
-        o, _ = reference("attention", *args[:5], sink=sink, scale=scale)
+        o, lse = reference("attention", *args[:5], sink=sink, scale=scale)
+        for out, value in zip(outs or (), (o, lse), strict=False):
+            out.copy_(value)
         return reference("rope", o, args[5], freqs=freqs, inverse=True)
 
     def rope_index_score(

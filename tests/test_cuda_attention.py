@@ -152,10 +152,13 @@ def test_rope_in_the_same_launch(n: int, widths: tuple[int, int], packed: bool) 
         args = (args[0], pack(args[1], 584), args[2], pack(args[3], 584), args[4])
     positions, freqs = torch.randint(1 << 20, (n,), device="cuda"), torch.rand(32, device="cuda")
     assert joins_rope(args[0], args[1], args[2], args[4], freqs)
-    (want,) = kernel(
-        "rope", kernel("attention", *args, **params)["o"], positions, freqs=freqs, inverse=True
-    ).values()
-    assert torch.equal(attention_rope(*args, positions, **params, freqs=freqs), want)
+    unturned, lse = (value.clone() for value in kernel("attention", *args, **params).values())
+    (want,) = kernel("rope", unturned, positions, freqs=freqs, inverse=True).values()
+    outs = torch.empty_like(unturned), torch.empty_like(lse)
+    for wanted in (None, outs):
+        got = attention_rope(*args, positions, **params, freqs=freqs, outs=wanted)
+        assert torch.equal(got, want)
+    assert torch.equal(outs[0], unturned) and torch.equal(outs[1], lse)
 
 
 def test_views() -> None:

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import ragged
 import torch
+from gpu_weights import RandomCheckpoint, filled_cache, layers_of
 from ragged import run_step
 from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
+from dsv4_bench.engine.cache import Cache
 from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
+from dsv4_bench.engine.cuda import fusion
+from dsv4_bench.engine.cuda.fused import streams
 from dsv4_bench.engine.errors import CannotAnswer
 from dsv4_bench.engine.graph import DecodeGraph, fixed_step
 from dsv4_bench.engine.model import Transformer
@@ -73,23 +77,63 @@ def test_readings_in_a_graph_are_those_of_the_same_steps_op_by_op(model: Transfo
         tokens = token_of(ids, number)
         assert torch.equal(without.forward(tokens), graph.forward(tokens))
         readings += watch.readings()
-    eager = prefilled(model, ids)
+    wanted = op_by_op(model, prefilled(model, ids), graph, [token_of(ids, i) for i in range(5)])
+    assert watch.missed == 0 and len(readings) > 3000
+    same_readings(readings, wanted)
+    assert not [r for r in readings if r.verdict == "alarm"]
+
+
+def op_by_op(
+    model: Transformer, cache: Cache, graph: DecodeGraph, tokens: list[list[int]]
+) -> list[Reading]:
+    """Readings of the default probes and `exponents` of the same steps, launched one by one."""
     observer = Watch(split(make_probes([*DEFAULT_PROBES, "exponents"]))[0])
-    step = fixed_step(model, eager, graph.step.limit, torch.zeros_like(graph.step.tokens))
+    step = fixed_step(model, cache, graph.step.limit, torch.zeros_like(graph.step.tokens))
     set_taps(model.sites.values(), observer)
     try:
-        for observer.forward in range(5):
-            step.tokens.copy_(torch.tensor(token_of(ids, observer.forward)))
-            run_step(model, eager, step)
+        for observer.forward, given in enumerate(tokens):
+            step.tokens.copy_(torch.tensor(given))
+            run_step(model, cache, step)
             observer.flush()
     finally:
         set_taps(model.sites.values(), None)
-    assert watch.missed == 0
-    found, expected = by_key(readings), by_key(observer.readings)
-    assert found.keys() == expected.keys() and len(found) > 3000
+    return observer.readings
+
+
+def same_readings(some: list[Reading], others: list[Reading]) -> None:
+    found, expected = by_key(some), by_key(others)
+    assert found.keys() == expected.keys()
     different = [(found[key], expected[key]) for key in found if found[key] != expected[key]]
     assert not different, different[:3]
-    assert not [r for r in readings if r.verdict == "alarm"]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_readings_of_layers_of_real_sizes_are_those_op_by_op(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: what launches of several sites leave for whoever looks is what the sites return."""
+    config = replace(layers_of((4, 128)), n_routed_experts=16)
+    flash = Transformer(RandomCheckpoint(config), torch.bfloat16, "cuda")  # type: ignore[arg-type]
+    flash.set_route(parse_route(["kernel"]))
+    monkeypatch.setattr(fusion, "JOINS", ())  # these and the streams' norm round otherwise
+    monkeypatch.setattr(fusion, "KINDS", [k for k in fusion.KINDS if k.launch is not streams])
+    probes = split(make_probes([*DEFAULT_PROBES, "exponents"]))[0]
+    watch = GraphWatch(probes, len(flash.sites), flash.device, batch)
+    tokens = [
+        [100 * number + b for b in range(batch)] for number in range(4)
+    ]  # over a window's end
+    readings: list[Reading] = []
+    torch.manual_seed(5)
+    graph = DecodeGraph(flash, filled_cache(flash, batch, 509, 256), observer=watch)
+    for given in tokens:
+        graph.forward(given)
+        readings += watch.readings()
+    torch.manual_seed(5)
+    wanted = op_by_op(flash, filled_cache(flash, batch, 509, 256), graph, tokens)
+    without = {path for path, _, nodes in graph.sites() if nodes == 0}
+    assert {"L0/attn/core", "L1/attn/core", "L0/attn/q_head_norm", "L0/attn/index/rope"} <= without
+    assert len(readings) > 1500
+    same_readings(readings, wanted)
 
 
 def test_the_ring_holds_what_the_tensors_held_when_the_site_had_run(model: Transformer) -> None:

@@ -354,6 +354,7 @@ template <int kColumns, bool kPacked> struct FewHeads {
             }
             const int64_t out = token * p.heads + head + column;
             uint2 pairs = {pack_bf16(result.x, result.y), pack_bf16(result.z, result.w)};
+            if (p.unturned) store8(p.unturned + out * kDim + 4 * at, pairs.x, pairs.y);
             if (p.positions && 4 * at >= kPlain) pairs = turned_back(pairs, (4 * at - kPlain) / 2);
             store8(p.o + out * kDim + 4 * at, pairs.x, pairs.y);
         }

@@ -66,6 +66,7 @@ struct Problem {
     // The last kDim - kPlain dimensions of o turned back, unless null: of each token, of each pair.
     const int64_t* positions;
     const float* freqs;
+    bf16* unturned;  // o before that, or null
 };
 
 __host__ __device__ inline int blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }

@@ -114,14 +114,16 @@ using namespace dsv4;
 // 64) share a token's blocks of 64 keys, none without any. They are a cluster, at most 16 with one or
 // two blocks each, or 1, 2 or 4 of 64 heads; where `part` is not null, a second kernel combines up to 64
 // of 64 heads by way of part [n, heads, shares, dim] and part_sums [n, heads, shares, 2]. Where positions
-// [n] and freqs [32] are not null, the last 64 dimensions of o are turned back; not with 64 heads.
+// [n] and freqs [32] are not null, the last 64 dimensions of o are turned back, and o as it was goes to
+// unturned [n, heads, dim] unless that is null; not with 64 heads.
 DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window_rows,
                                const int* window_index, int64_t window_width, const void* entries,
                                int64_t entry_rows, const int* entry_index, int64_t entry_width,
                                const float* sink, float scale, int64_t n, int64_t heads,
                                int64_t dim, int64_t plain, int64_t columns, int64_t shares,
                                float* part, float* part_sums, const int64_t* positions,
-                               const float* freqs, void* o, float* lse, int dtype, void* stream) {
+                               const float* freqs, void* unturned, void* o, float* lse, int dtype,
+                               void* stream) {
     auto few = [](int64_t rows) { return (int)(rows < INT_MAX ? rows : INT_MAX); };
     Keys keys = {{window, window_index, few(window_rows), (int)window_width},
                  {entries, entry_index, few(entry_rows), (int)entry_width}};
@@ -144,7 +146,8 @@ DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window
                      part,
                      (Softmax*)part_sums,
                      positions,
-                     freqs};
+                     freqs,
+                     (bf16*)unturned};
         if (columns == 16)
             return (plain ? launch_few<16, true> : launch_few<16, false>)(p, n, stream);
         if (columns == 32)

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from dsv4_bench.engine.kv_entry import plain_of
 ATTENTION = Library(
     "attention",
     {
-        "attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, I),
+        "attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, P, I),
         "attention_clusters": (N, P),
     },
 )
@@ -154,7 +155,7 @@ def attention(
     sink: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _launch(q, window, window_index, entries, entry_index, sink, scale, None, None)
+    return _launch(q, window, window_index, entries, entry_index, sink, scale)
 
 
 def joins_rope(
@@ -178,18 +179,29 @@ def attention_rope(
     sink: Tensor,
     scale: float,
     freqs: Tensor,
+    outs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """o of `attention`, then the inverse `rope` by `positions` [n] and `freqs` [32], in one launch.
 
-    To the last bit what the two give one after the other. Takes what `joins_rope` says.
+    To the last bit what the two give one after the other; what the first returns, o like q and lse [n, h]
+    float32, goes to `outs`. Takes what `joins_rope` says.
     """
     positions, freqs = typed("rope", positions, torch.int64), floats("rope", freqs)
     if positions.shape != (q.shape[0],) or not joins_rope(
         q, window, window_index, entry_index, freqs
     ):
         wrong("attention_rope", f"positions {list(positions.shape)}, q {list(q.shape)}")
-    where, turns = positions.data_ptr(), freqs.data_ptr()
-    return _launch(q, window, window_index, entries, entry_index, sink, scale, where, turns)[0]
+    turned = _Turned(positions, freqs, *(outs or (None, None)))
+    return _launch(q, window, window_index, entries, entry_index, sink, scale, turned)[0]
+
+
+class _Turned(NamedTuple):
+    """What o is turned back by; and where it goes unturned, and lse, if somebody wants them."""
+
+    positions: Tensor
+    freqs: Tensor
+    o: Tensor | None
+    lse: Tensor | None
 
 
 def _launch(
@@ -200,10 +212,9 @@ def _launch(
     entry_index: Tensor | None,
     sink: Tensor,
     scale: float,
-    positions: int | None,
-    freqs: int | None,
+    turned: _Turned | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o and lse; o turned back where the addresses of positions and freqs are given."""
+    """o and lse; o turned back by `turned`."""
     op = "attention"
     q, kind = activation(op, q)
     n, heads, dim = q.shape
@@ -222,9 +233,12 @@ def _launch(
     if sink.shape != (heads,):
         wrong(op, f"sink is {list(sink.shape)}, q has {heads} heads")
     o = torch.empty_like(q)
-    lse = q.new_empty((n, heads), dtype=torch.float32)
+    lse = turned.lse if turned else None
+    if lse is None:
+        lse = q.new_empty((n, heads), dtype=torch.float32)
     widths = window_index.shape[1], entry_width
-    cut = n - _last_tokens(q, window, widths)  # n where positions are given: joins_rope takes few
+    turns = turned[:3] if turned else (None, None, None)
+    cut = n - _last_tokens(q, window, widths)  # n with `turned`: joins_rope takes few
     for first, tokens in ((0, cut), (cut, n - cut)) if cut < n else ((0, n),):
         how = _plan(q, window, widths, tokens)
         sums = softmax = None
@@ -253,8 +267,7 @@ def _launch(
             how.shares,
             None if sums is None else sums.data_ptr(),
             None if softmax is None else softmax.data_ptr(),
-            positions,
-            freqs,
+            *(None if tensor is None else tensor.data_ptr() for tensor in turns),
             _address(o, first),
             _address(lse, first),
             kind,

@@ -74,7 +74,9 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         post, comb = (torch.empty(s, dtype=torch.float32, device=args[0].device) for s in gates)
         return torch.empty((n, d), dtype=args[0].dtype, device=args[0].device), post, comb
     if site.op == "attention":
-        return torch.empty_like(args[0]), None
+        q = args[0]
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        return torch.empty_like(q), lse
     return torch.empty_like(args[0])
 
 
@@ -204,7 +206,8 @@ def core(chain: Chain) -> Tensor:
     """Attention and the inverse rope of its result."""
     attention, rope = (site.params for site in chain.sites)
     args = (*chain.args[0], chain.args[1][1])  # the rope's positions
-    return attention_rope(*args, **attention, freqs=rope["freqs"])
+    outs = chain.results[0] if chain.observed else None
+    return attention_rope(*args, **attention, freqs=rope["freqs"], outs=outs)
 
 
 def scores(chain: Chain) -> Tensor:
@@ -224,7 +227,7 @@ KINDS = (
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
     *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
     Kind("attn/index/rope", ("attn/index/score",), scores, fills=True),
-    Kind("attn/core", ("attn/o_rope",), core),
+    Kind("attn/core", ("attn/o_rope",), core, fills=True),
     Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
     Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
 )
