@@ -211,9 +211,17 @@ MUTANTS = (
     Mutant(
         "top-k: candidates of one score share a place",
         "topk_rank.cuh",
-        "rank += s.ranked[other] > candidate;",
-        "rank += s.ranked[other] >> 32 > candidate >> 32;",
+        "rank += s.ranked[other] > mine[j];",
+        "rank += s.ranked[other] >> 32 > mine[j] >> 32;",
         "test_cuda_indexer.py test_topk",
+        ("topk",),
+    ),
+    Mutant(
+        "top-k of a short row: hidden scores are candidates",
+        "topk_short.cuh",
+        "mine[j] = at < count ?",
+        "mine[j] = at < total ?",
+        "test_cuda_indexer.py block_each",
         ("topk",),
     ),
     Mutant(
@@ -245,6 +253,14 @@ MUTANTS = (
         "(Expands ? s.expanded : s.loaded)",
         "s.loaded",
         "test_cuda_hyper.py post_fused or norm",
+        ("hyper",),
+    ),
+    Mutant(
+        "hyper: the last tiles of two clusters overlap",
+        "hyper_roles.cuh",
+        "cluster * (i < in.whole ? in.tile : in.last) + row",
+        "cluster * (i < in.whole ? in.tile : in.last - 1) + row",
+        "test_cuda_hyper.py real_widths",
         ("hyper",),
     ),
     Mutant(

@@ -95,7 +95,8 @@ def topk() -> None:
 
 
 def topk_long() -> None:
-    """A row in a cluster, in registers of either size."""
+    """A row in several blocks that hold more of it, then in a cluster, in registers of either size."""
+    topk_of(18_001, torch.randn(18_001))
     topk_of(40_001, torch.randn(40_001), cubes(40_001))
     topk_of(70_001, torch.randn(70_001))
 

@@ -37,8 +37,11 @@ def streams(n: int, d: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n, 4, d, device="cuda").to(dtype)
 
 
-# 4096 and 7168 in bfloat16 take the cluster kernel, tiles of 16 tokens; the others the simple one.
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 65, 300, 2100])
+# 4096 and 7168 in bfloat16 take the cluster kernel, tiles of 8 or 16 tokens; the others the simple one.
+COUNTS = [1, 2, 8, 9, 15, 16, 17, 24, 25, 50, 64, 65, 113, 300, 1024, 2100]
+
+
+@pytest.mark.parametrize("n", COUNTS)
 @pytest.mark.parametrize("d", [4096, 7168])
 def test_pre_and_head_of_real_widths(n: int, d: int) -> None:
     x = streams(n, d, torch.bfloat16)
@@ -94,7 +97,7 @@ def test_repeats_are_identical(n: int) -> None:
     same_each_time("hc_head", x, repeats=20, **parameters(4096, mixes=4))
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 65, 300, 2100])
+@pytest.mark.parametrize("n", COUNTS)
 @pytest.mark.parametrize("d", [4096, 7168, 64])
 def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
     """The same bits as the two kernels, which are judged above."""

@@ -140,7 +140,8 @@ def check_topk(score: Tensor, visible: Tensor, k: int) -> None:
     judge("index_topk", score.masked_fill(hidden, -torch.inf), visible, k=k)
 
 
-LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1025, 16384, 16385, 40000, 262144]
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1025, 2048, 2049]
+LENGTHS += [16384, 16385, 18000, 20480, 20481, 40000, 262144]
 
 
 @pytest.mark.parametrize("total", LENGTHS)
@@ -157,7 +158,7 @@ def test_topk(total: int, k: int) -> None:
         )
 
 
-@pytest.mark.parametrize("total", [700, 4096, 16384, 100000, 262144, 300001])
+@pytest.mark.parametrize("total", [700, 4096, 16384, 20000, 100000, 262144, 300001])
 def test_topk_of_odd_distributions(total: int) -> None:
     """Far outliers, a random walk, the best all in one place, one score above many equal ones."""
     whole = torch.tensor([total], device="cuda")
@@ -171,9 +172,35 @@ def test_topk_of_odd_distributions(total: int) -> None:
             check_topk(score, whole, k)
 
 
-@pytest.mark.parametrize("n", [1, 4, 16, 64, 200])
+@pytest.mark.parametrize("total", [1, 2, 511, 512, 513, 1024, 1152, 1537, 2047, 2048, 2049, 4097])
+def test_topk_of_rows_with_a_block_each(total: int) -> None:
+    """Rows of every kind side by side, as a decode step of many sequences has them."""
+    normal = torch.randn(12, total, device="cuda")
+    rows = [
+        normal,
+        normal.abs() + 1,  # one sign: bins of keys
+        -normal.abs(),
+        torch.randint(0, 4, (4, total), device="cuda").float(),  # crowded bins
+        normal[:3].exp().exp(),
+        normal[:3] * 1e-40,
+        torch.full((1, total), 2.5, device="cuda"),
+        (torch.arange(total, device="cuda") == total // 3)[None].float(),
+        torch.where(normal[:2] > 0, torch.nan, normal[:2]),
+        torch.where(normal[:2] > 1, torch.inf, -torch.inf),
+    ]
+    score = torch.cat(rows)
+    n = len(score)
+    for visible in (
+        torch.full((n,), total, device="cuda"),
+        torch.randint(0, total + 1, (n,), device="cuda"),
+    ):
+        for k in (512, 1024, 7):
+            check_topk(score, visible, k)
+
+
+@pytest.mark.parametrize("n", [1, 4, 8, 9, 16, 17, 33, 64, 67, 200])
 def test_topk_of_many_rows(n: int) -> None:
-    for total in (1000, 9000, 30000):
+    for total in (1000, 1500, 3000, 9000, 16384, 17000, 20480, 20481, 30000):
         score = torch.randn(n, total, device="cuda")
         check_topk(score, torch.randint(0, total + 1, (n,), device="cuda"), 512)
 

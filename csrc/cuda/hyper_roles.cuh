@@ -29,7 +29,8 @@ constexpr int kOfMovers = 1, kFilled = 2, kEmptied = 4, kFilling = kWorking + 32
 struct Streams {
     CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
     int n;
-    int tile, rows;  // tokens of a tile; that a box of the map has
+    int tile, rows;  // tokens of a whole tile; that a box of the map has
+    int whole, round, last;  // whole tiles of every cluster; tokens of one of each; most tokens of the tile after them
     const float* fn;
     HyperParameters p;
     bf16* u;
@@ -96,15 +97,17 @@ struct Collapse {
 
     __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
 
-    __device__ int tiles() const {  // of this cluster, at least 1
-        int all = (in.n + in.tile - 1) / in.tile, clusters = gridDim.x / kCluster;
-        return (all - (int)blockIdx.x / kCluster + clusters - 1) / clusters;
+    // All clusters have in.whole whole tiles each, then up to in.last tokens each of those that are left.
+    __device__ int tiles() const {  // of this cluster
+        return in.whole + (tokens(in.whole) > 0);
     }
     __device__ int tokens(int i) const {  // of tile i of this cluster, 0 if there is none
-        return max(0, min(in.n - token_at(i, 0), in.tile));
+        if (i != in.whole) return i < in.whole ? in.tile : 0;
+        return max(0, min(in.n - token_at(i, 0), in.last));
     }
     __device__ int token_at(int i, int row) const {
-        return (blockIdx.x / kCluster + i * (gridDim.x / kCluster)) * in.tile + row;
+        const int cluster = blockIdx.x / kCluster;
+        return i * in.round + cluster * (i < in.whole ? in.tile : in.last) + row;
     }
     __device__ void init_barriers() {
         if (threadIdx.x != 0) return;
@@ -197,7 +200,7 @@ struct Collapse {
         char* x = s.x[i % Stages];
         bf16* out = in.sublayer.x + (int64_t)token_at(i, 0) * kStreams * kWidth + rank * kSlice;
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
-        for (int row = warp; row < tokens(i); row += kWorkers) {
+        for (int row = thread() / 32; row < tokens(i); row += kWorkers) {
             float post[kStreams], comb[kCombs];
             *(float4*)post = *(const float4*)from.post[row];
 #pragma unroll
@@ -335,14 +338,14 @@ struct Collapse {
     __device__ void combine(int i) {
         constexpr int kHalf = kStreams / 2;
         const int last = i % kCombTiles, tile = lane / 2, first = lane % 2 * kHalf * kStreams;
-        const int token = token_at(i - last + tile, rank);
+        const int token = token_at(i - last + tile, rank), tokens = this->tokens(i - last + tile);
         float rows[kHalf][kStreams];
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kHalf * kStreams; k++)
             rows[k / kStreams][k % kStreams] = s.logits[tile][first + k];
         sinkhorn(rows, in.p.iters, in.p.eps);
-        if (tile <= last && token < in.n) {
+        if (tile <= last && rank < tokens) {
             float* to = in.comb + (int64_t)token * kCombs + first;
 #pragma unroll
             for (int k = 0; k < kHalf; k++)

@@ -1,6 +1,8 @@
 // A lower bound of the k-th best score of a share of a row: from the maxima of small groups of its scores.
 #pragma once
 
+#include <type_traits>
+
 #include "topk_exact.cuh"
 #include "topk_rank.cuh"
 
@@ -32,6 +34,11 @@ __device__ inline float max_nan(float a, float b) {
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
     return a;
 }
+
+__device__ inline uint32_t bits(uint32_t mask) { return __popc(mask); }
+__device__ inline uint32_t bits(uint64_t mask) { return __popcll(mask); }
+__device__ inline int lowest(uint32_t mask) { return __ffs(mask) - 1; }
+__device__ inline int lowest(uint64_t mask) { return __ffsll(mask) - 1; }
 
 // A share of a row in registers: every warp has whole runs of scores, which go round the CTAs of a
 // cluster, so that no CTA gets all of the best from one place of the row.
@@ -72,14 +79,15 @@ template <int Quads> struct Share {
     __device__ int at(int j) const { return first + j / 4 * stride + j % 4; }
 
     // Bit j says that value[j] is visible, and not below `bound` if that is finite.
-    __device__ uint32_t from(float bound) const {
-        uint32_t mask = 0;
+    using Mask = std::conditional_t<Quads <= 8, uint32_t, uint64_t>;
+    __device__ Mask from(float bound) const {
+        Mask mask = 0;
         if (bound > -INFINITY) {
 #pragma unroll
-            for (int j = 0; j < 4 * Quads; j++) mask |= value[j] >= bound ? 1u << j : 0;
+            for (int j = 0; j < 4 * Quads; j++) mask |= value[j] >= bound ? (Mask)1 << j : 0;
         } else {
 #pragma unroll
-            for (int j = 0; j < 4 * Quads; j++) mask |= at(j) < count ? 1u << j : 0;
+            for (int j = 0; j < 4 * Quads; j++) mask |= at(j) < count ? (Mask)1 << j : 0;
         }
         return mask;
     }
@@ -95,14 +103,14 @@ template <int Quads> struct Share {
         return (uint64_t)key_of(score[index]) << 32 | ~index;  // registers have no index
     }
     // f(slot, index) for the bits of `mask`, in slots of their own from 0 on; *taken counts them.
-    template <class F> __device__ void take(uint32_t mask, uint32_t* taken, F f) const {
-        const uint32_t mine = __popc(mask), upto = warp_inclusive_sum(mine);
+    template <class F> __device__ void take(Mask mask, uint32_t* taken, F f) const {
+        const uint32_t mine = bits(mask), upto = warp_inclusive_sum(mine);
         uint32_t slot = 0;
         if (threadIdx.x % 32 == 31) slot = atomicAdd(taken, upto);
         slot = __shfl_sync(kAll, slot, 31) + upto - mine;
 #pragma unroll 1
         for (; mask != 0; mask &= mask - 1) {
-            f(slot++, at(__ffs(mask) - 1));
+            f(slot++, at(lowest(mask)));
         }
     }
 };

@@ -283,9 +283,13 @@ __device__ void exact_topk(Exact& s, Ranking& ranking, const float* score, int t
                 cut.before_above + (cut.exact ? 0 : cut.before_here));
     sync(ctas);
     if (rank != 0 || candidates == 0) return;
-    if (threadIdx.x == 0) ranking.count[0] = candidates;
-    __syncthreads();
-    rank_candidates(ranking, 1, cut.low, cut.most, min(candidates, wanted), index);
+    Candidates mine;
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+        const uint32_t i = j * kThreads + threadIdx.x;
+        mine[j] = i < candidates ? ranking.candidates[i] : 0;
+    }
+    rank_candidates(ranking, mine, cut.low, cut.most, min(candidates, wanted), index);
 }
 
 }  // namespace dsv4

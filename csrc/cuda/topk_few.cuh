@@ -5,12 +5,12 @@
 
 namespace dsv4 {
 
-constexpr int kMostFew = 4096;        // scores of a row that may all be ranked,
-constexpr int64_t kFewPairs = 65536;  // if a CTA compares no more pairs
+constexpr int kMostFew = 4096;  // scores of a row that may all be ranked
 
-// Whether all scores of a row are compared with all, without a bound.
+// Whether all scores of a row are compared with all, without a bound: where no CTA compares so many pairs
+// that another way is faster, of kCandidates scores a CTA by itself.
 __host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
-    return count <= kMostFew && count * count <= kFewPairs * parts;
+    return count <= kMostFew && count * count <= (count <= kCandidates ? 32768 : 65536) * parts;
 }
 
 // Writes the indices of scores [begin, end) of a row of `count` that are among its first `wanted`. key: of all, in

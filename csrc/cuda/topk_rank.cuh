@@ -8,7 +8,7 @@ namespace dsv4 {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMost = 1024;        // k
-constexpr int kCandidates = 2048;  // that CTA 0 ranks
+constexpr int kCandidates = 2048;  // that a CTA ranks
 constexpr int kMostCluster = 16;   // more than 8 needs the device's consent
 constexpr int kRankBins = 2048;
 constexpr uint32_t kCrowd = 64;    // candidates in a bin, from which sorting is faster
@@ -39,16 +39,16 @@ __device__ inline void sync(uint32_t ctas) {
     else cluster_sync();
 }
 
-// What CTA 0 ranks. Every CTA has a region of the candidates, kCandidates / regions long.
 struct Ranking {
     uint64_t candidates[kCandidates], ranked[kCandidates];  // key and complement of the index
-    uint32_t count[kMostCluster];  // candidates in each region
-    alignas(16) uint32_t start[kRankBins];  // 0 at first
+    uint32_t count[kMostCluster];  // candidates in the region of each CTA, kCandidates / regions long
+    alignas(16) uint32_t start[kRankBins + 1];  // 0 at first
     uint32_t scan[kWarps];
 
-    __device__ bool has(int regions, int i) const {
+    // That candidate, 0 if its region ends before it.
+    __device__ uint64_t get(int regions, int i) const {
         const int size = kCandidates / regions;
-        return i % size < count[i / size];
+        return i % size < count[i / size] ? candidates[i] : 0;
     }
 };
 
@@ -70,65 +70,87 @@ __device__ inline void sort(uint64_t* candidates, uint32_t size) {
         }
 }
 
+// Candidates of a thread; 0 is none.
+constexpr int kEach = kCandidates / kThreads;
+using Candidates = uint64_t[kEach];
+
 // Writes the indices of the first `wanted` candidates by sorting all.
-__device__ inline void rank_by_sorting(Ranking& s, int regions, uint32_t wanted, int* index) {
-    uint32_t size = kCandidates;
-    while (regions == 1 && size / 2 >= s.count[0]) size /= 2;
-    for (int i = threadIdx.x; i < size; i += kThreads)
-        if (!s.has(regions, i)) s.candidates[i] = 0;
+__device__ inline void rank_by_sorting(Ranking& s, const Candidates& mine, uint32_t wanted, int* index) {
+#pragma unroll
+    for (int j = 0; j < kEach; j++) s.candidates[j * kThreads + threadIdx.x] = mine[j];
     __syncthreads();
-    sort(s.candidates, size);
+    sort(s.candidates, kCandidates);
     for (uint32_t i = threadIdx.x; i < wanted; i += kThreads)
         index[i] = (int)~(uint32_t)s.candidates[i];
 }
 
-// Writes the indices of the first `wanted` of the candidates, whose keys are from `low` to `most`.
-__device__ inline void rank_candidates(Ranking& s, int regions, uint32_t low, uint32_t most, uint32_t wanted,
-                                int* index) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    constexpr int kLog = 11, kEach = kCandidates / kThreads;
-    static_assert(1 << kLog == kRankBins && kRankBins == 4 * kThreads);
-    // Bins of equal width in the scores where those are on both sides of 0, where keys are far apart.
-    const int shift = max(0, 32 - __clz(most - low) - kLog);
-    const float top = score_of(most), bottom = score_of(low), scale = (kRankBins - 1) / (top - bottom);
-    const bool linear = bottom < 0 && top > 0 && scale > 0;  // and finite
-    auto bin_of = [&](uint64_t candidate) -> uint32_t {
+// Bins of keys from `low` to `most`, the largest first: of equal width in the scores where those are on
+// both sides of 0, where keys are far apart.
+struct Bins {
+    uint32_t most;
+    int shift;
+    float top, scale;
+    bool linear;
+
+    __device__ Bins(uint32_t low, uint32_t most) : most(most) {
+        constexpr int kLog = 11;
+        static_assert(1 << kLog == kRankBins);
+        const float bottom = score_of(low);
+        shift = max(0, 32 - __clz(most - low) - kLog);
+        top = score_of(most), scale = (kRankBins - 1) / (top - bottom);
+        linear = bottom < 0 && top > 0 && scale > 0;  // and finite
+    }
+    __device__ uint32_t of(uint64_t candidate) const {
         const uint32_t key = candidate >> 32;
         return linear ? min((int)((top - score_of(key)) * scale), kRankBins - 1) : (most - key) >> shift;
-    };
-    uint32_t place[kEach];  // in its bin
-#pragma unroll
-    for (int j = 0; j < kEach; j++) {
-        const int i = j * kThreads + threadIdx.x;
-        if (s.has(regions, i)) place[j] = atomicAdd(&s.start[bin_of(s.candidates[i])], 1);
     }
-    __syncthreads();
-    uint4 counts = ((const uint4*)s.start)[threadIdx.x];
-    uint32_t sum = counts.x + counts.y + counts.z + counts.w, upto = warp_inclusive_sum(sum);
+};
+
+// s.start, from the number of candidates in each bin to that in those before it; false, and nothing
+// is changed, where a bin has too many.
+__device__ inline bool find_starts(Ranking& s) {
+    static_assert(kRankBins == 4 * kThreads);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint4 counts = ((const uint4*)s.start)[threadIdx.x];
+    const uint32_t sum = counts.x + counts.y + counts.z + counts.w, upto = warp_inclusive_sum(sum);
     if (lane == 31) s.scan[warp] = upto;
-    bool crowded = max(max(counts.x, counts.y), max(counts.z, counts.w)) > kCrowd;
-    if (__syncthreads_or(crowded)) return rank_by_sorting(s, regions, wanted, index);
-    uint32_t first = __reduce_add_sync(kAll, lane < warp ? s.scan[lane] : 0) + upto - sum;
+    const bool crowded = max(max(counts.x, counts.y), max(counts.z, counts.w)) > kCrowd;
+    if (__syncthreads_or(crowded)) return false;
+    const uint32_t first = __reduce_add_sync(kAll, lane < warp ? s.scan[lane] : 0) + upto - sum;
     ((uint4*)s.start)[threadIdx.x] = {first, first + counts.x, first + counts.x + counts.y,
                                       first + sum - counts.w};
+    if (threadIdx.x == kThreads - 1) s.start[kRankBins] = first + sum;
+    __syncthreads();
+    return true;
+}
+
+// Writes the indices of the first `wanted` of all threads' candidates, whose keys are from `low` to `most`.
+__device__ inline void rank_candidates(Ranking& s, const Candidates& mine, uint32_t low, uint32_t most,
+                                       uint32_t wanted, int* index) {
+    const Bins bins(low, most);
+    uint32_t begin[kEach], place[kEach];  // of its bin, in its bin
+#pragma unroll
+    for (int j = 0; j < kEach; j++)
+        if (mine[j]) place[j] = atomicAdd(&s.start[begin[j] = bins.of(mine[j])], 1);
+    __syncthreads();
+    if (!find_starts(s)) return rank_by_sorting(s, mine, wanted, index);
+    uint32_t end[kEach] = {};  // of its bin, 0 where nothing is left to be compared
+#pragma unroll
+    for (int j = 0; j < kEach; j++) {
+        if (!mine[j]) continue;
+        const uint32_t bin = begin[j], after = s.start[bin + 1];
+        begin[j] = s.start[bin];
+        if (begin[j] >= wanted) continue;
+        if (after - begin[j] == 1) index[begin[j]] = (int)~(uint32_t)mine[j];
+        else s.ranked[begin[j] + place[j]] = mine[j], end[j] = after;
+    }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kEach; j++) {
-        const int i = j * kThreads + threadIdx.x;
-        if (!s.has(regions, i)) continue;
-        const uint64_t candidate = s.candidates[i];
-        s.ranked[s.start[bin_of(candidate)] + place[j]] = candidate;
-    }
-    uint32_t total = 0;
-    for (int region = 0; region < regions; region++) total += s.count[region];
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < total; i += kThreads) {
-        const uint64_t candidate = s.ranked[i];
-        const uint32_t bin = bin_of(candidate), begin = s.start[bin];
-        const uint32_t end = bin + 1 < kRankBins ? s.start[bin + 1] : total;
-        uint32_t rank = begin;
-        for (uint32_t other = begin; other < end; other++) rank += s.ranked[other] > candidate;
-        if (rank < wanted) index[rank] = (int)~(uint32_t)candidate;
+        if (end[j] == 0) continue;
+        uint32_t rank = begin[j];
+        for (uint32_t other = begin[j]; other < end[j]; other++) rank += s.ranked[other] > mine[j];
+        if (rank < wanted) index[rank] = (int)~(uint32_t)mine[j];
     }
 }
 

@@ -1,22 +1,25 @@
 // Op index_topk: the k best scores of every row, best first, ties to the lower index.
 //
 // The maxima of small groups of scores bound the k-th best from below, for most rows closely. All scores
-// from the bound on are candidates, and are ranked. Of few short rows, many CTAs read the whole row and
-// each ranks its share of the candidates; of others, a cluster reads each row once, and CTA 0 ranks. A
-// row whose bound lets too few or too many through, takes the exact way of topk_exact.cuh; one that is
-// constant needs neither. Nothing in the result depends on timing.
+// from the bound on are candidates, and are ranked; of a short row, all scores. Of few rows that are not
+// long, many CTAs read the whole row and each ranks its share of the candidates; of many, a CTA has each
+// row to itself. A cluster reads a long row once, and CTA 0 ranks. A row whose bound lets too few or too
+// many through takes the exact way of topk_exact.cuh; one that is constant needs neither. Nothing in the
+// result depends on timing.
 
 #include "topk_few.cuh"
+#include "topk_short.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
-constexpr int64_t kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a short row
+constexpr int kWideQuads = 10, kWide = 4 * kWideQuads * kThreads;  // the same, where a row has several
+constexpr int kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a row that each holds
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
-// ---------------------------------------------------------------- few short rows
+// ---------------------------------------------------------------- rows that a CTA holds
 
 // Writes the indices of this part's candidates that are among the first `wanted` of all `taken`:
 // own(i), of i from 0 on to `owned`. A warp ranks Together of them at once.
@@ -78,20 +81,24 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
         if (slot < kCandidates) where[slot] = index;
     });
     __syncthreads();
-    for (uint32_t slot = threadIdx.x; slot < min(s.taken, kCandidates); slot += kThreads) {
-        const uint64_t candidate = share.candidate(where[slot]);
-        ranking.candidates[slot] = candidate;
-        if (Parts && (where[slot] / 4 & parts - 1) == part) ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
-    }
-    const uint32_t low = Parts ? 0 : all ? find_least(s, share) : key_of(bound);
-    __syncthreads();
-    if (s.taken > kCandidates || s.taken < wanted) return false;
+    const uint32_t taken = s.taken;
+    if (taken > kCandidates || taken < wanted) return false;
     if constexpr (Parts) {
-        rank_own<2>(ranking, s.taken, s.owned, wanted, index, [&](uint32_t i) { return ranking.ranked[i]; });
-    } else {
-        if (threadIdx.x == 0) ranking.count[0] = s.taken;
+        for (uint32_t slot = threadIdx.x; slot < taken; slot += kThreads) {
+            const uint64_t candidate = ranking.candidates[slot] = share.candidate(where[slot]);
+            if ((where[slot] / 4 & parts - 1) == part) ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
+        }
         __syncthreads();
-        rank_candidates(ranking, 1, low, key_of(its.most), wanted, index);
+        rank_own<2>(ranking, taken, s.owned, wanted, index, [&](uint32_t i) { return ranking.ranked[i]; });
+    } else {
+        Candidates mine;
+#pragma unroll
+        for (int j = 0; j < kEach; j++) {
+            const uint32_t slot = j * kThreads + threadIdx.x;
+            mine[j] = slot < taken ? share.candidate(where[slot]) : 0;
+        }
+        const uint32_t low = all ? find_least(s, share) : key_of(bound);
+        rank_candidates(ranking, mine, low, key_of(its.most), wanted, index);
     }
     return true;
 }
@@ -136,16 +143,15 @@ int launch_whole(int parts, const float* score, const int64_t* visible, int64_t 
                   visible, total, k, parts, index);
 }
 
-// CTAs of each of n short rows, so that all rows fit on the device at once.
+// CTAs of each of n short rows, so that all rows fit on the device at once; 1 where one is faster.
 int parts_for(int64_t n, int64_t total, int64_t processors) {
     int parts = 1;
     while (parts < kMostPartsOfFew && 2 * parts * n <= processors) parts *= 2;
     if (parts > 1 && is_few(total, parts)) return parts;
-    const int64_t least = total <= kCandidates ? kMostParts : kLeastParts;  // of a short row, most are candidates
-    return parts < least || total > kShort ? 1 : min(parts, (int)kMostParts);
+    return total <= kCandidates || total > kWide || parts < kLeastParts ? 1 : min(parts, kMostParts);
 }
 
-// ---------------------------------------------------------------- long rows, and many
+// ---------------------------------------------------------------- longer rows
 
 // Every CTA's summary in every CTA: the bound of its share of the k best, its greatest, whether all its
 // scores are that.
@@ -209,7 +215,11 @@ __device__ bool bounded_topk(Shared& s, const Share<Quads>& share, int k, int* i
         fits = fits && s.ranking.count[cta] <= kCandidates / ctas;
     }
     if (!fits || candidates < wanted) return false;
-    if (share.rank == 0) rank_candidates(s.ranking, ctas, key_of(bound), key_of(most), wanted, index);
+    if (share.rank != 0) return true;
+    Candidates mine;
+#pragma unroll
+    for (int j = 0; j < kEach; j++) mine[j] = s.ranking.get(ctas, j * kThreads + threadIdx.x);
+    rank_candidates(s.ranking, mine, key_of(bound), key_of(most), wanted, index);
     return true;
 }
 
@@ -286,13 +296,19 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t k, int64_t processors, int* index, void* stream) {
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
-    const unsigned ctas = cluster_for(n, total, processors);
-    if (ctas == 1 || (total <= kShort && n * kLeastParts <= processors)) {
-        const int parts = parts_for(n, total, processors);
-        auto run = total > kShort / 4 ? parts > 1 ? launch_whole<kMostQuads, true> : launch_whole<kMostQuads, false>
-                   : parts > 1        ? launch_whole<kMostQuads / 4, true>
-                                      : launch_whole<kMostQuads / 4, false>;
+    const int parts = parts_for(n, total, processors);
+    if (parts > 1) {
+        auto run = total > kShort       ? launch_whole<kWideQuads, true>
+                   : total > kShort / 4 ? launch_whole<kMostQuads, true>
+                                        : launch_whole<kMostQuads / 4, true>;
         return run(parts, score, visible, n, total, (int)k, index, stream);
+    }
+    if (total <= kCandidates)
+        return launch(short_topk_kernel, dim3(n), kThreads, 0, stream, score, visible, (int)total, (int)k, index);
+    const unsigned ctas = total <= kShort ? 1 : cluster_for(n, total, processors);
+    if (ctas == 1) {
+        auto run = total > kShort / 4 ? launch_whole<kMostQuads, false> : launch_whole<kMostQuads / 4, false>;
+        return run(1, score, visible, n, total, (int)k, index, stream);
     }
     auto run = total <= ctas * kShort / 4 ? launch_topk<kMostQuads / 4> : launch_topk<kMostQuads>;
     return run(ctas, score, visible, n, total, (int)k, index, stream);
