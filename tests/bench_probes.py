@@ -1,13 +1,14 @@
 """Times probes on a GPU: in the graph of a V4-Flash decode layer, op by op, and the reduction alone.
 
-    python tests/bench_probes.py [--kinds CSA,HCA] [--batch 1,64] [--context 4096] [--copies 1,4]
+    python tests/bench_probes.py [--kinds CSA] [--batch 1,64] [--context 4096] [--copies 4,1]
         [--observers stats,reduced,default,exponents,clock] [--rows layer,eager,tensor] [--json OUT.json]
 
 `default` are all default probes that work in a graph, `reduced` those without the softmax probe, which has
 a launch of its own; `unfused` is the graph without an observer whose sites have a launch each.
 Method: `layer` rows replay the same layers captured with and without an observer, in turns, random
-weights and caches, as bench_cuda_layer.py does; ratio = time with / time without. A graph of one layer
-waits for its last statistics; of several, they run beside the next layer. `eager` rows are wall
+weights and caches, as bench_cuda_layer.py does, in regions over which every window closes; ratio = time
+of the layers with / without. A graph of one layer waits for its last statistics, as the last of several
+does; those of the others run beside the next layer. `eager` rows are wall
 time of the same layers launched one by one. `tensor` rows are one tensor: a graph of copies over
 buffers that rotate beyond the L2; torch's own isnan, isinf, amax, square().mean() with .item() each
 are wall time.
@@ -51,14 +52,22 @@ GRAPH_PROBES = [probe.name for probe in split(make_probes(DEFAULT_PROBES))[0]]
 # ------------------------------------------------------------------------------ in the graph
 
 
-def in_turns(graphs: dict[str, DecodeGraph], rounds: int = 7) -> dict[str, float]:
-    """Microseconds of a replay of each, median of `rounds` regions taken in turns."""
+TURNS_MS = 1500  # of all regions, unless three take longer
+
+
+def replays_for(kind: str, batch: int) -> int:
+    """Of a region; every window closes in it, and launching the first is little of its time."""
+    return max(KINDS[kind], REPLAYS if batch <= 8 else REPLAYS // 4)
+
+
+def in_turns(graphs: dict[str, DecodeGraph], replays: int) -> dict[str, float]:
+    """Microseconds of a replay of each, median of three to seven regions taken in turns."""
+    once = sum(milliseconds(graph, 8) / 8 for graph in graphs.values())
+    rounds = max(3, min(7, int(TURNS_MS / once / replays)))
     found: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        milliseconds(graph, 8)
     for _ in range(rounds):
         for name, graph in graphs.items():
-            found[name].append(1000 * milliseconds(graph, REPLAYS) / REPLAYS)
+            found[name].append(1000 * milliseconds(graph, replays) / replays)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -81,8 +90,9 @@ def layer_row(
     between = time_graph(DecodeGraph(model, cache, range(0)))[0]
     for graph in graphs.values():
         graph._x.normal_()
-    times = in_turns(graphs)
-    each = {name: round((us - between) / len(layers), 2) for name, us in times.items()}
+    times = in_turns(graphs, replays_for(kind, batch))
+    each = {name: (us - between) / len(layers) for name, us in times.items()}
+    without = each.pop("without")
     observer = observers["default"]["observer"]
     observer.readings()
     graphs["default"].replay()
@@ -91,8 +101,9 @@ def layer_row(
     fetch = 1e6 * (time.perf_counter() - began)
     return {
         **{"what": "layer", "layer": kind, "batch": batch, "context": context},
-        **{"layers": len(layers), "us": each.pop("without"), "with_us": each},
-        **{"ratio": {name: round(times[name] / times["without"], 4) for name in each}},
+        **{"layers": len(layers), "us": round(without, 2)},
+        **{"with_us": {name: round(us, 2) for name, us in each.items()}},
+        **{"ratio": {name: round(us / without, 4) for name, us in each.items()}},
         **{
             "most": {"default": MOST},
             "probes": GRAPH_PROBES,
@@ -214,10 +225,10 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kinds", default="CSA,HCA,SWA")
+    parser.add_argument("--kinds", default="CSA")
     parser.add_argument("--batch", default="1,64")
     parser.add_argument("--context", default="4096")
-    parser.add_argument("--copies", default="1,4")
+    parser.add_argument("--copies", default="4,1")
     parser.add_argument("--observers", default="reduced,default,unfused,clock")
     parser.add_argument("--rows", default="layer,eager,tensor", help="which kinds of rows")
     parser.add_argument("--json", type=Path)
