@@ -8,13 +8,36 @@ namespace {
 
 // ---------------------------------------------------------------- rms_norm
 
-// y = x * rsqrt(mean(x^2) + eps) * weight for one row of d; one block a row. The first kHeld vectors of
-// a thread stay in registers, the others are read twice. kVector says that d is whole vectors.
+constexpr int kHeld = 4;  // vectors of a thread that stay in registers; the others are read twice
+
+// The sum of all that a block's threads have: first over the warps, then warp after warp of sum[0], of sum[1]
+// and so on, of which `used` are: of bfloat16 in the order of columns, 256 at a time, as hyper_roles.cuh adds.
+template <int Threads>
+__device__ float sum_in_order(const float (&sum)[kHeld], int used, float (*partial)[Threads / 32]) {
+#pragma unroll
+    for (int h = 0; h < kHeld; h++) {
+        if (h >= used) break;
+        const float all = warp_sum(sum[h]);
+        if (threadIdx.x % 32 == 0) partial[h][threadIdx.x / 32] = all;
+    }
+    __syncthreads();
+    float total = 0;
+#pragma unroll
+    for (int h = 0; h < kHeld; h++) {
+        if (h >= used) break;
+#pragma unroll
+        for (int warp = 0; warp < Threads / 32; warp++) total += partial[h][warp];
+    }
+    return total;
+}
+
+// y = x * rsqrt(mean(x^2) + eps) * weight for one row of d; one block a row. kVector says that d is whole
+// vectors.
 template <class T, class W, int Threads, bool kVector>
 __global__ void __launch_bounds__(Threads)
     rms_norm_kernel(const T* x, int d, const W* weight, float eps, T* y) {
-    constexpr int V = kVector ? Vector<T>::kSize : 1, kHeld = 4, kEarly = 2, kStride = Threads * V;
-    __shared__ float partial[Threads / 32];
+    constexpr int V = kVector ? Vector<T>::kSize : 1, kEarly = 2, kStride = Threads * V;
+    __shared__ float partial[kHeld][Threads / 32];
     const int first = threadIdx.x * V;
     let_next_start();
     wait_for_previous();
@@ -26,19 +49,21 @@ __global__ void __launch_bounds__(Threads)
     x += blockIdx.x * (int64_t)d;
     y += blockIdx.x * (int64_t)d;
     Vector<T, V> held[kHeld];
-    float sum = 0;
-    auto add = [&](const Vector<T, V>& v) {
+    float sum[kHeld] = {};  // of each held vector; the last also of all behind it
+    auto add = [](const Vector<T, V>& v, float& to) {
 #pragma unroll
-        for (int j = 0; j < V; j++) sum += to_float(v.at[j]) * to_float(v.at[j]);
+        for (int j = 0; j < V; j++) to += to_float(v.at[j]) * to_float(v.at[j]);
     };
 #pragma unroll
     for (int h = 0; h < kHeld; h++)
         if (first + h * kStride < d) held[h] = load_vector<T, V>(x + first + h * kStride);
 #pragma unroll
     for (int h = 0; h < kHeld; h++)
-        if (first + h * kStride < d) add(held[h]);
-    for (int i = first + kHeld * kStride; i < d; i += kStride) add(load_vector<T, V>(x + i));
-    float factor = 1 / sqrtf(block_sum<Threads>(sum, partial) / (float)d + eps);
+        if (first + h * kStride < d) add(held[h], sum[h]);
+    for (int i = first + kHeld * kStride; i < d; i += kStride)
+        add(load_vector<T, V>(x + i), sum[kHeld - 1]);
+    const int used = min((d + kStride - 1) / kStride, kHeld);
+    float factor = 1 / sqrtf(sum_in_order<Threads>(sum, used, partial) / (float)d + eps);
     auto scale = [&](Vector<T, V> v, Vector<W, V> by, int i) {
 #pragma unroll
         for (int j = 0; j < V; j++) {

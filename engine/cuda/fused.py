@@ -1,7 +1,7 @@
 """Launches that do the work of several sites of a decode step, and which sites those are.
 
-The numbers are those of the sites one by one, to the last bit but for linears of one input and for the norm
-behind the streams, which add in another order.
+The numbers are those of the sites one by one, to the last bit but for linears of one input, which add in
+another order.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _one_by_one(
 
 
 def streams(chain: Chain) -> Tensor:
-    """hc_post, the next hc_pre, and the norm of its result; the norm within rounding."""
+    """hc_post, the next hc_pre, and the norm of its result."""
     _, pre, norm = chain.sites
     y, x, *gates = chain.args[0]
     new, inner = chain.results
