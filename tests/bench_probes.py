@@ -46,13 +46,11 @@ from dsv4_bench.probes.tap import set_taps
 from dsv4_bench.workbench.session import DEFAULT_PROBES
 
 MOST = 1.05  # of the graph's time, for the default probes
+TURNS_MS = 1500  # of all regions, unless three take longer
 GRAPH_PROBES = [probe.name for probe in split(make_probes(DEFAULT_PROBES))[0]]
 
 
 # ------------------------------------------------------------------------------ in the graph
-
-
-TURNS_MS = 1500  # of all regions, unless three take longer
 
 
 def replays_for(kind: str, batch: int) -> int:
