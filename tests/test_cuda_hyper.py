@@ -111,10 +111,10 @@ def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 24, 25, 50, 64, 65])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
-    """Streams and gates as without the norm; the norm within its rounding of float64."""
+    """The same bits as without the norm and of rms_norm, which is within its rounding of float64."""
     x, y = streams(n, 4096, torch.bfloat16), torch.randn(n, 4096, device="cuda").bfloat16()
     params = {**parameters(4096), "iters": 20}
     gates = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
@@ -127,6 +127,7 @@ def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
         truth = u * (u.square().mean(1, keepdim=True) + eps).rsqrt() * weight.double()
         worst = ((normed.double() - truth).abs() / truth.abs().clamp_min(1e-30)).max().item()
         assert worst <= 1.001 * 2**-8, worst
+        assert torch.equal(normed, kernel("rms_norm", plain[1], weight=weight, eps=eps)["y"])
         outs = tuple(torch.empty_like(like) for like in (x, y, *gates))
         norm = {"weight": weight, "weight_eps": eps, "outs": outs}
         again = hc_post_pre_norm(y, x, *gates, **norm, **params)

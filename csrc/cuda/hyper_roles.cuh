@@ -30,7 +30,9 @@ struct Streams {
     CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
     int n;
     int tile, rows;  // tokens of a whole tile; that a box of the map has
-    int whole, round, last;  // whole tiles of every cluster; tokens of one of each; most tokens of the tile after them
+    // Of every cluster: tiles; whole ones among them. After these, the others have up to `last` tokens each.
+    int tiles, whole, last;
+    int round;  // tokens of a whole tile of every cluster
     const float* fn;
     HyperParameters p;
     bf16* u;
@@ -41,7 +43,7 @@ struct Streams {
         const float *post, *comb;  // [n, 4], [n, 4, 4]
         bf16* x;                   // [n, 4, d]
     } sublayer;
-    // Of u, by the movers that have it, where every cluster has one tile; no y: none.
+    // Of u, by the movers that have it; no y: none.
     struct Norm {
         const void* weight;  // [d]
         int weight_dtype;
@@ -84,8 +86,8 @@ struct Collapse {
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        alignas(16) float squares[Expands ? Tile : 1][kCluster];  // sums over the columns of u of every CTA
-        uint64_t loaded[Stages], expanded[Stages], summed[kSlots], gated[kSlots], normed;
+        alignas(16) float squares[2][Expands ? Tile : 1][kCluster];  // sums over the columns of u of every CTA
+        uint64_t loaded[Stages], expanded[Stages], summed[kSlots], gated[kSlots], normed[2];
     };
     static_assert(sizeof(Shared) <= 227 << 10);
 
@@ -97,10 +99,6 @@ struct Collapse {
 
     __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
 
-    // All clusters have in.whole whole tiles each, then up to in.last tokens each of those that are left.
-    __device__ int tiles() const {  // of this cluster
-        return in.whole + (tokens(in.whole) > 0);
-    }
     __device__ int tokens(int i) const {  // of tile i of this cluster, 0 if there is none
         if (i != in.whole) return i < in.whole ? in.tile : 0;
         return max(0, min(in.n - token_at(i, 0), in.last));
@@ -117,7 +115,7 @@ struct Collapse {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
         }
-        barrier_init(&s.normed, 1);
+        for (int i = 0; i < 2; i++) barrier_init(&s.normed[i], 1);
         fence_barrier_init();
         for (int i = 0; i < kSlots; i++) {
             barrier_expect(&s.summed[i], sizeof(s.sums[0]));
@@ -188,6 +186,7 @@ struct Collapse {
         if constexpr (Expands) {
             Sublayer& to = s.sublayer[i % Stages];
             load_box(to.y, &in.sublayer.y_map, rank * kSlice, token, 0, loaded);
+            if (tokens == 0) return;
             bulk_load(to.post, in.sublayer.post + (int64_t)token * kStreams, tokens * 4 * kStreams, loaded);
             bulk_load(to.comb, in.sublayer.comb + (int64_t)token * kCombs, tokens * 4 * kCombs, loaded);
         }
@@ -423,7 +422,10 @@ struct Collapse {
         float weight[8];
         if (in.norm.weight_dtype == DSV4_BF16) load_floats((const bf16*)in.norm.weight + column, weight);
         else load_floats((const float*)in.norm.weight + column, weight);
-        if (mover() == 0) barrier_expect(&s.normed, tokens * kCluster * sizeof(float));
+        // Two of each are enough: nobody is two tiles ahead of a CTA that has not sent the next one's sums.
+        auto& squares = s.squares[i % 2];
+        uint64_t* normed = &s.normed[i % 2];
+        if (mover() == 0) barrier_expect(normed, tokens * kCluster * sizeof(float));
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int row = warp - kWorkers + j * kMovers;
@@ -437,17 +439,17 @@ struct Collapse {
             }
             sum = warp_sum(sum);
             if (lane < kCluster)
-                remote_store(remote_address(shared_address(&s.squares[row][rank]), lane), __float_as_uint(sum),
-                             remote_address(shared_address(&s.normed), lane));
+                remote_store(remote_address(shared_address(&squares[row][rank]), lane), __float_as_uint(sum),
+                             remote_address(shared_address(normed), lane));
         }
-        barrier_wait(&s.normed, 0);
+        barrier_wait(normed, i / 2 % 2);
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int row = warp - kWorkers + j * kMovers;
             if (row >= tokens) break;
             float total = 0;
 #pragma unroll
-            for (int cta = 0; cta < kCluster; cta++) total += s.squares[row][cta];
+            for (int cta = 0; cta < kCluster; cta++) total += squares[row][cta];
             const float factor = 1 / sqrtf(total / (float)kWidth + in.norm.eps);
             const uint32_t words[4] = {v[j][0].x, v[j][0].y, v[j][0].z, v[j][0].w};
             uint32_t y[4];
