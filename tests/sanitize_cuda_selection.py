@@ -123,7 +123,8 @@ def one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> No
     rows = [[start, 1, b, b] for b, start in enumerate(starts)]
     step._tables = {ratio: torch.tensor(rows).cuda()}  # a copy from the host, for initcheck
     run("compressor", kv, gate, *states, step, ape=ape)
-    for dtype in (BF16, F32):
+    outs = (randn(3, dim), *(randn(3, dim, dtype=BF16) for _ in range(2)))
+    for dtype, wanted in ((BF16, None), (F32, None), (BF16, outs)):
         compressed_entry(
             *(kv, gate, *states, step),
             ape=ape,
@@ -133,6 +134,7 @@ def one_token(kv: Tensor, gate: Tensor, states: list[Tensor], ape: Tensor) -> No
             freqs=randn(32),
             slots=torch.tensor([2, -1, -1]).cuda(),
             entries=randn(4, dim, dtype=BF16),
+            outs=wanted,
         )
 
 

@@ -91,7 +91,10 @@ def test_an_entry_in_one_launch_has_the_bits_of_the_four(
     one_by_one, fused = ([s.clone() for s in before] for _ in range(2))
     wanted = torch.full((batch * CAPACITY, dim), torch.nan, device=CUDA, dtype=BF16)
     found = wanted.clone()
-    write(rope(norm(pool(kv, score, *one_by_one, step).to(BF16)), places), slots, wanted)
+    pooled = pool(kv, score, *one_by_one, step)
+    normed = norm(pooled.to(BF16))
+    turned = rope(normed, places)
+    write(turned, slots, wanted)
     later = torch.full((batch, dim), torch.nan, device=CUDA, dtype=BF16)
     args = (kv, score, *fused, step)
     assert entry_fits(*args, ape=ape)
@@ -104,6 +107,14 @@ def test_an_entry_in_one_launch_has_the_bits_of_the_four(
     for mine, theirs in zip(fused, one_by_one, strict=True):
         assert torch.equal(mine, theirs)
     first = found.clone()
+    seen = [torch.full_like(later, torch.nan) for _ in range(3)]
+    observed = Chain(KINDS[2], [], [pool, norm, rope, write], chain, seen, observed=True)
+    for state, value in zip(fused, before, strict=True):
+        state.copy_(value)
+    entry(observed)
+    assert torch.equal(found.view(torch.int16), first.view(torch.int16))
+    for mine, theirs in zip(observed.results, (pooled, normed, turned), strict=True):
+        assert torch.equal(mine, theirs)  # zeros where the window stays open
     for _ in range(20):
         for state, value in zip(fused, before, strict=True):
             state.copy_(value)

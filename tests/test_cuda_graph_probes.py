@@ -131,7 +131,8 @@ def test_readings_of_layers_of_real_sizes_are_those_op_by_op(
     torch.manual_seed(5)
     wanted = op_by_op(flash, filled_cache(flash, batch, 509, 256), graph, tokens)
     without = {path for path, _, nodes in graph.sites() if nodes == 0}
-    assert {"L0/attn/core", "L1/attn/core", "L0/attn/q_head_norm", "L0/attn/index/rope"} <= without
+    inner = {"attn/core", "attn/q_head_norm", "attn/kv_rope", "attn/compressor/pool"}
+    assert {f"L{i}/{leaf}" for i in range(2) for leaf in inner} | {"L0/attn/index/rope"} <= without
     assert len(readings) > 1500
     same_readings(readings, wanted)
 

@@ -152,6 +152,9 @@ template <class W> struct Finish {
     int64_t count;                     // rows of y
     bf16* y;
     int64_t stride;
+    // [windows, dim] or null, all of them: what the norm and the rope return, rows of zeros for windows that
+    // stay open; p.pooled then what op compressor does.
+    bf16 *normed, *turned;
 };
 
 // The state of one sequence and what its token adds.
@@ -242,13 +245,11 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const Problem p, const 
         if (token.closes()) pooled = token.close(channel);
         else token.keep(channel);
     }
-    if constexpr (!kFinish) {
-        if (channel < p.dim && sequence.window >= 0)
-            p.pooled[sequence.window * p.dim + channel] = pooled;
-        return;
-    }
+    if (p.pooled && channel < p.dim && sequence.window >= 0)
+        p.pooled[sequence.window * p.dim + channel] = pooled;
+    if constexpr (!kFinish) return;
     const int64_t to = finish.slots[sequence.window];
-    if (!token.closes()) return;  // all blocks of the cluster
+    if (!token.closes() && !p.pooled) return;  // all blocks of the cluster
     assert(to < finish.count && "cache_write: a slot is past the end of the cache");
     entry[threadIdx.x] = pooled;
     const bool alone = gridDim.z == 1;
@@ -264,7 +265,9 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const Problem p, const 
                 v.at[j] = from_float<bf16>(alone ? *at : load_from_block(at, first / kThreads));
             }
         bf16* y = to < 0 ? nullptr : finish.y + to * finish.stride;
-        norm_rope_row<kThreads>(finish.how, v, finish.positions[sequence.window], y, partial);
+        bf16* normed = p.pooled ? finish.normed + sequence.window * p.dim : nullptr;
+        bf16* turned = p.pooled ? finish.turned + sequence.window * p.dim : nullptr;
+        norm_rope_row<kThreads>(finish.how, v, finish.positions[sequence.window], y, partial, normed, turned);
     }
     if (!alone) cluster_barrier();  // the channels are read before their block ends
 }
@@ -305,25 +308,27 @@ DSV4_EXPORT int dsv4_compressor(const float* kv, const float* score, const float
 
 // One token a sequence, every sequence with a window: each that closes is pooled, rounded to bfloat16,
 // multiplied by its norm and `weight` [dim], rotated at positions[window] by freqs [half], and written to
-// y [count, dim] with a row stride, row slots[window] (negative: nowhere).
+// y [count, dim] with a row stride, row slots[window] (negative: nowhere). Unless null, all three get what
+// the ops return one by one, zeros for windows that stay open: pooled [batch, dim], normed and turned.
 DSV4_EXPORT int dsv4_compressed_entry(const float* kv, const float* score, const float* ape,
                                       float* kv_state, float* score_state,
                                       const int64_t* sequences, int64_t batch, int64_t ratio,
                                       int64_t width, int overlap, const void* weight,
                                       int weight_dtype, float eps, const int64_t* positions,
                                       const float* freqs, int64_t half, const int64_t* slots,
-                                      int64_t count, void* y, int64_t stride, void* stream) {
+                                      int64_t count, void* y, int64_t stride, float* pooled,
+                                      void* normed, void* turned, void* stream) {
     constexpr int V = Vector<bf16>::kSize;
     const int64_t dim = overlap ? width / 2 : width;
     if (!takes_one_token(ratio, overlap) || dim % V || dim > kMostBlocks * kThreads ||
         2 * half % V || 2 * half > dim || stride % V)
         return kUnsupported;
     Problem p = {kv, score, ape, kv_state, score_state, (const Sequence*)sequences, width, dim,
-                 (int)ratio, (bool)overlap, nullptr};
+                 (int)ratio, (bool)overlap, pooled};
     return with_dtype(weight_dtype, [&](auto tag) {
         using W = type_of<decltype(tag)>;
         NormRope<W> how = {(int)dim, (int)half, eps, (const W*)weight, freqs};
-        Finish<W> finish = {how, positions, slots, count, (bf16*)y, stride};
+        Finish<W> finish = {how, positions, slots, count, (bf16*)y, stride, (bf16*)normed, (bf16*)turned};
         return one_token<true>(p, finish, batch, stream);
     });
 }

@@ -18,7 +18,7 @@ COMPRESSOR = Library(
     "compressor",
     {
         "compressor": (*_WINDOWS, N, I, P),
-        "compressed_entry": (*_WINDOWS, P, I, F, P, P, N, P, N, P, N),
+        "compressed_entry": (*_WINDOWS, P, I, F, P, P, N, P, N, P, N, P, P, P),
     },
 )
 
@@ -103,11 +103,13 @@ def compressed_entry(
     freqs: Tensor,
     slots: Tensor,
     entries: Tensor,
+    outs: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """`compressor`, rounding to bfloat16, rms_norm, rope and cache_write in one launch, to the last bit.
 
     For arguments that `entry_fits`; `weight` [dim] float32 or bfloat16, `positions` and `slots` [b] int64,
-    `freqs` [half] float32, `entries` [rows, dim] bfloat16.
+    `freqs` [half] float32, `entries` [rows, dim] bfloat16. `outs` [b, dim], the first float32, get what the
+    ops return before the entry is written.
     """
     op = "compressed_entry"
     ratio, width = ape.shape
@@ -134,6 +136,7 @@ def compressed_entry(
         len(entries),
         entries.data_ptr(),
         entries.stride(0),
+        *((None,) * 3 if outs is None else (out.data_ptr() for out in outs)),
     )
 
 

@@ -42,13 +42,12 @@ class Chain:
 @dataclass(frozen=True)
 class Kind:
     """A site (path below its layer) and those that follow it, `later` layers on; `launch(chain)` runs all
-    and returns the last one's result. `fills`: it can fill what the others return as well."""
+    and returns the last one's result; where the chain is observed it fills what the others return."""
 
     first: str
     then: tuple[str, ...]
     launch: Callable[[Chain], Any]
     later: int = 0
-    fills: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,20 +147,25 @@ def entry(chain: Chain) -> None:
     pool, norm, rope, _ = chain.sites
     first, (later,), (_, positions), (_, slots, entries) = chain.args
     weight, ape = norm.params["weight"], pool.params["ape"]
-    if not (entry_fits(*first, ape=ape) and _fits(later, entries, weight)):
-        pooled = pool.run(first).to(later.dtype)
-        _one_by_one(chain.sites[1:], [(pooled,), *chain.args[2:]])
-        return
-    compressed_entry(
-        *first,
-        ape=ape,
-        weight=weight,
-        eps=norm.params["eps"],
-        positions=positions,
-        freqs=floats("rope", rope.params["freqs"]),
-        slots=slots,
-        entries=entries,
-    )
+    inner = chain.results[1:] if chain.observed else []
+    if entry_fits(*first, ape=ape) and _fits(later, entries, weight):
+        pooled = torch.empty(later.shape, dtype=torch.float32, device=later.device)
+        compressed_entry(
+            *first,
+            ape=ape,
+            weight=weight,
+            eps=norm.params["eps"],
+            positions=positions,
+            freqs=floats("rope", rope.params["freqs"]),
+            slots=slots,
+            entries=entries,
+            outs=(pooled, *inner) if chain.observed else None,
+        )
+    else:
+        pooled = pool.run(first)
+        _one_by_one(chain.sites[1:], [(pooled.to(later.dtype),), *chain.args[2:]], inner)
+    if chain.observed:
+        chain.results[0] = pooled  # which `later` is rounded from
 
 
 def _fits(x: Tensor, cache: Tensor | None, weight: Tensor | None) -> bool:
@@ -222,14 +226,14 @@ def scores(chain: Chain) -> Tensor:
 
 _COMPRESSORS = ("attn/compressor", "attn/index/compressor")
 KINDS = (
-    Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope, fills=True),
-    Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope, fills=True),
+    Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope),
+    Kind("attn/kv_norm", ("attn/kv_rope", "attn/window_write"), norm_rope),
     *(Kind(f"{c}/pool", (f"{c}/norm", f"{c}/rope", f"{c}/write"), entry) for c in _COMPRESSORS),
-    *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope, fills=True) for c in _COMPRESSORS),
-    Kind("attn/index/rope", ("attn/index/score",), scores, fills=True),
-    Kind("attn/core", ("attn/o_rope",), core, fills=True),
-    Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams, fills=True),
-    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1, fills=True),
+    *(Kind(f"{c}/norm", (f"{c}/rope", f"{c}/write"), norm_rope) for c in _COMPRESSORS),
+    Kind("attn/index/rope", ("attn/index/score",), scores),
+    Kind("attn/core", ("attn/o_rope",), core),
+    Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams),
+    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1),
 )
 JOINS = (
     Join(

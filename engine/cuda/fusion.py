@@ -47,7 +47,7 @@ class Call:
 class Fusions:
     """Which of `sites`, of a model whose activations are `dtype`, become one launch; with `wanted` False
     none do. `layers` are those that will be captured; None for all. `observed`: somebody looks at what
-    every site returns, so that launches fill it all; those that cannot are left out."""
+    every site returns, so that launches fill it all."""
 
     def __init__(
         self,
@@ -59,8 +59,7 @@ class Fusions:
     ) -> None:
         self._sites, self._dtype, self._layers = sites, dtype, layers
         self._observed = observed
-        kinds = [kind for kind in KINDS if kind.fills or not observed]
-        self._kinds = {kind.first: kind for kind in kinds} if wanted else {}
+        self._kinds = {kind.first: kind for kind in KINDS} if wanted else {}
         self._joins = {join.first: join for join in JOINS} if wanted else {}
         self._groups = {name: group for group in GROUPS for name in group} if wanted else {}
         self._known: dict[str, tuple[Tensor, Any]] = {}  # by path: input and result of a linear
@@ -137,12 +136,14 @@ class Fusions:
             writes += [bound[name] for name in site.spec.mutates]
 
         def run() -> Any:
-            return chain.kind.launch(chain)
+            result = chain.kind.launch(chain)
+            if self._observed:
+                call.made += _tensors(chain.results)
+                inner = zip(chain.sites[:-1], chain.args[:-1], chain.results, strict=True)
+                call.earlier = list(inner)
+            return result
 
         call = Call(tuple(reads), run, writes=tuple(_tensors(writes)))
-        if self._observed:
-            inner = zip(chain.sites[:-1], chain.args[:-1], chain.results, strict=True)
-            call.earlier = list(inner)
         return call
 
     def _begin(self, site: Site, args: tuple[Any, ...]) -> Chain | None:
