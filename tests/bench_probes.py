@@ -1,17 +1,17 @@
 """Times probes on a GPU: in the graph of a V4-Flash decode layer, op by op, and the reduction alone.
 
     python tests/bench_probes.py [--kinds CSA] [--batch 1,64] [--context 4096] [--copies 4,1]
-        [--observers stats,reduced,default,exponents,clock] [--rows layer,eager,tensor] [--json OUT.json]
+        [--observers stats,reduced,default,exponents,clock] [--rows layer,model,eager,tensor] [--json OUT.json]
 
 `default` are all default probes that work in a graph, `reduced` those without the softmax probe, which has
 a launch of its own; `unfused` is the graph without an observer whose sites have a launch each.
 Method: `layer` rows replay the same layers captured with and without an observer, in turns, random
 weights and caches, as bench_cuda_layer.py does, in regions over which every window closes; ratio = time
 of the layers with / without. A graph of one layer waits for its last statistics, as the last of several
-does; those of the others run beside the next layer. `eager` rows are wall
-time of the same layers launched one by one. `tensor` rows are one tensor: a graph of copies over
-buffers that rotate beyond the L2; torch's own isnan, isinf, amax, square().mean() with .item() each
-are wall time.
+does; those of the others run beside the next layer. The `model` row is a token of all 43 layers with
+embedding and head at batch 1; eight sets of experts serve them. `eager` rows are wall time of the same
+layers launched one by one. `tensor` rows are one tensor: a graph of copies over buffers that rotate
+beyond the L2; torch's own isnan, isinf, amax, square().mean() with .item() each are wall time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch import Tensor
 
 import dsv4_bench.engine.implementations  # noqa: F401  (registers the kernels)
 from dsv4_bench.engine import cuda
+from dsv4_bench.engine.config import FLASH
 from dsv4_bench.engine.graph import DecodeGraph
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import parse_route
@@ -92,11 +93,7 @@ def layer_row(
     each = {name: (us - between) / len(layers) for name, us in times.items()}
     without = each.pop("without")
     observer = observers["default"]["observer"]
-    observer.readings()
-    graphs["default"].replay()
-    began = time.perf_counter()
-    readings = observer.readings()
-    fetch = 1e6 * (time.perf_counter() - began)
+    readings, fetch = fetched(graphs["default"], observer)
     return {
         **{"what": "layer", "layer": kind, "batch": batch, "context": context},
         **{"layers": len(layers), "us": round(without, 2)},
@@ -107,9 +104,35 @@ def layer_row(
             "probes": GRAPH_PROBES,
             "answers": len(observer._slots) // len(layers),
         },
-        **{"readings": len(readings) // len(layers), "fetch_us": round(fetch, 1)},
+        **{"readings": readings // len(layers), "fetch_us": round(fetch, 1)},
         **{"sites": len(graphs["without"].sites()) // len(layers)},
     }
+
+
+def model_row(context: int) -> dict[str, Any]:
+    model = random_model(FLASH, banks=8)
+    model.set_route(parse_route(["kernel"]))
+    cache, observer = filled_cache(model, 1, context, 640), watch(model, GRAPH_PROBES, 1)
+    graphs = {"without": DecodeGraph(model, cache)}
+    graphs["default"] = DecodeGraph(model, cache, observer=observer)
+    times = in_turns(graphs, REPLAYS)
+    readings, fetch = fetched(graphs["default"], observer)
+    return {
+        **{"what": "model", "layers": len(model.layers), "batch": 1, "context": context},
+        **{name: round(us, 1) for name, us in times.items()},
+        **{"ratio": round(times["default"] / times["without"], 4), "most": MOST},
+        **{"readings": readings, "fetch_us": round(fetch, 1)},
+    }
+
+
+def fetched(graph: DecodeGraph, observer: GraphWatch) -> tuple[int, float]:
+    """Readings of a step, and the microseconds that fetching and explaining them takes."""
+    observer.readings()
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    readings = observer.readings()
+    return len(readings), 1e6 * (time.perf_counter() - began)
 
 
 def watch(model: Transformer, names: Sequence[str], batch: int) -> GraphWatch:
@@ -245,7 +268,7 @@ def main() -> int:
     add({"what": "stamp", "us": round(stamp_cost(torch.device("cuda")), 3)})
     wanted = args.rows.split(",")
     for kind, copies in itertools.product(args.kinds.split(","), args.copies.split(",")):
-        if wanted == ["tensor"]:
+        if not {"layer", "eager"} & set(wanted):
             break
         model = random_model(layers_of((KINDS[kind],) * int(copies)))
         model.set_route(parse_route(["kernel"]))
@@ -258,6 +281,8 @@ def main() -> int:
         del model
         gc.collect()
         torch.cuda.empty_cache()
+    if "model" in wanted:
+        add(model_row(4096))
     for shape in ((1, 4096), (64, 4096), (4096, 4096), (4096, 32768)) if "tensor" in wanted else ():
         add(tensor_row(shape))
     if "tensor" in wanted:
