@@ -234,6 +234,7 @@ def index_cases() -> Iterator[Case]:
         (1, 4096, False, None),
         (1, 16384, False, 4.9),
         (1, 16384, True, 16.1),
+        (1, 18432, False, None),
         (1, 262144, False, 8.3),
         (1, 262144, True, 9.6),
         (64, 16384, False, 5.4),

@@ -35,11 +35,6 @@ INDEXER = Library(
 TOPK = Library("topk", {"index_topk": (P, P, N, N, N, N, P)})
 _ENTRIES = 256  # that a block of index_score takes
 _HEADS, _DIM = 64, 128  # of queries whose rope the scoring kernel can do
-_FEW, _CLUSTER, _MOST_K = (
-    2048,
-    16,
-    1024,
-)  # entries that score and top-k take in one kernel, its CTAs
 
 
 @sm90("index_score", INDEXER)
