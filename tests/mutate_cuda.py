@@ -350,6 +350,21 @@ MUTANTS = (
         "(exist[j] >> 4 * (2 * t) & 1)",
         "test_cuda_softmax_stats.py",
     ),
+    Mutant(
+        "attention: nobody is left what was not turned",
+        "attention_few.cuh",
+        "if (p.unturned) store8(",
+        "if (false) store8(",
+        "test_cuda_attention.py rope_in_the_same_launch",
+        ("attention",),
+    ),
+    Mutant(
+        "compressor: every sequence leaves its norm in the first row",
+        "compressor_sm90.cu",
+        "finish.normed + sequence.window * p.dim",
+        "finish.normed",
+        "test_cuda_compressor.py entry_in_one_launch",
+    ),
 )
 
 
