@@ -2,8 +2,8 @@
 # What a GPU machine runs: builds every kernel, then tests, sanitizer and benchmarks, each with a time limit.
 #   tests/gpu_run.sh OUT [build] [test] [sanitize] [mutate] [layer] [count] [bench [GLOB ...]]
 # Needs torch, pytest and nvcc, compute-sanitizer for its step; the repository must be importable as dsv4_bench.
-# On 16 cores and an H200 about 30, 90, 110, 120, 120 and 150 s. Every result is in OUT as soon as it is there, and a
-# line for every step in OUT/steps.txt. With DSV4_PEERS (docs/peers.md) benchmarks time the peers found there too.
+# On 16 cores and an H200 about 30, 90, 110, 160, 150, 60 and 200 s. Every result is in OUT as soon as it is there, and a
+# line for every step in OUT/steps.txt; status 1 if one failed. With DSV4_PEERS (docs/peers.md) benchmarks time the peers found there too.
 set -uo pipefail
 mkdir -p "$1"
 out=$(realpath "$1")
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # many processes side by side, with oracles on the CPU
 export PYTHONPATH=tests:${PYTHONPATH:-}
 commit=${DSV4_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
-steps=()
+steps=() failed=0
 while (($#)) && [[ $1 != bench ]]; do steps+=("$1") && shift; done
 
 wants() { [[ " ${steps[*]} " == *" $1 "* ]]; }
@@ -22,6 +22,7 @@ step() { # NAME SECONDS COMMAND ...: its output to NAME.log, the last line of it
     shift 2
     timeout -k 10 -s INT "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
+    ((status == 0)) || failed=1
     echo "$name: exit $status in $((SECONDS - began)) s: $(tail -1 "$out/$name.log")" | tee -a "$out/steps.txt"
 }
 
@@ -54,7 +55,12 @@ if wants mutate; then
     step mutate 200 python3 tests/mutate_cuda.py "$out/mutants" --jobs 5
 fi
 if wants layer; then
-    step layer 60 python3 tests/bench_cuda_layer.py --sites --peers --json "$out/layer.json"
+    layers=(python3 tests/bench_cuda_layer.py)
+    one=(--batch 1 --context 4096)
+    step layer 60 "${layers[@]}" --kinds CSA --sites --json "$out/layer.json"
+    step layer_kinds 40 "${layers[@]}" --kinds HCA,SWA "${one[@]}" --sites --json "$out/layer_kinds.json"
+    step layer_peers 40 "${layers[@]}" --kinds CSA "${one[@]}" --peers --json "$out/layer_peers.json"
+    step model 40 "${layers[@]}" --model --json "$out/model.json"
     step probes 60 python3 tests/bench_probes.py --json "$out/probes.json"
     step profile 120 bash tests/measure_profile.sh "$out/profile" short
 fi
@@ -64,9 +70,14 @@ fi
 if (($#)); then
     shift
     engines=()
-    [[ -n ${DSV4_PEERS:-} ]] && engines=(--engines)
+    [[ -n ${DSV4_PEERS:-} ]] && engines=('--engines=[!H]*')
     for table in linear experts attention kv dsl; do # a broken table must not cost the others
         step "bench_$table" 120 python3 tests/bench_cuda.py "${engines[@]}" --table "bench_cuda_$table" "$@" \
             --json "$out/cuda_$table.json"
     done
+    # Humming compiles a kernel for every shape: its rows have a step of their own.
+    python3 -c "import humming" 2>/dev/null && step bench_humming 90 python3 tests/bench_cuda.py '--engines=H*' \
+        'linear nvfp4 * m1' 'experts nvfp4 * tokens, *' --table bench_cuda_linear --table bench_cuda_experts \
+        --json "$out/cuda_humming.json"
 fi
+exit $failed
