@@ -65,9 +65,17 @@ def test_experts(kind, d, inner):
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
-@pytest.mark.parametrize("d, inner", [(512, 128), (768, 384), (4096, 2048)])
+@pytest.mark.parametrize("d, inner", [(512, 128), (768, 512), (4096, 2048)])
 @pytest.mark.parametrize(
-    "sizes", [(9, 31, 32, 33), (63, 64, 65, 1), (95, 96, 97, 0), (127, 128, 129, 300)]
+    "sizes",
+    [
+        (9, 31, 32, 33),
+        (15, 16, 17, 40),
+        (23, 24, 25, 8),
+        (63, 64, 65, 1),
+        (95, 96, 97, 0),
+        (127, 128, 129, 300),
+    ],
 )
 def test_experts_of_every_tile_width(kind, d, inner, sizes):
     """Experts with just below, just above and exactly as many pairs as a tile is wide."""
@@ -78,11 +86,20 @@ def test_experts_of_every_tile_width(kind, d, inner, sizes):
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
-@pytest.mark.parametrize("sizes", [(1, 2, 3, 4), (2, 2, 2, 2), (5, 8, 9, 1), (4, 0, 7, 6)])
-def test_experts_of_few_pairs(kind, sizes):
-    """Every number of pairs that shares the products of a weight, and what is left of longer lists."""
-    bank = make_experts(kind, 16, 1024, 512)
-    ids = torch.repeat_interleave(torch.arange(4) * 5, torch.tensor(sizes))
+@pytest.mark.parametrize(
+    "sizes, count",
+    [
+        ((1, 2, 3, 4), 16),
+        ((2, 2, 2, 2), 16),
+        ((5, 8, 9, 1), 16),
+        ((4, 0, 7, 6), 16),
+        ((9, 30, 65, 12), 4),
+    ],
+)
+def test_experts_of_tokens_of_any_magnitude(kind, sizes, count):
+    """Every number of pairs that shares the products of a weight, what is left of longer lists, and a tile."""
+    bank = make_experts(kind, count, 1024, 512)
+    ids = torch.repeat_interleave(torch.arange(4) * (count // 4 + count // 16), torch.tensor(sizes))
     ids = ids[torch.randperm(len(ids))].int().to(CUDA)[:, None]
     x = torch.randn(len(ids), 1024, device=CUDA).to(BF16)
     x *= torch.exp2(torch.randint(-30, 20, (len(ids), 1), device=CUDA)).to(BF16)

@@ -28,6 +28,7 @@ struct Moe {
     Work* work;            // the pieces, where `order` is not null
     int32_t* pieces;       // how many
     int32_t* order;        // [n * k] pairs by expert; null: pairs in their own order
+    float* undo;           // [n * k] of activation rows that are times a power of two
     int64_t n, k, d, inner, count;
     float limit;
     int most;              // pairs of a piece

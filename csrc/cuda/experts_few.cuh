@@ -22,6 +22,7 @@ constexpr int kGroups = 2, kFewRows = 16 * kGroups;   // of a warp: 16-row produ
 constexpr int kSumStride = kFewRows + 4;              // floats from column to column
 constexpr int kColumns = 8;                           // of a product's second operand
 constexpr int kAtOnce = 2;                            // loads of activations, a thread
+constexpr int kSplitLanes = 8;                        // of a warp that have a pair, of at most two
 constexpr int kMeeting = 1;                           // named barrier
 
 // A warp's part of a stage.
@@ -62,7 +63,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     Items items;
 
     __device__ Few(const Moe& m, FewShared& s, char* memory)
-        : m(m), s(s), buffers(*(FewBuffers*)memory), lanes(4 * m.most),
+        : m(m), s(s), buffers(*(FewBuffers*)memory), lanes(lanes_of(m)),
           x((uint4*)(memory + sizeof(FewBuffers))), rows(kGated ? m.inner : m.d),
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + kSlice - 1) / kSlice),
           tiles((rows + kOutputs - 1) / kOutputs), items(m.piece_count() * tiles) {
@@ -78,7 +79,11 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     __host__ static int64_t bytes(const Moe& m) {
         const int64_t steps = ((kGated ? m.d : m.inner) / Policy::kChunk + 3) / 4;
         return (int64_t)sizeof(FewBuffers) +
-               (steps + 1) * kVectors * 4 * m.most * (int64_t)sizeof(uint4);
+               (steps + 1) * kVectors * lanes_of(m) * (int64_t)sizeof(uint4);
+    }
+    // Of activations that lie together: four of each pair, and no fewer than where products are split.
+    __host__ __device__ static int lanes_of(const Moe& m) {
+        return 4 * m.most < kSplitLanes ? kSplitLanes : 4 * m.most;
     }
     __device__ static bool split(const Work& work) { return work.count <= kMostSplit<Policy>; }
     // Whether its activations are fp16 times a power of two.
@@ -181,13 +186,12 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         return kGated ? m.x_of(pair) : m.hidden_of(pair);
     }
 
-    // Where vector v of a chunk of pair t lies: the vectors of a chunk side by side if split, else those
-    // that a warp reads together.
+    // Where vector v of a chunk of pair t lies: beside those that a warp reads with it.
     __device__ int place_of_x(bool split, int chunk, int v, int t) const {
-        const int lane = t * 4 + chunk % 4;
-        return split ? (chunk / 4 * lanes + lane) * kVectors + v
-                     : (chunk / 4 * kVectors + v) * lanes + lane;
+        return (chunk / 4 * kVectors + v) * (split ? kSplitLanes : lanes) + t * 4 + chunk % 4;
     }
+    // Zeros for a thread that has no pair, in other banks than what the threads beside it read.
+    __device__ const uint4* zeros_of() const { return zeros + (group() / 2 + 1) % 4; }
 
     // Activation rows of a piece, zeros behind the last column.
     __device__ void stage_x(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
@@ -284,10 +288,10 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     template <bool kSplit>
     __device__ void multiply_item(Ahead& ahead, Turn& turn, int tile, int number, const Work& work) const {
         const int present = slices_of(0);
-        const int step = kAcross * kVectors * lanes;
+        const int apart = kSplit ? kSplitLanes : lanes, step = kAcross * kVectors * apart;
         const int t = kSplit ? group() % 2 : group();
         const bool has = (!kSplit || group() / 2 == member()) && t < work.count;
-        const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros;
+        const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros_of();
         float sum[kGroups][4] = {};
         BlockScales known;
         known.load(*this, tile, work, 0);
@@ -338,7 +342,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
                              weight_row(tile, first_row() + group() + 8 * i), slice);
         uint4 b[kVectors];
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) b[v] = from[kSplit ? v : v * lanes];
+        for (int v = 0; v < kVectors; v++) b[v] = from[v * (kSplit ? kSplitLanes : lanes)];
 #pragma unroll
         for (int q = 0; q < kGroups; q++) {
             const uint4 codes[2] = {stage.codes[2 * q][threadIdx.x % 32],

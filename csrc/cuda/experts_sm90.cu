@@ -13,11 +13,18 @@ namespace dsv4 {
 namespace {
 
 // Block 0: the list, if there is one; the others: `placed`, which is x with its columns in places.
+template <bool kHalves>
 __global__ void __launch_bounds__(kMostExperts) prepare_kernel(const Moe m, bf16* placed) {
+    static_assert(kMostExperts == 32 * kRowsOfBlock);
     let_next_start();
     wait_for_previous();
-    if (blockIdx.x > 0) place_columns(m.x, placed, blockIdx.x - 1, m.n * m.d / 8);
-    else if (m.order != nullptr) list_pairs(m);
+    const int64_t row = (blockIdx.x - 1) * (int64_t)kRowsOfBlock + threadIdx.x / 32;
+    if (blockIdx.x > 0) {
+        if (row < m.n)
+            convert_row<true, kHalves>(m.x + row * m.d, placed + row * m.d, m.d, m.undo + row);
+    } else if (m.order != nullptr) {
+        list_pairs(m);
+    }
 }
 
 // Blocks of which one fits on a multiprocessor.
@@ -29,15 +36,15 @@ int block_count() {
 }
 
 // The list of pairs, if there is one, and unless null `placed`.
-int prepare(const Moe& m, bf16* placed, void* stream) {
-    const int64_t blocks = 1 + (placed != nullptr ? ceil_div(m.n * m.d / 8, kMostExperts) : 0);
-    return launch(prepare_kernel, blocks, kMostExperts, 0, stream, m, placed);
+template <bool kHalves> int prepare(const Moe& m, bf16* placed, void* stream) {
+    const int64_t blocks = 1 + (placed != nullptr ? ceil_div(m.n, kRowsOfBlock) : 0);
+    return launch(prepare_kernel<kHalves>, blocks, kMostExperts, 0, stream, m, placed);
 }
 
 template <class Policy> int by_streams(Moe m, void* stream) {
     m.most = few_size<Policy>(m);
     if (m.most == 0) return kUnsupported;
-    int status = m.order == nullptr ? cudaSuccess : prepare(m, nullptr, stream);
+    int status = m.order == nullptr ? cudaSuccess : prepare<false>(m, nullptr, stream);
     if (status == cudaSuccess)
         status = m.ids == nullptr
                      ? few_products<Policy, kMultipliers>(m, block_count(), stream)
@@ -48,7 +55,7 @@ template <class Policy> int by_streams(Moe m, void* stream) {
 template <class Policy, int kMostPairs, int kTiles> int by_wgmma(Moe m, void* stream) {
     m.most = kMostPairs;
     bf16* const placed = (bf16*)m.partial;  // until the second product
-    int status = prepare(m, placed, stream);
+    int status = prepare<kInFp16<Policy, kTiles>>(m, placed, stream);
     if (status == cudaSuccess)
         status = many_pairs<Policy, kMostPairs, kTiles>(m, placed, block_count(), stream);
     return status == cudaSuccess ? combine(m, stream) : status;
@@ -56,7 +63,7 @@ template <class Policy, int kMostPairs, int kTiles> int by_wgmma(Moe m, void* st
 
 template <class Policy> int by_tiles(Moe m, void* stream) {
     m.most = kTileTokens;
-    int status = m.order == nullptr ? cudaSuccess : prepare(m, nullptr, stream);
+    int status = m.order == nullptr ? cudaSuccess : prepare<false>(m, nullptr, stream);
     if (status == cudaSuccess) status = launch_tiles<Policy>(m, stream);
     return status == cudaSuccess ? combine(m, stream) : status;
 }
@@ -68,8 +75,8 @@ template <class Policy> int experts(const Moe& m, void* stream) {
     if (status != kUnsupported) return status;
     if (pairs <= 8 * m.count) return by_streams<Policy>(m, stream);
     if constexpr (!kHasMany<Policy>) return by_tiles<Policy>(m, stream);
-    else if (!many_fits(m)) return by_streams<Policy>(m, stream);
-    else if (pairs <= 48 * m.count) return by_wgmma<Policy, 64, 1>(m, stream);
+    else if (!many_fits(m, 128)) return by_streams<Policy>(m, stream);
+    else if (pairs <= 48 * m.count && many_fits(m, 256)) return by_wgmma<Policy, 64, 1>(m, stream);
     else return by_wgmma<Policy, 128, 2>(m, stream);
 }
 
@@ -98,7 +105,7 @@ using namespace dsv4;
 // y [n, d] float32 = sum over slots of routing * expert(x), x [n, d] bf16. `table` holds `count` times
 // w1, w2, w3 (struct dsv4_weight, in device memory), all of `format`, inner columns in w2. ids and
 // routing [n, k], or both null with k = 1. Scratch: hidden [n * k, inner] bf16, partial [n * k, d]
-// float32, lists 4 * n * k + 1 int32.
+// float32, lists 5 * n * k + 1 int32.
 DSV4_EXPORT int dsv4_experts(const void* x, int64_t n, int64_t d, const int32_t* ids,
                              const float* routing, int64_t k, const void* table, int64_t count,
                              int64_t inner, int format, float limit, void* hidden, float* partial,
@@ -107,7 +114,7 @@ DSV4_EXPORT int dsv4_experts(const void* x, int64_t n, int64_t d, const int32_t*
     if (pairs == 0) return cudaSuccess;
     if (count > kMostExperts || pairs > INT32_MAX / 64) return kUnsupported;
     Moe m = {(const Expert*)table, ids, routing, (const bf16*)x, (bf16*)hidden, partial, y,
-             (Work*)(lists + pairs), lists + 4 * pairs, lists, n, k, d, inner, count, limit, 0};
+             (Work*)(lists + pairs), lists + 5 * pairs, lists, (float*)(lists + 4 * pairs), n, k, d, inner, count, limit, 0};
     if (k == 1) m.partial = y;
     if (ids == nullptr || n == 1) m.order = nullptr;
     return with_policy(format, d, [&](auto policy) {

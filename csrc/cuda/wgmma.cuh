@@ -101,6 +101,35 @@ __device__ __forceinline__ void multiply_async(float (&c)[32], uint32_t a0, uint
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(static_cast<int>(add)));
 }
 
+// The same in fp16: multiply_halves_async(c, a0, a1, a2, a3, b).
+#define DSV4_HALVES(N, SUMS, A, B, OUTPUTS)                                                          \
+    __device__ __forceinline__ void multiply_halves_async(float (&c)[N / 2], uint32_t a0, uint32_t a1, \
+                                                          uint32_t a2, uint32_t a3, uint64_t b) {    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" SUMS "}, {" A "}, " B \
+                     ", 1, 1, 1, 0;\n"                                                               \
+                     : OUTPUTS                                                                       \
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                  \
+    }
+#define DSV4_SUMS4 "%0, %1, %2, %3"
+#define DSV4_SUMS8 DSV4_SUMS4 ", %4, %5, %6, %7"
+#define DSV4_SUMS12 DSV4_SUMS8 ", %8, %9, %10, %11"
+#define DSV4_SUMS16 DSV4_SUMS12 ", %12, %13, %14, %15"
+#define DSV4_SUMS32 DSV4_SUMS16 ", %16, %17, %18, %19, %20, %21, %22, %23, " \
+                                "%24, %25, %26, %27, %28, %29, %30, %31"
+#define DSV4_SUMS48 DSV4_SUMS32 ", %32, %33, %34, %35, %36, %37, %38, %39, " \
+                                "%40, %41, %42, %43, %44, %45, %46, %47"
+#define DSV4_SUMS64 DSV4_SUMS48 ", %48, %49, %50, %51, %52, %53, %54, %55, " \
+                                "%56, %57, %58, %59, %60, %61, %62, %63"
+#define DSV4_F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define DSV4_TOGETHER(...) __VA_ARGS__
+DSV4_HALVES(8, DSV4_SUMS4, "%4, %5, %6, %7", "%8", DSV4_F4(c, 0))
+DSV4_HALVES(16, DSV4_SUMS8, "%8, %9, %10, %11", "%12", DSV4_TOGETHER(DSV4_F8(c, 0)))
+DSV4_HALVES(24, DSV4_SUMS12, "%12, %13, %14, %15", "%16", DSV4_TOGETHER(DSV4_F8(c, 0), DSV4_F4(c, 8)))
+DSV4_HALVES(32, DSV4_SUMS16, "%16, %17, %18, %19", "%20", DSV4_TOGETHER(DSV4_F16(c, 0)))
+DSV4_HALVES(64, DSV4_SUMS32, "%32, %33, %34, %35", "%36", DSV4_TOGETHER(DSV4_F16(c, 0), DSV4_F16(c, 16)))
+DSV4_HALVES(96, DSV4_SUMS48, "%48, %49, %50, %51", "%52", DSV4_TOGETHER(DSV4_F16(c, 0), DSV4_F16(c, 16), DSV4_F16(c, 32)))
+DSV4_HALVES(128, DSV4_SUMS64, "%64, %65, %66, %67", "%68", DSV4_TOGETHER(DSV4_F16(c, 0), DSV4_F16(c, 16), DSV4_F16(c, 32), DSV4_F16(c, 48)))
+
 #undef DSV4_F16
 
 }  // namespace dsv4

@@ -142,7 +142,7 @@ def _run_experts(
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     hidden = x.new_empty(n * k, table.inner)
     partial = y.new_empty(n * k, table.d) if k > 1 else y
-    lists = torch.empty(4 * n * k + 1, dtype=torch.int32, device=x.device)
+    lists = torch.empty(5 * n * k + 1, dtype=torch.int32, device=x.device)
     EXPERTS.call(
         "experts",
         x,
