@@ -26,13 +26,14 @@ from dsv4_bench.engine.cuda.library import (
 from dsv4_bench.engine.cuda.rows import rms_norm
 
 _STREAMS = 4
-_FUSED_WIDTH, _NORMED_TOKENS = 4096, 64  # of the kernel that fuses ops
+_FUSED_WIDTH, _NORMED_TOKENS = 4096, 64  # of the kernels that fuse ops
+_FEW_TOKENS, _SUMS = 8, (64, 32)  # of the kernels that leave sums of a token in memory
 HYPER = Library(
     "hyper",
     {
-        "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
+        "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
-        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P),
+        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P, P),
     },
 )
 HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
@@ -56,6 +57,7 @@ def hc_pre(
     u = x.new_empty(n, d)
     post = x.new_empty(n, hc, dtype=torch.float32)
     comb = x.new_empty(n, hc, hc, dtype=torch.float32)
+    sums = _workspace(x)
     HYPER.call(
         op,
         x,
@@ -72,6 +74,7 @@ def hc_pre(
         u.data_ptr(),
         post.data_ptr(),
         comb.data_ptr(),
+        None if sums is None else sums.data_ptr(),
     )
     return u, post, comb
 
@@ -124,7 +127,7 @@ def hc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`hc_post(y, x, post, comb)`, then `hc_pre(..., **pre)` of the result, which is returned first.
 
-    One kernel that reads the streams once, for bfloat16 of width 4096; two elsewhere. The same bits.
+    In one go, reading the streams once, for bfloat16 of width 4096. The same bits as the two.
     """
     if not _fuses(x):
         new = hc_post(y, x, post, comb)
@@ -133,7 +136,7 @@ def hc_post_pre(
 
 
 def joins_norm(x: Tensor) -> bool:
-    """Whether `hc_post_pre_norm` takes streams like x [n, 4, d] in one kernel: bfloat16, n to 64, d 4096."""
+    """Whether `hc_post_pre_norm` takes streams like x [n, 4, d] in one go: bfloat16, n to 64, d 4096."""
     return _fuses(x) and x.shape[0] <= _NORMED_TOKENS
 
 
@@ -160,6 +163,12 @@ def hc_post_pre_norm(
         if out is not value:
             out.copy_(value)
     return *given, rms_norm(given[1], weight=weight, eps=weight_eps)
+
+
+def _workspace(x: Tensor) -> Tensor | None:
+    """Where the kernels for few tokens leave sums, if they take streams like x [n, 4, d]."""
+    few = _fuses(x) and x.shape[0] <= _FEW_TOKENS
+    return x.new_empty(x.shape[0], *_SUMS, dtype=torch.float32) if few else None
 
 
 def _fuses(x: Tensor) -> bool:
@@ -201,5 +210,7 @@ def _post_pre(
             wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
         normed = torch.empty_like(y)
         normed_by = (weight.data_ptr(), weight_kind, norm[1], normed.data_ptr())
-    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by)
+    sums = _workspace(x)
+    space = None if sums is None else sums.data_ptr()
+    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by, space)
     return new, u, new_post, new_comb, normed

@@ -1,0 +1,244 @@
+// Collapsing the residual streams of a few bfloat16 tokens: two kernels small enough to run beside others.
+//
+// In a decode step the kernels before and after read weights and fill the processors. A cluster that needs whole
+// ones waits until those are done; these blocks take their places early and have their weights when the
+// streams are there. The first kernel mixes the sublayer's output in and multiplies, columns by columns;
+// the second adds up, gates, collapses and norms, a block a token.
+#pragma once
+
+#include "dispatch.cuh"
+#include "hopper.cuh"
+#include "hyper_math.cuh"
+
+namespace dsv4 {
+
+constexpr int kFewTokens = 8, kFewWidth = 4096;  // tokens at most; d
+constexpr int kMixColumns = 64, kMixBlocks = kFewWidth / kMixColumns;  // of every stream, in a block
+constexpr int kMixLine = 32;  // floats that a block leaves a token: the mixes, the sum of squares, nothing
+
+struct FewStreams {
+    const bf16 *y, *x;         // [n, d] to be mixed in, or null; [n, 4, d]
+    const float *post, *comb;  // [n, 4], [n, 4, 4] to mix it in by
+    bf16* new_x;               // [n, 4, d] the streams after that
+    int n;
+    const float* fn;  // [24, 4 * d]
+    HyperParameters p;
+    float* sums;  // [n, kMixBlocks, kMixLine]
+    bf16* u;      // [n, d]
+    float *new_post, *new_comb;
+    const void* weight;  // [d] of u's norm
+    int weight_dtype;
+    float weight_eps;
+    bf16* normed;  // [n, d] or null
+};
+
+// ---------------------------------------------------------------- products
+
+// Of 32 values of every lane: lane i gets the sum of all lanes' value i. Halves are exchanged, then quarters, ...
+template <int kHalf = 16> __device__ inline float sum_of_lane(float (&value)[32]) {
+    if constexpr (kHalf > 0) {
+        const bool upper = threadIdx.x & kHalf;
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) {
+            const float sent = upper ? value[i] : value[i + kHalf];
+            const float kept = upper ? value[i + kHalf] : value[i];
+            value[i] = kept + __shfl_xor_sync(~0u, sent, kHalf);
+        }
+        sum_of_lane<kHalf / 2>(value);
+    }
+    return value[0];
+}
+
+// Two floats, loaded where this stands: ptxas moves plain loads behind the wait.
+__device__ inline float2 load_early(const float* from) {
+    float2 v;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+    return v;
+}
+
+// A warp a stream, two columns a lane. grid (kMixBlocks, tokens side by side).
+template <bool kExpands>
+__global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in) {
+    using Two = Vector<bf16, 2>;
+    __shared__ float parts[kStreams][kMixLine];
+    let_next_start();
+    const int stream = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = blockIdx.x * kMixColumns + 2 * lane;
+    float2 weight[kMixes];
+#pragma unroll
+    for (int m = 0; m < kMixes; m++)
+        weight[m] = load_early(in.fn + (m * kStreams + stream) * kFewWidth + column);
+    wait_for_previous();
+    for (int token = blockIdx.y; token < in.n; token += gridDim.y) {
+        const bf16* x = in.x + token * kStreams * kFewWidth + column;
+        Two mine = *(const Two*)(x + stream * kFewWidth);
+        if constexpr (kExpands) {
+            Two old[kStreams];
+#pragma unroll
+            for (int j = 0; j < kStreams; j++) old[j] = *(const Two*)(x + j * kFewWidth);
+            const Two y = *(const Two*)(in.y + token * kFewWidth + column);
+            float comb[kCombs], value[2];
+#pragma unroll
+            for (int j = 0; j < kStreams; j++)
+                comb[j * kStreams] = in.comb[token * kCombs + j * kStreams + stream];
+            expand_streams(y, old, in.post[token * kStreams + stream], comb, value);
+            mine = {from_float<bf16>(value[0]), from_float<bf16>(value[1])};
+            *(Two*)(in.new_x + (token * kStreams + stream) * kFewWidth + column) = mine;
+        }
+        const float a = to_float(mine.at[0]), b = to_float(mine.at[1]);
+        float value[32] = {};
+#pragma unroll
+        for (int m = 0; m < kMixes; m++) value[m] = fmaf(a, weight[m].x, b * weight[m].y);
+        value[kMixes] = fmaf(a, a, b * b);
+        parts[stream][lane] = sum_of_lane(value);
+        __syncthreads();
+        if (stream == 0) {
+            float sum = 0;
+#pragma unroll
+            for (int j = 0; j < kStreams; j++) sum += parts[j][lane];
+            in.sums[(token * kMixBlocks + blockIdx.x) * kMixLine + lane] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+// ---------------------------------------------------------------- gates, collapse, norm
+
+constexpr int kTokenWarps = kFewWidth / 256, kTokenThreads = 32 * (kTokenWarps + 1);
+
+// Eight columns of the streams, weighted with pre.
+__device__ inline uint4 collapsed(const uint4 (&streams)[kStreams], const float (&pre)[kStreams]) {
+    float value[8] = {};
+#pragma unroll
+    for (int j = 0; j < kStreams; j++) {
+        const uint32_t words[4] = {streams[j].x, streams[j].y, streams[j].z, streams[j].w};
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            value[2 * w] += pre[j] * low_bf16(words[w]);
+            value[2 * w + 1] += pre[j] * high_bf16(words[w]);
+        }
+    }
+    return {pack_bf16(value[0], value[1]), pack_bf16(value[2], value[3]),
+            pack_bf16(value[4], value[5]), pack_bf16(value[6], value[7])};
+}
+
+// The weights of the norm for eight columns, as they are: of bfloat16 or float32.
+struct Gain {
+    bool wide;
+    uint4 raw[2];
+
+    __device__ Gain(const FewStreams& in, int column) : wide(in.weight_dtype == DSV4_F32), raw{} {
+        const char* from = (const char*)in.weight + column * (wide ? 4 : 2);
+        if (in.normed) raw[0] = load_once(from);
+        if (in.normed && wide) raw[1] = load_once(from + 16);
+    }
+    // Of columns 2 i and 2 i + 1.
+    __device__ float2 pair(int i) const {
+        const uint32_t words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w,
+                                   raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+        if (wide) return {__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1])};
+        return {low_bf16(words[i]), high_bf16(words[i])};
+    }
+};
+
+// The RMS norm of u, of which every thread has eight columns. Adds up as rms_norm does: 256 columns in a
+// warp, then in the order of columns.
+__device__ inline void norm_row(const FewStreams& in, bf16* to, const uint4& u, const Gain& gain,
+                                float* squares) {
+    const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+    float own = 0;
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        own += low_bf16(words[w]) * low_bf16(words[w]);
+        own += high_bf16(words[w]) * high_bf16(words[w]);
+    }
+    own = warp_sum(own);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = own;
+    named_barrier(1, 32 * kTokenWarps);
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kTokenWarps; i++) total += squares[i];
+    const float factor = 1 / sqrtf(total / (float)kFewWidth + in.weight_eps);
+    uint32_t y[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        const float2 by = gain.pair(w);
+        y[w] = pack_bf16(low_bf16(words[w]) * factor * by.x, high_bf16(words[w]) * factor * by.y);
+    }
+    store16(to, y[0], y[1], y[2], y[3]);
+}
+
+// post and comb of a token, by one warp; lane m has mix m. logits: of the warp, in shared memory.
+__device__ inline void make_gates(const FewStreams& in, int64_t token, float logit, float gate,
+                                  float* logits) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= kStreams && lane < 2 * kStreams)
+        in.new_post[token * kStreams + lane - kStreams] = 2 * gate;
+    if (lane < kMixes) logits[lane] = logit;
+    __syncwarp();
+    if (lane > 0) return;
+    float comb[kStreams][kStreams];
+#pragma unroll
+    for (int i = 0; i < kCombs; i++) comb[i / kStreams][i % kStreams] = logits[2 * kStreams + i];
+    sinkhorn(comb, in.p.iters, in.p.eps);
+#pragma unroll
+    for (int i = 0; i < kStreams; i++)
+        *(float4*)(in.new_comb + token * kCombs + kStreams * i) = {comb[i][0], comb[i][1], comb[i][2],
+                                                                   comb[i][3]};
+}
+
+// One block a token. Its last warp makes post and comb, the others have 256 columns each.
+__global__ void __launch_bounds__(kTokenThreads, 2) collapse_token_kernel(const FewStreams in) {
+    __shared__ float parts[kTokenWarps][kMixLine], squares[kTokenWarps], logits[kMixes];
+    let_next_start();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t token = blockIdx.x;
+    const bool gates = warp == kTokenWarps;
+    const int column = gates ? 0 : 8 * threadIdx.x;
+    const Gain gain(in, column);
+    float scale = 0, base = 0;  // of mix `lane`
+    if (lane < kMixes) {
+        scale = in.p.scale[lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2];
+        base = in.p.base[lane];
+    }
+    wait_for_previous();
+    uint4 streams[kStreams] = {};
+    if (!gates) {
+        const bf16* x = (in.y ? in.new_x : in.x) + token * kStreams * kFewWidth + column;
+        constexpr int kShare = kMixBlocks / kTokenWarps;
+        const float* from = in.sums + (token * kMixBlocks + warp * kShare) * kMixLine + lane;
+        float sum = 0, part[kShare];
+#pragma unroll
+        for (int i = 0; i < kShare; i++) part[i] = from[i * kMixLine];
+#pragma unroll
+        for (int j = 0; j < kStreams; j++) streams[j] = *(const uint4*)(x + j * kFewWidth);
+#pragma unroll
+        for (int i = 0; i < kShare; i++) sum += part[i];
+        parts[warp][lane] = sum;
+    }
+    __syncthreads();
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kTokenWarps; i++) sum += parts[i][lane];
+    const float square = __shfl_sync(~0u, sum, kMixes);
+    const float rho = rsqrtf(square / (float)(kStreams * kFewWidth) + in.p.norm_eps);
+    const float logit = sum * rho * scale + base, gate = sigmoid(logit);
+    if (gates) return make_gates(in, token, logit, gate, logits);
+    float pre[kStreams];
+#pragma unroll
+    for (int j = 0; j < kStreams; j++) pre[j] = __shfl_sync(~0u, gate + in.p.eps, j);
+    const uint4 u = collapsed(streams, pre);
+    store16(in.u + token * kFewWidth + column, u.x, u.y, u.z, u.w);
+    if (in.normed) norm_row(in, in.normed + token * kFewWidth + column, u, gain, squares);
+}
+
+// Both kernels; up to kFewTokens tokens.
+inline int collapse_few(const FewStreams& in, void* stream) {
+    const dim3 grid(kMixBlocks, in.n < 4 ? in.n : 4);
+    const auto mix = in.y ? mix_kernel<true> : mix_kernel<false>;
+    const int status = launch(mix, grid, 32 * kStreams, 0, stream, in);
+    if (status != cudaSuccess) return status;
+    return launch(collapse_token_kernel, dim3(in.n), kTokenThreads, 0, stream, in);
+}
+
+}  // namespace dsv4
