@@ -509,13 +509,14 @@ __global__ void __launch_bounds__(kRingThreads, 2) ring_kernel(const __grid_cons
 
 // ---------------------------------------------------------------- launches
 
-// One product; its blocks: as many as fit on all multiprocessors at once.
+// One product; its blocks: as many as fit on all multiprocessors at once, or one each.
 template <class Policy, class Of> struct RingLaunch {
     int blocks;
     int64_t bytes;
 
     RingLaunch(const Moe& m, int processors) {
-        for (int resident = kRingResident; resident > 0; resident--) {
+        // The shared expert runs beside the gate, and two of its blocks would leave that no registers.
+        for (int resident = m.ids == nullptr ? 1 : kRingResident; resident > 0; resident--) {
             blocks = resident * processors;
             bytes = RingBlock<Policy, Of>::bytes(m, blocks);
             if (resident * (bytes + kBlockShared) <= kRingShared) return;
