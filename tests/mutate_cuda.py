@@ -256,14 +256,6 @@ MUTANTS = (
         ("hyper",),
     ),
     Mutant(
-        "hyper: the last tiles of two clusters overlap",
-        "hyper_roles.cuh",
-        "cluster * (i < in.whole ? in.tile : in.last) + row",
-        "cluster * (i < in.whole ? in.tile : in.last - 1) + row",
-        "test_cuda_hyper.py real_widths",
-        ("hyper",),
-    ),
-    Mutant(
         "hyper: the last term of a weight is dropped",
         "hyper_roles.cuh",
         "rest[2 * i + 1] -= high_bf16(pair);",

@@ -19,7 +19,7 @@ from dsv4_bench.engine.step import Step
 
 
 def streams(n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments by the name of what takes them; ragged tiles of 16 tokens."""
+    """Arguments by the name of what takes them."""
     constants: dict[str, Any] = {"eps": 1e-6, "norm_eps": 1e-6}
     pre = {"fn": randn(24, 4 * d), "scale": randn(3), "base": randn(24), "iters": 20}
     head = {"fn": randn(4, 4 * d), "scale": randn(1), "base": randn(4)}
@@ -29,7 +29,8 @@ def streams(n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def hyper() -> None:
-    for n, d, dtype in ((17, 4096, BF16), (2, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
+    """Few tokens; ragged tiles of 8 and of 16 tokens; any width."""
+    for n, d, dtype in ((3, 4096, BF16), (17, 4096, BF16), (26, 4096, BF16), (2, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
         given = streams(n, d, dtype)
         x = given["args"][1]
         run("hc_pre", x, **given["pre"])
@@ -40,7 +41,7 @@ def hyper() -> None:
 
 def hyper_joined() -> None:
     """hc_post and the next hc_pre in one kernel, without and with the norm that follows."""
-    for n in (1, 17):
+    for n in (1, 8, 17, 26):
         given = streams(n, 4096, BF16)
         norm = {"weight": randn(4096, dtype=BF16), "weight_eps": 1e-6}
         hc_post_pre_norm(*given["args"], **given["pre"], **norm)

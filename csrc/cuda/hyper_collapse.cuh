@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_c
     if (C::mover() == 0) prefetch_map(&in.x_map);
     __syncthreads();
     cluster_arrive_relaxed();
-    const int count = in.tiles;
+    const int count = c.tiles();
     if (c.warp < kWorkers) {
         more_registers<C::kWorkRegisters>();
         c.load_weights();  // while the kernel before may still run
@@ -37,10 +37,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) collapse_kernel(const __grid_c
     }
 }
 
-constexpr int kFew = 64;  // tokens that are faster in tiles of 8
-
-// So many clusters that the next launch's find room beside them: they read their weights meanwhile.
-inline int clusters_of_few(int clusters) { return clusters > 1 ? clusters / 2 : 1; }
+constexpr int kFew = 24;  // tokens that are faster in tiles of 8
 
 // Collapses x [n, 4, d], after mixing in y [n, d] where C expands. Launches as many clusters as fit at
 // once; kUnsupported where none does.
@@ -66,19 +63,16 @@ template <class C> int collapse(const void* x, const void* y, Streams in, void* 
         return most;
     }();
     if (clusters == 0) return kUnsupported;
-    const int most = in.n <= kFew ? clusters_of_few(clusters) : clusters;
-    in.tile = in.n <= kFew ? 8 : C::kTile;
+    const int rounds = (int)ceil_div(in.n, C::kTile * clusters);  // of one tile a cluster, all alike if several
+    in.tile = in.n <= kFew ? 8 : rounds == 1 ? C::kTile : (int)ceil_div(in.n, rounds * clusters);
     in.rows = in.n < in.tile ? in.n : in.tile;
     int status = encode_map(&in.x_map, x, {C::kWidth, kStreams, in.n}, {64, kStreams, in.rows}, true);
     if (status == cudaSuccess && y)
         status = encode_map(&in.sublayer.y_map, y, {C::kWidth, in.n, 1}, {C::kSlice, in.rows, 1}, false);
     if (status != cudaSuccess) return status;
-    const int tiles = (int)ceil_div(in.n, in.tile), used = tiles < most ? tiles : most;
-    in.round = used * in.tile;
-    in.whole = in.n / in.round;
-    in.last = (int)ceil_div(in.n % in.round, used);
-    in.tiles = in.whole + (in.last > 0);
-    config.gridDim = (unsigned)(kCluster * used);
+    int64_t tiles = ceil_div(in.n, in.tile);
+    if (in.norm.y && tiles > clusters) return kUnsupported;
+    config.gridDim = (unsigned)(kCluster * (tiles < clusters ? tiles : clusters));
     return (int)cudaLaunchKernelEx(&config, collapse_kernel<C>, in);
 }
 

@@ -29,10 +29,7 @@ constexpr int kOfMovers = 1, kFilled = 2, kEmptied = 4, kFilling = kWorking + 32
 struct Streams {
     CUtensorMap x_map;  // of x [n, 4, d]; what was before the sublayer, if there is one
     int n;
-    int tile, rows;  // tokens of a whole tile; that a box of the map has
-    // Of every cluster: tiles; whole ones among them. After these, the others have up to `last` tokens each.
-    int tiles, whole, last;
-    int round;  // tokens of a whole tile of every cluster
+    int tile, rows;  // tokens of a tile; that a box of the map has
     const float* fn;
     HyperParameters p;
     bf16* u;
@@ -43,7 +40,7 @@ struct Streams {
         const float *post, *comb;  // [n, 4], [n, 4, 4]
         bf16* x;                   // [n, 4, d]
     } sublayer;
-    // Of u, by the movers that have it; no y: none.
+    // Of u, by the movers that have it, where every cluster has one tile; no y: none.
     struct Norm {
         const void* weight;  // [d]
         int weight_dtype;
@@ -86,8 +83,8 @@ struct Collapse {
         alignas(16) float sums[kSlots][kCluster][kSums];  // of the token this CTA gates
         float4 pre[kSlots][Tile];
         float logits[kCombTiles][kCombs + 1];
-        alignas(16) float squares[2][Expands ? Tile : 1][kCluster];  // sums over the columns of u of every CTA
-        uint64_t loaded[Stages], expanded[Stages], summed[kSlots], gated[kSlots], normed[2];
+        alignas(16) float squares[Expands ? Tile : 1][kCluster];  // sums over the columns of u of every CTA
+        uint64_t loaded[Stages], expanded[Stages], summed[kSlots], gated[kSlots], normed;
     };
     static_assert(sizeof(Shared) <= 227 << 10);
 
@@ -99,13 +96,15 @@ struct Collapse {
 
     __device__ Collapse(const Streams& in, Shared& s) : in(in), s(s) {}
 
+    __device__ int tiles() const {  // of this cluster, at least 1
+        int all = (in.n + in.tile - 1) / in.tile, clusters = gridDim.x / kCluster;
+        return (all - (int)blockIdx.x / kCluster + clusters - 1) / clusters;
+    }
     __device__ int tokens(int i) const {  // of tile i of this cluster, 0 if there is none
-        if (i != in.whole) return i < in.whole ? in.tile : 0;
-        return max(0, min(in.n - token_at(i, 0), in.last));
+        return max(0, min(in.n - token_at(i, 0), in.tile));
     }
     __device__ int token_at(int i, int row) const {
-        const int cluster = blockIdx.x / kCluster;
-        return i * in.round + cluster * (i < in.whole ? in.tile : in.last) + row;
+        return (blockIdx.x / kCluster + i * (gridDim.x / kCluster)) * in.tile + row;
     }
     __device__ void init_barriers() {
         if (threadIdx.x != 0) return;
@@ -115,7 +114,7 @@ struct Collapse {
             barrier_init(&s.summed[i], 1);
             barrier_init(&s.gated[i], 1);
         }
-        for (int i = 0; i < 2; i++) barrier_init(&s.normed[i], 1);
+        barrier_init(&s.normed, 1);
         fence_barrier_init();
         for (int i = 0; i < kSlots; i++) {
             barrier_expect(&s.summed[i], sizeof(s.sums[0]));
@@ -186,7 +185,6 @@ struct Collapse {
         if constexpr (Expands) {
             Sublayer& to = s.sublayer[i % Stages];
             load_box(to.y, &in.sublayer.y_map, rank * kSlice, token, 0, loaded);
-            if (tokens == 0) return;
             bulk_load(to.post, in.sublayer.post + (int64_t)token * kStreams, tokens * 4 * kStreams, loaded);
             bulk_load(to.comb, in.sublayer.comb + (int64_t)token * kCombs, tokens * 4 * kCombs, loaded);
         }
@@ -199,7 +197,7 @@ struct Collapse {
         char* x = s.x[i % Stages];
         bf16* out = in.sublayer.x + (int64_t)token_at(i, 0) * kStreams * kWidth + rank * kSlice;
         barrier_wait(&s.loaded[i % Stages], i / Stages % 2);
-        for (int row = thread() / 32; row < tokens(i); row += kWorkers) {
+        for (int row = warp; row < tokens(i); row += kWorkers) {
             float post[kStreams], comb[kCombs];
             *(float4*)post = *(const float4*)from.post[row];
 #pragma unroll
@@ -337,14 +335,14 @@ struct Collapse {
     __device__ void combine(int i) {
         constexpr int kHalf = kStreams / 2;
         const int last = i % kCombTiles, tile = lane / 2, first = lane % 2 * kHalf * kStreams;
-        const int token = token_at(i - last + tile, rank), tokens = this->tokens(i - last + tile);
+        const int token = token_at(i - last + tile, rank);
         float rows[kHalf][kStreams];
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kHalf * kStreams; k++)
             rows[k / kStreams][k % kStreams] = s.logits[tile][first + k];
         sinkhorn(rows, in.p.iters, in.p.eps);
-        if (tile <= last && rank < tokens) {
+        if (tile <= last && token < in.n) {
             float* to = in.comb + (int64_t)token * kCombs + first;
 #pragma unroll
             for (int k = 0; k < kHalf; k++)
@@ -422,10 +420,7 @@ struct Collapse {
         float weight[8];
         if (in.norm.weight_dtype == DSV4_BF16) load_floats((const bf16*)in.norm.weight + column, weight);
         else load_floats((const float*)in.norm.weight + column, weight);
-        // Two of each are enough: nobody is two tiles ahead of a CTA that has not sent the next one's sums.
-        auto& squares = s.squares[i % 2];
-        uint64_t* normed = &s.normed[i % 2];
-        if (mover() == 0) barrier_expect(normed, tokens * kCluster * sizeof(float));
+        if (mover() == 0) barrier_expect(&s.normed, tokens * kCluster * sizeof(float));
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int row = warp - kWorkers + j * kMovers;
@@ -439,17 +434,17 @@ struct Collapse {
             }
             sum = warp_sum(sum);
             if (lane < kCluster)
-                remote_store(remote_address(shared_address(&squares[row][rank]), lane), __float_as_uint(sum),
-                             remote_address(shared_address(normed), lane));
+                remote_store(remote_address(shared_address(&s.squares[row][rank]), lane), __float_as_uint(sum),
+                             remote_address(shared_address(&s.normed), lane));
         }
-        barrier_wait(normed, i / 2 % 2);
+        barrier_wait(&s.normed, 0);
 #pragma unroll
         for (int j = 0; j < kAtOnce; j++) {
             const int row = warp - kWorkers + j * kMovers;
             if (row >= tokens) break;
             float total = 0;
 #pragma unroll
-            for (int cta = 0; cta < kCluster; cta++) total += squares[row][cta];
+            for (int cta = 0; cta < kCluster; cta++) total += s.squares[row][cta];
             const float factor = 1 / sqrtf(total / (float)kWidth + in.norm.eps);
             const uint32_t words[4] = {v[j][0].x, v[j][0].y, v[j][0].z, v[j][0].w};
             uint32_t y[4];
