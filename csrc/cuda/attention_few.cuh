@@ -97,8 +97,7 @@ template <int kColumns, bool kPacked> struct FewHeads {
             if (b >= blocks) break;
             const uint32_t exist = __ballot_sync(~0u, index[b] >= 0) & 0xff;
             if (lane == 0) s.exists[b][warp] = exist;
-            if constexpr (kPacked) decode_block(b, index[b]);
-            else find_rows(b, index[b], key[b]);
+            if constexpr (!kPacked) find_rows(b, index[b], key[b]);
         }
 #pragma unroll
         for (int piece = 0; piece < kPieces; piece++) {
@@ -109,6 +108,12 @@ template <int kColumns, bool kPacked> struct FewHeads {
                     if (b < blocks) copy_block(b, key[b], piece);
             }
             copy_arrive(&s.landed[piece]);
+        }
+        if constexpr (kPacked) {  // q is on its way; the second block comes into the L2 meanwhile
+            if (blocks > 1) EntryRows(p, first + 1, index[1]).prefetch(lane);
+#pragma unroll
+            for (int b = 0; b < kFewBlocks; b++)
+                if (b < blocks) decode_block(b, index[b]);
         }
         if (thread < kColumns) s.sink[thread] = sink;
         fence_async_proxy();
@@ -371,7 +376,7 @@ __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     few.init_barriers();
     cluster_arrive_relaxed();
     let_next_start();
-    wait_for_previous();
+    if (!p.beside) wait_for_previous();
     few.gather();
     float logit[kColumns / 2];
     if (few.w < few.blocks) few.multiply_keys(logit);
@@ -390,6 +395,7 @@ __global__ void __launch_bounds__(kFewThreads) attention_few_kernel(Problem p) {
     __syncthreads();
     few.combine();
     cluster_sync();  // others may still read this CTA's sums
+    if (p.beside) wait_for_previous();  // what follows waits for this kernel alone
 }
 
 // The sums take the place of the keys, and of q where there is a single block.

@@ -48,7 +48,7 @@ struct Shared {
     float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
     uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
     uint64_t full[kStages][2], empty[kStages][2], weighed[kStages][2], q_full, q_empty, summed;
-    alignas(16) char entries[kProducers<true> / 32][kAhead][kEntryBytes];
+    alignas(8) char entries[kProducers<true> / 32][kAhead][kEntryBytes];
 };
 
 struct Problem {
@@ -67,6 +67,7 @@ struct Problem {
     const int64_t* positions;
     const float* freqs;
     bf16* unturned;  // o before that, or null
+    bool beside;     // does not wait for the kernel before
 };
 
 __host__ __device__ inline int blocks_of(int64_t keys) { return (keys + kBlock - 1) / kBlock; }
@@ -157,10 +158,15 @@ struct Part {
     }
 };
 
+// Until a half of block g's stage is free.
+__device__ inline void wait_until_empty(Shared& s, int g, int half) {
+    if (g >= kStages) barrier_wait(&s.empty[g % kStages][half], (g / kStages - 1) % 2);
+}
+
 // Waits until a half of block g's stage is free; says which of its keys exist.
 __device__ void open_half(Shared& s, int g, int half, int thread, uint64_t exists) {
     const int stage = g % kStages;
-    if (g >= kStages) barrier_wait(&s.empty[stage][half], (g / kStages - 1) % 2);
+    wait_until_empty(s, g, half);
     if (thread == 0) {
         s.exists[stage][half] = exists;
         barrier_arrive(&s.full[stage][half]);
@@ -199,7 +205,9 @@ struct Blocks {
 template <bool kPacked>
 __device__ void next_q(const Problem& p, int at, Shared& s, int turn) {
     constexpr int kThreads = kProducers<kPacked>;
-    const int thread = threadIdx.x - kConsumers, unit = thread % 64;
+    int thread = threadIdx.x - kConsumers;
+    asm volatile("" : "+r"(thread));  // so that addresses are computed anew, not kept in registers
+    const int unit = thread % 64;
     const Work work(p, at);
     if (turn > 0) barrier_wait(&s.q_empty, (turn - 1) % 2);
     int row = thread / 64;
@@ -245,102 +253,119 @@ __device__ void gather(const Problem& p, Shared& s) {
 // and l + 32, of which those from 56 on are rope values, not codes. Entries lie at multiples of 8 bytes.
 struct EntryCodes {
     uint2 low = {}, high = {}, rope = {};
-    uint8_t low_scale = 0, high_scale = 0;
+    uint32_t low_scale = 0, high_scale = 0;
 
     __device__ EntryCodes() {}  // of a row that does not exist: zeros
-    __device__ EntryCodes(const char* entry, int lane)
-        : low(*(const uint2*)(entry + 8 * lane)), low_scale(entry[kScalesAt + lane / 8]),
-          high_scale(entry[kScalesAt + 4 + lane / 8]) {
-        if (lane < 24) {
-            high = *(const uint2*)(entry + 256 + 8 * lane);
-        } else {
-            const uint2* values = (const uint2*)(entry + kPlain + 16 * (lane - 24));
-            high = values[0];
-            rope = values[1];
-        }
+    __device__ EntryCodes(const char* entry, int lane) {
+        const char* upper = entry + (lane < 24 ? 256 + 8 * lane : kPlain + 16 * (lane - 24));
+        low = *(const uint2*)(entry + 8 * lane);
+        high = *(const uint2*)upper;
+        if (lane >= 24) rope = *(const uint2*)(upper + 8);
+        low_scale = *(const uint8_t*)(entry + kScalesAt + lane / 8);
+        high_scale = *(const uint8_t*)(entry + kScalesAt + 4 + lane / 8);
+    }
+    // `to`: where in a tile unit l of the row goes; l + 32 lies four chunks behind.
+    __device__ void store_at(uint32_t to, int lane) const {
+        uint4 unit = decode_codes(low, scale_pair(low_scale));
+        shared_store16(to, unit);
+        unit = decode_codes(high, scale_pair(high_scale));
+        if (lane >= 24) unit = {high.x, high.y, rope.x, rope.y};
+        shared_store16(to + 4 * kChunk, unit);
     }
     __device__ void store(char* tile, int row, int lane) const {
-        *(uint4*)(tile + unit_offset(row, lane)) = decode_codes(low, scale_of(low_scale));
-        uint4 unit = {high.x, high.y, rope.x, rope.y};
-        if (lane < 24) unit = decode_codes(high, scale_of(high_scale));
-        *(uint4*)(tile + unit_offset(row, lane + 32)) = unit;
+        store_at(shared_address(tile) + unit_offset(row, lane), lane);
     }
 };
 
-// Entries on their way from memory, in a ring of the warp's own; zero bytes where there is no row.
-struct EntryRing {
-    const int lane;
-    char (&slots)[kAhead][kEntryBytes];
-
-    // Starts copying a row.
-    __device__ void fetch(int slot, const Pool& pool, int row) const {
-        const int index = checked(pool, row);
-        const char* entry = (const char*)pool.keys + (int64_t)max(index, 0) * kEntryBytes + 8 * lane;
-        const uint32_t to = shared_address(slots[slot]) + 8 * lane;
-        copy8(to, entry, index >= 0);
-        copy8(to + 256, entry + 256, index >= 0);
-        if (8 * lane < kEntryBytes - 512) copy8(to + 512, entry + 512, index >= 0);
+// Of a warp's eight rows of a block, lane l knows that of row l % 8: where its entry lies, and in bit 0
+// whether there is one.
+struct EntryRows {
+    uint64_t entry;
+    // `index`: what the block's index says of the row; `block` counts those of the token.
+    __device__ EntryRows(const Problem& p, int block, int index) {
+        const Pool pool = pool_of(p, block);
+        entry = (uint64_t)pool.keys + (int64_t)max(checked(pool, index), 0) * kEntryBytes + (index >= 0);
+    }
+    __device__ bool mine_exists() const { return entry & 1; }
+    // Starts copying row i to `slot`, zeros where there is none.
+    __device__ void fetch(const char* slot, int i, int lane) const {
+        const uint64_t from = __shfl_sync(~0u, entry, i);
+        const bool exists = from & 1;
+        const char* values = (const char*)(from & ~1ull) + 8 * lane;
+        const uint32_t to = shared_address(slot) + 8 * lane;
+        copy8(to, values, exists);
+        copy8(to + 256, values + 256, exists);
+        if (8 * lane < kEntryBytes - 512) copy8(to + 512, values + 512, exists);
+    }
+    // Brings all eight into the L2, a sector of 32 bytes a lane.
+    __device__ void prefetch(int lane) const {
+        if (!mine_exists()) return;
+        const char* from = (const char*)(entry & ~1ull) + lane / 8 * 32;
+#pragma unroll
+        for (int i = 0; i < 5; i++)
+            if (128 * i + lane / 8 * 32 < kEntryBytes)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(from + 128 * i) : "memory");
     }
 };
 
-// Brings a row of a pool into the L2, but for what of it shares 16 bytes with a row beside.
-__device__ inline void prefetch_entry(const Pool& pool, int row) {
-    if (row < 0 || row >= pool.rows) return;
-    const uint64_t entry = (uint64_t)pool.keys + (int64_t)row * kEntryBytes, from = (entry + 15) / 16 * 16;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(kEntryBytes / 16 * 16)
-                 : "memory");
-}
-
-// A block, -1 for none, and its rows in its pool; the work that it begins, -1 for none.
-struct Source {
-    int block, begins;
-    Indices rows;
-    __device__ Source(const Blocks& at, bool first, int lane)
-        : block(at.exist() ? at.block : -1), begins(first ? at.at : -1), rows(at.indices(lane)) {}
-};
-
-// The producers of packed pools: as `gather`.
+// The producers of packed pools: as `gather`. The index of a block is looked up two blocks ahead, its rows are
+// brought into the L2 one block ahead, and copied into a ring of the warp's own `kAhead` rows ahead.
 __device__ void gather_packed(const Problem& p, Shared& s) {
-    const int thread = threadIdx.x - kConsumers, warp = thread / 32, lane = thread % 32;
-    constexpr int kOwn = kBlock / (kProducers<true> / 32);  // rows of a block that a warp decodes
-    const EntryRing ring = {lane, s.entries[warp]};
+    constexpr int kOwn = 8;  // rows of a block that a warp decodes
+    static_assert(kOwn * kProducers<true> / 32 == kBlock);
+    const int warp = threadIdx.x / 32 - kConsumers / 32, lane = threadIdx.x % 32;
     Blocks ahead(p);
-    Source rows(ahead, true, lane);
-    bool begins = ahead.advance();
-    Source next(ahead, begins, lane);
+    auto look_up = [&] {
+        return ahead.exist() ? index_of(p, ahead.token, ahead.block, kOwn * warp + lane % kOwn) : -1;
+    };
+    EntryRows now(p, ahead.block, look_up());
+    int work = -1, now_in = ahead.at;  // number of the work whose q is there; of that of block `now`
+    ahead.advance();
+    EntryRows next(p, ahead.block, look_up());
+    int next_in = ahead.at;
+    char (&ring)[kAhead][kEntryBytes] = s.entries[warp];
+    int slot = 0;
+#pragma unroll
     for (int r = 0; r < kAhead; r++) {
-        ring.fetch(r, pool_of(p, rows.block), rows.rows.at(kOwn * warp, r));
+        now.fetch(ring[r], r, lane);
         copy_commit();
     }
-    int slot = 0;
-    for (int g = 0, turn = 0; rows.block >= 0; g++) {
-        if (rows.begins >= 0) next_q<true>(p, rows.begins, s, turn++);
-        char* tile = s.keys[g % kStages];
-        const uint64_t exists = rows.rows.exist();
-#pragma unroll 1
-        for (int half = 0; half < 2; half++) open_half(s, g, half, thread, exists);
-#pragma unroll 1
+    // The next row's codes; its place in the ring goes to row i of `rows`.
+    auto take = [&](const EntryRows& rows, int i) {
+        copy_wait<kAhead - 1>();
+        __syncwarp();
+        const EntryCodes codes(ring[slot], lane);
+        __syncwarp();
+        rows.fetch(ring[slot], i, lane);
+        copy_commit();
+        slot = slot == kAhead - 1 ? 0 : slot + 1;
+        return codes;
+    };
+    EntryCodes codes = take(now, kAhead);
+    for (int g = 0, turn = 0; now_in < p.works; g++) {
+        const int stage = g % kStages;
+        if (now_in != work) next_q<true>(p, work = now_in, s, turn++);
+        ahead.advance();
+        const int index = look_up();
+        for (int half = 0; half < 2; half++) wait_until_empty(s, g, half);
+        const uint32_t exist = __ballot_sync(~0u, now.mine_exists());
+        if (lane < 2) ((uint8_t*)&s.exists[stage][lane])[warp] = exist;
+        uint32_t to = shared_address(s.keys[stage]) + unit_offset(kOwn * warp, lane);
+        asm volatile("" : "+r"(to));  // so that the addresses of all rows are not kept in registers
+#pragma unroll
         for (int r = 0; r < kOwn; r++) {
-            copy_wait<kAhead - 1>();
-            __syncwarp();
-            const EntryCodes codes(ring.slots[slot], lane);
-            __syncwarp();
-            const bool wraps = r + kAhead >= kOwn;
-            const Indices from = {wraps ? next.rows.low : rows.rows.low,
-                                  wraps ? next.rows.high : rows.rows.high};
-            ring.fetch(slot, pool_of(p, wraps ? next.block : rows.block),
-                       from.at(kOwn * warp, (r + kAhead) % kOwn));
-            copy_commit();
-            slot = slot + 1 == kAhead ? 0 : slot + 1;
-            codes.store(tile, kOwn * warp + r, lane);
+            const int refill = r + 1 + kAhead;  // row r + 1 leaves its place to that
+            const EntryCodes following = take(refill < kOwn ? now : next, refill % kOwn);
+            codes.store_at((to ^ r << 4) + r * 128, lane);
+            codes = following;
         }
         fence_async_proxy();
-        for (int half = 0; half < 2; half++) barrier_arrive(&s.full[g % kStages][half]);
-        rows = next;
-        begins = ahead.advance();
-        next = Source(ahead, begins, lane);
-        const int row = next.rows.at(kOwn * warp, lane % kOwn);
-        if (lane < kOwn && next.block >= 0) prefetch_entry(pool_of(p, next.block), row);
+        for (int half = 0; half < 2; half++) barrier_arrive(&s.full[stage][half]);
+        now = next;
+        now_in = next_in;
+        next = EntryRows(p, ahead.block, index);
+        next_in = ahead.at;
+        next.prefetch(lane);
     }
     copy_wait<0>();
 }

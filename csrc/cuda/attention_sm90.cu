@@ -14,11 +14,11 @@ __global__ void __launch_bounds__(kConsumers + kProducers<kPacked>, 1) attention
     extern __shared__ char memory[];
     Shared& s = *reinterpret_cast<Shared*>((shared_address(memory) + 1023) / 1024 * 1024 -
                                            shared_address(memory) + memory);
-    let_next_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
             for (int half = 0; half < 2; half++) {
-                barrier_init(&s.full[i][half], kProducers<kPacked> + 1);  // copies, and the bits of what exists
+                // Of bfloat16, once more for the bits of what exists.
+                barrier_init(&s.full[i][half], kProducers<kPacked> + !kPacked);
                 barrier_init(&s.empty[i][half], kConsumers / 2);
             }
             for (int half = 0; half < 2; half++)
@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers<kPacked>, 1) attention
     }
     __syncthreads();
     wait_for_previous();
+    let_next_start();  // not before: the few tokens launched beside this kernel wait for nothing else
     if (threadIdx.x >= kConsumers) {
         fewer_registers<kPacked ? 56 : 72>();
         if constexpr (kPacked) gather_packed(p, s);
@@ -115,12 +116,13 @@ using namespace dsv4;
 // two blocks each, or 1, 2 or 4 of 64 heads; where `part` is not null, a second kernel combines up to 64
 // of 64 heads by way of part [n, heads, shares, dim] and part_sums [n, heads, shares, 2]. Where positions
 // [n] and freqs [32] are not null, the last 64 dimensions of o are turned back, and o as it was goes to
-// unturned [n, heads, dim] unless that is null; not with 64 heads.
+// unturned [n, heads, dim] unless that is null; not with 64 heads. Where `beside` is not 0, nor 64 heads, the
+// kernel does not wait for the one before, which must be this one with 64 heads a CTA and one share.
 DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window_rows,
                                const int* window_index, int64_t window_width, const void* entries,
                                int64_t entry_rows, const int* entry_index, int64_t entry_width,
                                const float* sink, float scale, int64_t n, int64_t heads,
-                               int64_t dim, int64_t plain, int64_t columns, int64_t shares,
+                               int64_t dim, int64_t plain, int64_t columns, int64_t shares, int64_t beside,
                                float* part, float* part_sums, const int64_t* positions,
                                const float* freqs, void* unturned, void* o, float* lse, int dtype,
                                void* stream) {
@@ -147,7 +149,8 @@ DSV4_EXPORT int dsv4_attention(const void* q, const void* window, int64_t window
                      (Softmax*)part_sums,
                      positions,
                      freqs,
-                     (bf16*)unturned};
+                     (bf16*)unturned,
+                     beside != 0};
         if (columns == 16)
             return (plain ? launch_few<16, true> : launch_few<16, false>)(p, n, stream);
         if (columns == 32)

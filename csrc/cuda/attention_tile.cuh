@@ -24,6 +24,13 @@ __device__ inline float exp2_approximate(float x) {
 constexpr float kSlack = 8;
 constexpr int kAtOnce = 8;  // loads from another CTA that a thread has under way
 
+// Where thread `thread` of a warpgroup stores its row of four matrices, rows 0-7, 8-15, 0-7, 8-15 of columns
+// 0-7, 0-7, 8-15, 8-15 of its warp's part of `tile`, swizzled; the next 16 columns lie 32 bytes on.
+__device__ inline uint32_t weights_at(const char* tile, int thread) {
+    const int row = thread / 32 * 16 + thread % 16;
+    return shared_address(tile) + row * 128 + ((thread % 32 / 16 ^ thread % 8) << 4);
+}
+
 // Warpgroup w of the two. Its number is known to the compiler, and so all addresses of matrices.
 template <int w, bool kPacked> struct Consumer {
     Shared& s;
@@ -132,9 +139,7 @@ template <int w, bool kPacked> struct Consumer {
         const float from[2] = {of[0].most == -INFINITY ? 0 : of[0].most,
                                of[1].most == -INFINITY ? 0 : of[1].most};
         float value[8];
-        // Row lane % 8 of matrix lane / 8: heads 0-7, 8-15, 0-7, 8-15; keys 0-7, 0-7, 8-15, 8-15.
-        const int at = threadIdx.x % 128 / 32 * 16 + lane % 16;
-        const uint32_t to = shared_address(s.weights[w]) + at * 128 + ((lane / 16 ^ lane % 8) << 4);
+        const uint32_t to = weights_at(s.weights[w], threadIdx.x % 128);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             value[i] = exp2_approximate(fmaf(logit[8 * k + i], scale, -from[i / 2 % 2]));
@@ -232,46 +237,41 @@ template <int w, bool kPacked> struct Consumer {
     }
 };
 
-// Row `row` of an 8 x 4 block of words, a word of each of four rows in each of four lanes -> a row of
-// four words in each lane: lane t gets row t.
-__device__ inline uint4 transpose_quad(uint32_t (&word)[4], int t) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & step) continue;
-            uint32_t &low = word[i], &high = word[i + step];
-            uint32_t sent = t & step ? low : high;
-            uint32_t got = __shfl_xor_sync(~0u, sent, step);
-            (t & step ? low : high) = got;
-        }
-    }
-    return {word[0], word[1], word[2], word[3]};
-}
-
-// Normalised output, and lse.
+// Normalised output, and lse; 64 columns at a time through this warp's part of the weights.
 template <int w, bool kPacked>
 __device__ void write_output(const Problem& p, const Work& work, Consumer<w, kPacked>& c,
                              const float (&sink)[2]) {
+    float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int head = c.row + 8 * i;
-        const bool exists = head < work.heads;
-        const int64_t at = (int64_t)work.token * p.heads + work.head + head;
         const Softmax total = with_sink(c.of[i], sink[i]);
-        const float factor = weight_of(c.of[i].most, total.most) / total.sum;
-        if (exists && w == 0 && c.t == 0) p.lse[at] = lse_of(total);
-        bf16* to = p.o + at * kDim + w * kHalf + 8 * c.t;
+        factor[i] = weight_of(c.of[i].most, total.most) / total.sum;
+        if (head < work.heads && w == 0 && c.t == 0)
+            p.lse[(int64_t)work.token * p.heads + work.head + head] = lse_of(total);
+    }
+    int thread = threadIdx.x % 128;
+    asm volatile("" : "+r"(thread));  // so that the addresses are computed anew, not kept in registers
+    const int head = thread / 32 * 16 + thread % 32 / 8, unit = thread % 8;
+    const uint32_t to_part = weights_at(c.s.weights[w], thread);
+    const uint32_t from = shared_address(c.s.weights[w]) + head * 128 + ((unit ^ head % 8) << 4);
+    bf16* to = p.o + ((int64_t)work.token * p.heads + work.head + head) * kDim + w * kHalf + 8 * unit;
 #pragma unroll
-        for (int j = 0; j < 32; j += 4) {
-            uint32_t word[4];
+    for (int chunk = 0; chunk < kHalf / 64; chunk++) {
+        __syncwarp();
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float* from = c.sum + 4 * (j + k) + 2 * i;
-                word[k] = pack_bf16(from[0] * factor, from[1] * factor);
-            }
-            const uint4 unit = transpose_quad(word, c.t);
-            if (exists) store16(to + 8 * j, unit.x, unit.y, unit.z, unit.w);
+        for (int k = 0; k < 4; k++) {
+            const float* sum = c.sum + 32 * chunk + 8 * k;
+            store_matrices(to_part ^ (k * 32), pack_bf16(sum[0] * factor[0], sum[1] * factor[0]),
+                           pack_bf16(sum[2] * factor[1], sum[3] * factor[1]),
+                           pack_bf16(sum[4] * factor[0], sum[5] * factor[0]),
+                           pack_bf16(sum[6] * factor[1], sum[7] * factor[1]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 v = shared_load16((from ^ (i % 2 * 64)) + i * 512);
+            if (head + 4 * i < work.heads) store16(to + 4 * i * kDim + 64 * chunk, v.x, v.y, v.z, v.w);
         }
     }
 }

@@ -41,6 +41,21 @@ __device__ __forceinline__ void store8(void* to, uint32_t a, uint32_t b) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
 
+// 16 bytes of shared memory at an address of it.
+__device__ __forceinline__ uint4 shared_load16(uint32_t shared) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void shared_store16(uint32_t shared, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // ------------------------------------------------------------------------------ mbarrier
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {

@@ -23,11 +23,16 @@ __device__ inline float entry_value(const uint8_t* entry, EntryLayout layout, in
     return e4m3_pair(entry[i]).x * scale_of(entry[layout.scales_at() + i / kTile]);
 }
 
+// 2^(code - 127), NaN for 255, twice in bfloat16.
+__device__ inline uint32_t scale_pair(uint32_t code) {
+    return code == 255 ? 0x7FC07FC0u : max(code * 0x00800080u, 0x00400040u);
+}
+
 // Eight codes times their scale, as bfloat16: exact.
-__device__ inline uint4 decode_codes(uint2 codes, float scale) {
+__device__ inline uint4 decode_codes(uint2 codes, uint32_t scales) {
     auto pair = [&](uint32_t two) {
-        float2 value = e4m3_pair((uint16_t)two);
-        return pair_of(value.x * scale, value.y * scale);
+        const float2 value = e4m3_pair((uint16_t)two);
+        return multiply(pair_of(value.x, value.y), scales);
     };
     return {pair(codes.x), pair(codes.x >> 16), pair(codes.y), pair(codes.y >> 16)};
 }

@@ -33,7 +33,7 @@ from dsv4_bench.engine.kv_entry import plain_of
 ATTENTION = Library(
     "attention",
     {
-        "attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, P, P, P, P, P, P, P, I),
+        "attention": (P, P, N, P, N, P, N, P, N, P, F, N, N, N, N, N, N, N, P, P, P, P, P, P, P, I),
         "attention_clusters": (N, P),
     },
 )
@@ -265,6 +265,7 @@ def _launch(
             plain_of(dim, window.shape[1]) if window.dtype == torch.uint8 else 0,
             how.heads,
             how.shares,
+            first > 0,  # beside the others, which read the same inputs
             None if sums is None else sums.data_ptr(),
             None if softmax is None else softmax.data_ptr(),
             *(None if tensor is None else tensor.data_ptr() for tensor in turns),
