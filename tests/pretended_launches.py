@@ -21,9 +21,16 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
         return OPS[op].reference(*args, **params)
 
     def hc_post_pre_norm(
-        *args: Tensor, weight: Tensor, weight_eps: float, outs: tuple[Tensor, ...], **pre: Any
+        *args: Tensor,
+        weight: Tensor,
+        weight_eps: float,
+        outs: tuple[Tensor, ...],
+        parts: tuple[Tensor, Tensor] | None,
+        **pre: Any,
     ) -> tuple[Tensor, ...]:
         ran["streams"] += 1
+        if parts is not None:
+            args[0].copy_(reference("moe_sum", *parts, dtype=args[0].dtype))
         new = reference("hc_post", *args)
         u, post, comb = reference("hc_pre", new, **pre)
         for out, value in zip(outs, (new, u, post, comb), strict=True):
@@ -53,8 +60,8 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 
     for site in model.sites.values():
         monkeypatch.setattr(site.stamp, "implementation", "sm90")
-    for name in ("joins_norm", "joins_rope", "joins_linears"):
-        monkeypatch.setattr(fused, name, lambda *_: True)
+    for name in ("joins_norm", "joins_rope", "joins_linears", "joins_sum"):
+        monkeypatch.setattr(fused, name, lambda *_, **__: True)
     for function in (hc_post_pre_norm, attention_rope, rope_index_score, linears):
         monkeypatch.setattr(fused, function.__name__, function)
     return ran

@@ -21,7 +21,7 @@ from dsv4_bench.engine.checkpoint import Checkpoint
 from dsv4_bench.engine.config import TINY
 from dsv4_bench.engine.cuda import fusion
 from dsv4_bench.engine.cuda.fused import KINDS, Chain, norm_rope
-from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm
+from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_sum
 from dsv4_bench.engine.cuda.step import CudaStep
 from dsv4_bench.engine.errors import CannotAnswer, DSV4Error
 from dsv4_bench.engine.fixed_step import FixedStep
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=str
 CONFIG = replace(TINY, num_hidden_layers=6, compress_ratios=(0, 4, 128, 4, 128, 4))
 # By launches of their own, where a graph has V4-Flash's widths.
 PUT_OFF = """L0/attn/compressor/pool L0/attn/q_head_norm L0/attn/core L0/attn/index/rope
-             L1/attn/kv_rope L0/attn/hc_post L0/ffn/hc_post L1/attn/hc_pre L1/ffn/hc_pre"""
+             L1/attn/kv_rope L0/attn/hc_post L0/ffn/sum L0/ffn/hc_post L1/attn/hc_pre"""
 LENGTHS = (125, 3, 60)  # before the window's end, an end of a CSA window, neither
 
 
@@ -170,6 +170,25 @@ def test_the_norm_behind_the_streams_has_the_bits_of_the_norm_alone(flash: Trans
             by = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
             *_, u, _, _, normed = hc_post_pre_norm(y, x, *gates, **by, **pre.params)
             assert torch.equal(normed, norm.run((u,)))
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_streams_that_add_up_the_experts_have_the_bits_of_the_sum_alone(
+    flash: Transformer, n: int
+) -> None:
+    pre, norm = (flash.sites[f"L0/attn/{name}"] for name in ("hc_pre", "norm"))
+    total = flash.sites["L0/ffn/sum"]
+    parts = torch.randn(n, 4096, device="cuda"), torch.randn(n, 4096, device="cuda")
+    x = torch.randn(n, 4, 4096, device="cuda").bfloat16()
+    gates = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
+    by = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"], **pre.params}
+    assert joins_sum(*parts, **total.params)
+    wanted = total.run(parts)
+    y = torch.full_like(wanted, torch.nan)
+    found = hc_post_pre_norm(y, x, *gates, parts=parts, **by)
+    assert torch.equal(y, wanted)
+    for ours, theirs in zip(found, hc_post_pre_norm(wanted, x, *gates, **by), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_linears_of_one_input_are_joined_within_rounding(flash: Transformer) -> None:

@@ -17,8 +17,10 @@ constexpr int kMixColumns = 64, kMixBlocks = kFewWidth / kMixColumns;  // of eve
 constexpr int kMixLine = 32;  // floats that a block leaves a token: the mixes, the sum of squares, nothing
 
 struct FewStreams {
-    const bf16 *y, *x;         // [n, d] to be mixed in, or null; [n, 4, d]
-    const float *post, *comb;  // [n, 4], [n, 4, 4] to mix it in by
+    bf16* y;                      // [n, d] to be mixed in, or null
+    const float *routed, *shared;  // [n, d] whose sum y is, and becomes; or null
+    const bf16* x;                // [n, 4, d]
+    const float *post, *comb;     // [n, 4], [n, 4, 4] to mix y in by
     bf16* new_x;               // [n, 4, d] the streams after that
     int n;
     const float* fn;  // [24, 4 * d]
@@ -56,6 +58,15 @@ __device__ inline float2 load_early(const float* from) {
     return v;
 }
 
+// Two columns of y, made first where it is a sum.
+__device__ inline Vector<bf16, 2> sublayer_columns(const FewStreams& in, int at, bool mine) {
+    if (in.routed == nullptr) return *(const Vector<bf16, 2>*)(in.y + at);
+    const float2 a = *(const float2*)(in.routed + at), b = *(const float2*)(in.shared + at);
+    const Vector<bf16, 2> y = {from_float<bf16>(a.x + b.x), from_float<bf16>(a.y + b.y)};
+    if (mine) *(Vector<bf16, 2>*)(in.y + at) = y;
+    return y;
+}
+
 // A warp a stream, two columns a lane. grid (kMixBlocks, tokens side by side).
 template <bool kExpands>
 __global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in) {
@@ -76,7 +87,7 @@ __global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in)
             Two old[kStreams];
 #pragma unroll
             for (int j = 0; j < kStreams; j++) old[j] = *(const Two*)(x + j * kFewWidth);
-            const Two y = *(const Two*)(in.y + token * kFewWidth + column);
+            const Two y = sublayer_columns(in, token * kFewWidth + column, stream == 0);
             float comb[kCombs], value[2];
 #pragma unroll
             for (int j = 0; j < kStreams; j++)

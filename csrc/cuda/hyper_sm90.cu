@@ -106,9 +106,10 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
 
 // hc_post, then hc_pre of its result: y [n, d], x [n, 4, d] of bfloat16, post and comb as hc_pre made them
 // for x -> new_x [n, 4, d], u, new_post, new_comb; and, where `normed` is not null, u's RMS norm with
-// weight norm_weight [d]. Only d 4096, and 64 tokens to be normed. sums as for hc_pre.
-DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post, const float* comb,
-                                 int64_t n, int64_t d, const float* fn, const float* scale,
+// weight norm_weight [d]. Only d 4096, and 64 tokens to be normed. sums as for hc_pre; with it routed and
+// shared [n, d] float32 may be given, whose sum goes to y first.
+DSV4_EXPORT int dsv4_hc_post_pre(void* y, const float* routed, const float* shared, const void* x,
+                                 const float* post, const float* comb, int64_t n, int64_t d, const float* fn, const float* scale,
                                  const float* base, int64_t iters, float eps, float norm_eps,
                                  void* new_x, void* u, float* new_post, float* new_comb,
                                  const void* weight, int weight_dtype, float weight_eps, void* normed,
@@ -117,11 +118,12 @@ DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
     if (sums != nullptr) {
         if (d != kFewWidth || n > kFewTokens) return kUnsupported;
-        const FewStreams in = {(const bf16*)y, (const bf16*)x, post, comb, (bf16*)new_x, (int)n,
-                               fn, p, sums, (bf16*)u, new_post, new_comb,
+        const FewStreams in = {(bf16*)y, routed, shared, (const bf16*)x, post, comb, (bf16*)new_x,
+                               (int)n, fn, p, sums, (bf16*)u, new_post, new_comb,
                                weight, weight_dtype, weight_eps, (bf16*)normed};
         return collapse_few(in, stream);
     }
+    if (routed != nullptr) return kUnsupported;
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = new_post, .comb = new_comb};
     in.sublayer.post = post, in.sublayer.comb = comb, in.sublayer.x = (bf16*)new_x;
     in.norm = {weight, weight_dtype, weight_eps, (bf16*)normed};

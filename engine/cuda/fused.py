@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
-from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm
+from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm, joins_sum
 from dsv4_bench.engine.cuda.indexer import rope_index_score
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
@@ -23,6 +23,7 @@ from dsv4_bench.engine.registry import Site
 
 NORM_ROPE = Library("norm_rope", {"norm_rope": (P, N, N, N, P, I, F, P, P, N, P, N, P, N, P, P)})
 _WIDEST = 512
+NEXT = "next/"  # before the path of a site that is in the layer after
 # Implementations that these launches may stand for: the second is the first for few rows.
 KERNELS = ("sm90", "sm90+cutedsl")
 
@@ -41,13 +42,12 @@ class Chain:
 
 @dataclass(frozen=True)
 class Kind:
-    """A site (path below its layer) and those that follow it, `later` layers on; `launch(chain)` runs all
-    and returns the last one's result; where the chain is observed it fills what the others return."""
+    """A site (path below its layer) and those that follow it, after NEXT in the next layer; `launch(chain)`
+    runs all and returns the last one's result; where the chain is observed it fills what the others return."""
 
     first: str
     then: tuple[str, ...]
     launch: Callable[[Chain], Any]
-    later: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def put_off(site: Site, args: tuple[Any, ...], dtype: torch.dtype) -> Any:
         overlap = args[2].shape[1] == 2 * ratio
         shape = len(args[4].lengths), width // 2 if overlap else width
         return torch.empty(shape, dtype=dtype, device=args[0].device)
+    if site.op == "moe_sum":
+        return torch.empty_like(args[0], dtype=dtype)
     if site.op == "hc_post":
         return torch.empty_like(args[1])
     if site.op == "hc_pre":
@@ -85,6 +87,8 @@ def may_begin(site: Site, args: tuple[Any, ...], following: list[Site]) -> bool:
         return bool(args[4].padded and args[4].is_decode)
     if site.op == "hc_post":
         return joins_norm(args[1])
+    if site.op == "moe_sum":
+        return joins_sum(*args, **site.params)
     if site.op == "attention":
         q, window, window_index, _, entry_index = args
         return joins_rope(q, window, window_index, entry_index, following[0].params["freqs"])
@@ -198,12 +202,14 @@ def _one_by_one(
 
 
 def streams(chain: Chain) -> Tensor:
-    """hc_post, the next hc_pre, and the norm of its result."""
-    _, pre, norm = chain.sites
-    y, x, *gates = chain.args[0]
-    new, inner = chain.results
+    """hc_post, the next hc_pre, and the norm of its result; first moe_sum, if the chain has it."""
+    *_, pre, norm = chain.sites
+    parts = chain.args[0] if chain.sites[0].op == "moe_sum" else None
+    y, x, *gates = chain.args[-3]
+    new, inner = chain.results[-2:]
     by: dict[str, Any] = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
-    return hc_post_pre_norm(y, x, gates[0], gates[1], outs=(new, *inner), **by, **pre.params)[-1]
+    by |= {"outs": (new, *inner), "parts": parts}
+    return hc_post_pre_norm(y, x, gates[0], gates[1], **by, **pre.params)[-1]
 
 
 def core(chain: Chain) -> Tensor:
@@ -224,6 +230,7 @@ def scores(chain: Chain) -> Tensor:
 
 # ------------------------------------------------------------------------------ which sites
 
+_NEXT_INPUT = (NEXT + "attn/hc_pre", NEXT + "attn/norm")
 _COMPRESSORS = ("attn/compressor", "attn/index/compressor")
 KINDS = (
     Kind("attn/q_head_norm", ("attn/q_rope",), norm_rope),
@@ -233,7 +240,8 @@ KINDS = (
     Kind("attn/index/rope", ("attn/index/score",), scores),
     Kind("attn/core", ("attn/o_rope",), core),
     Kind("attn/hc_post", ("ffn/hc_pre", "ffn/norm"), streams),
-    Kind("ffn/hc_post", ("attn/hc_pre", "attn/norm"), streams, later=1),
+    Kind("ffn/sum", ("ffn/hc_post", *_NEXT_INPUT), streams),
+    Kind("ffn/hc_post", _NEXT_INPUT, streams),
 )
 JOINS = (
     Join(

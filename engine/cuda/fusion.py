@@ -18,6 +18,7 @@ from dsv4_bench.engine.cuda.fused import (
     JOINS,
     KERNELS,
     KINDS,
+    NEXT,
     Chain,
     Kind,
     joined,
@@ -157,11 +158,14 @@ class Fusions:
         return Chain(kind, following, observed=self._observed) if fits else None
 
     def _following(self, kind: Kind, layer: int) -> list[Site]:
-        layer += kind.later
-        if self._layers is not None and layer not in self._layers:
-            return []
-        found = [self._sites.get(f"L{layer}/{name}") for name in kind.then]
-        return [] if None in found else [site for site in found if site is not None]
+        found = []
+        for name in kind.then:
+            number = layer + name.startswith(NEXT)
+            site = self._sites.get(f"L{number}/{name.removeprefix(NEXT)}")
+            if site is None or (self._layers is not None and number not in self._layers):
+                return []
+            found.append(site)
+        return found
 
 
 def _follows(chain: Chain, args: tuple[Any, ...]) -> bool:

@@ -33,7 +33,7 @@ HYPER = Library(
     {
         "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
-        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P, P),
+        "hc_post_pre": (P, P, P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P, P),
     },
 )
 HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
@@ -140,6 +140,18 @@ def joins_norm(x: Tensor) -> bool:
     return _fuses(x) and x.shape[0] <= _NORMED_TOKENS
 
 
+def joins_sum(routed: Tensor, shared: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `hc_post_pre_norm` takes these as `parts`, to be added up in `dtype`: 8 tokens, d 4096."""
+    return (
+        dtype == torch.bfloat16
+        and routed.shape == shared.shape
+        and 0 < len(routed) <= _FEW_TOKENS
+        and routed.shape[1:] == (_FUSED_WIDTH,)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (routed, shared))
+        and all(t.data_ptr() % 8 == 0 for t in (routed, shared))
+    )
+
+
 def hc_post_pre_norm(
     y: Tensor,
     x: Tensor,
@@ -149,14 +161,16 @@ def hc_post_pre_norm(
     weight: Tensor,
     weight_eps: float,
     outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    parts: tuple[Tensor, Tensor] | None = None,
     **pre: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`hc_post_pre` and, last, `rms_norm` of its u with `weight` [d]; see `joins_norm`.
 
     The new streams, u, post and comb go to `outs`, dense and like x, y, post and comb, if given.
+    With `parts`, which `joins_sum` takes, their `moe_sum` goes to y first.
     """
     if joins_norm(x):
-        return _post_pre(y, x, post, comb, (weight, weight_eps), outs, **pre)
+        return _post_pre(y, x, post, comb, (weight, weight_eps), outs, parts, **pre)
     made = hc_post_pre(y, x, post, comb, **pre)
     given = outs or made
     for out, value in zip(given, made, strict=True):
@@ -182,6 +196,7 @@ def _post_pre(
     comb: Tensor,
     norm: tuple[Tensor, float] | None = None,
     outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    parts: tuple[Tensor, Tensor] | None = None,
     *,
     fn: Tensor,
     scale: Tensor,
@@ -200,7 +215,8 @@ def _post_pre(
     post, comb = floats(op, post), floats(op, comb)
     new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
     normed = y.new_empty(0)
-    inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
+    summed = (None, None) if parts is None else tuple(part.data_ptr() for part in parts)
+    inputs = (y.data_ptr(), *summed, x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
     weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
     outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())
     normed_by: tuple[Any, ...] = (None, 0, 0.0, None)
