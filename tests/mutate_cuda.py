@@ -211,8 +211,8 @@ MUTANTS = (
     Mutant(
         "top-k: candidates of one score share a place",
         "topk_rank.cuh",
-        "rank += s.ranked[other] > mine[j];",
-        "rank += s.ranked[other] >> 32 > mine[j] >> 32;",
+        "rank += binned[other] > mine[j] & other < end;",
+        "rank += binned[other] >> 32 > mine[j] >> 32 & other < end;",
         "test_cuda_indexer.py test_topk",
         ("topk",),
     ),
@@ -279,9 +279,9 @@ MUTANTS = (
     ),
     Mutant(
         "norm_rope: the mean is of one element more",
-        "norm_rope.cuh",
-        "/ (float)p.d + p.eps",
-        "/ (float)(p.d + 1) + p.eps",
+        "norm_rope_sm90.cu",
+        "/ (float)how.d + how.eps",
+        "/ (float)(how.d + 1) + how.eps",
         "test_cuda_graph.py fused_norm_rope",
         ("norm_rope",),
     ),

@@ -109,8 +109,9 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
 // weight norm_weight [d]. Only d 4096, and 64 tokens to be normed. sums as for hc_pre; with it routed and
 // shared [n, d] float32 may be given, whose sum goes to y first.
 DSV4_EXPORT int dsv4_hc_post_pre(void* y, const float* routed, const float* shared, const void* x,
-                                 const float* post, const float* comb, int64_t n, int64_t d, const float* fn, const float* scale,
-                                 const float* base, int64_t iters, float eps, float norm_eps,
+                                 const float* post, const float* comb, int64_t n, int64_t d,
+                                 const float* fn, const float* scale, const float* base,
+                                 int64_t iters, float eps, float norm_eps,
                                  void* new_x, void* u, float* new_post, float* new_comb,
                                  const void* weight, int weight_dtype, float weight_eps, void* normed,
                                  float* sums, void* stream) {
