@@ -40,11 +40,14 @@ def hyper() -> None:
 
 
 def hyper_joined() -> None:
-    """hc_post and the next hc_pre in one kernel, without and with the norm that follows."""
+    """hc_post and the next hc_pre in one go, without and with the norm that follows and the sum before."""
     for n in (1, 8, 17, 26):
         given = streams(n, 4096, BF16)
-        norm = {"weight": randn(4096, dtype=BF16), "weight_eps": 1e-6}
+        norm = {"weight": randn(4096, dtype=F32 if n == 8 else BF16), "weight_eps": 1e-6}
         hc_post_pre_norm(*given["args"], **given["pre"], **norm)
+        if n <= 8:
+            parts = randn(n, 4096), randn(n, 4096)
+            hc_post_pre_norm(*given["args"], parts=parts, **given["pre"], **norm)
     hc_post_pre(*given["args"], **given["pre"])
 
 
