@@ -83,6 +83,7 @@ template <int Tiles> int gate_sums(const Product& p, void* stream) {
 
 constexpr int kThreads = 256;
 constexpr int kMostChosen = 32;
+constexpr int kAtOnce = 32;  // partial sums of an expert that are on their way together
 
 // How experts are chosen, and where to.
 struct Choice {
@@ -151,15 +152,21 @@ __global__ void __launch_bounds__(kThreads)
     wait_for_previous();
     const int64_t token = to.tid2eid == nullptr ? 0 : to.tokens[row];
     for (int e = threadIdx.x; e < 32 * kEach; e += kThreads) {
+        const bool valid = e < count;
+        const float bias = valid && to.bias != nullptr ? to.bias[e] : 0;  // with the sums, not behind a store
         float sum = 0;
-        if (e < count) {
-#pragma unroll 16
-            for (int part = 0; part < parts; part++) sum += sums[(part * n + row) * count + e];
+        for (int first = 0; first < parts; first += kAtOnce) {
+            float part[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++)
+                part[i] = valid && first + i < parts ? sums[((first + i) * n + row) * count + e] : 0;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) sum += part[i];
         }
-        const float score = e < count ? sqrtf(softplus(sum)) : 0;
-        if (e < count) scores[row * count + e] = score;
+        const float score = valid ? sqrtf(softplus(sum)) : 0;
+        if (valid) scores[row * count + e] = score;
         plain[e] = score;
-        rank[e] = e < count ? ordered(to.bias == nullptr ? score : score + to.bias[e]) : 0;
+        rank[e] = valid ? ordered(score + bias) : 0;
     }
     __syncthreads();
     const int lane = threadIdx.x;

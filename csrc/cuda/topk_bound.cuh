@@ -18,14 +18,14 @@ struct Shared {
     alignas(16) uint32_t rough[kRough];
     float4 summary[kMostCluster];  // bound, most, whether all are equal, of every CTA
     uint64_t summarised, collected;
-    uint32_t own_low, own_most, taken, owned;
+    KeyRange range;
+    uint32_t taken;
     float bound;
 
     __device__ void clear() {
         rough[threadIdx.x] = 0;
-        if (threadIdx.x != 0) return;
-        own_low = ~0u;
-        own_most = taken = owned = 0;
+        if (threadIdx.x == 0) taken = 0;
+        ranking.clear_bins();
     }
 };
 
@@ -132,14 +132,8 @@ __device__ Extremes find_extremes(Shared& s, const Share<Quads>& share, float (&
         most = max_nan(most, group[g]);
         if (group[g] > -INFINITY) low = fminf(low, group[g]);
     }
-    const uint32_t low_key = __reduce_min_sync(kAll, key_of(low));
-    const uint32_t most_key = __reduce_max_sync(kAll, key_of(most));
-    if (threadIdx.x % 32 == 0) {
-        atomicMin(&s.own_low, low_key);
-        atomicMax(&s.own_most, most_key);
-    }
-    __syncthreads();
-    return {score_of(s.own_low), score_of(s.own_most)};
+    const uint2 keys = s.range.find(key_of(low), key_of(most));
+    return {score_of(keys.x), score_of(keys.y)};
 }
 
 // A lower bound, up to rounding, of the need-th best score of this share, or -inf; right in warp 0.

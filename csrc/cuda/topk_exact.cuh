@@ -283,7 +283,7 @@ __device__ void exact_topk(Exact& s, Ranking& ranking, const float* score, int t
                 cut.before_above + (cut.exact ? 0 : cut.before_here));
     sync(ctas);
     if (rank != 0 || candidates == 0) return;
-    Candidates mine;
+    Candidates<kEach> mine;
 #pragma unroll
     for (int j = 0; j < kEach; j++) {
         const uint32_t i = j * kThreads + threadIdx.x;

@@ -5,13 +5,7 @@
 
 namespace dsv4 {
 
-constexpr int kMostFew = 4096;  // scores of a row that may all be ranked
-
-// Whether all scores of a row are compared with all, without a bound: where no CTA compares so many pairs
-// that another way is faster, of kCandidates scores a CTA by itself.
-__host__ __device__ inline bool is_few(int64_t count, int64_t parts) {
-    return count <= kMostFew && count * count <= (count <= kCandidates ? 32768 : 65536) * parts;
-}
+constexpr int kMostFew = 4096;  // scores of a row at most
 
 // Writes the indices of scores [begin, end) of a row of `count` that are among its first `wanted`. key: of all, in
 // order, 0 behind the last up to a multiple of four. A warp ranks Together of them at once.
@@ -43,25 +37,42 @@ __device__ void rank_few(const uint32_t* key, int count, int begin, int end, uin
     }
 }
 
-// The part that CTA `part` of `parts` has of a row of few.
-template <int Quads>
-__device__ void few_topk(Shared& s, const Share<Quads>& share, int k, int part, int parts, int* index) {
-    uint32_t* key = (uint32_t*)s.ranking.candidates;
-    static_assert(kMostFew * sizeof(*key) <= sizeof(s.ranking.candidates));
+// A part of a row of few a CTA; grid rows * parts.
+__global__ void __launch_bounds__(kThreads, 1)
+    few_topk_kernel(const float* score, const int64_t* visible, int total, int k, int parts, int* index) {
+    __shared__ __align__(16) uint32_t key[kMostFew];
+    const int64_t row = blockIdx.x / parts;
+    const int part = blockIdx.x % parts;
+    let_next_start();
+    Share<2> share(score + row * total);
+    static_assert(2 * 4 * kThreads == kMostFew);
+    index += row * k;
+    wait_for_previous();
+    share.read(total, visible + row);
     const int count = share.count;
 #pragma unroll
-    for (int q = 0; q < Quads; q++) {
+    for (int q = 0; q < 2; q++) {
         const int at = share.at(4 * q);
         uint32_t four[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) four[j] = at + j < count ? key_of(share.value[4 * q + j]) : 0;
-        if (at < kMostFew) *(uint4*)(key + at) = {four[0], four[1], four[2], four[3]};
+        *(uint4*)(key + at) = {four[0], four[1], four[2], four[3]};
     }
     __syncthreads();
     const int each = (count + parts - 1) / parts, begin = min(each * part, count), end = min(begin + each, count);
     const uint32_t wanted = min(count, k);
     if (each <= kWarps) rank_few<1>(key, count, begin, end, wanted, index);
     else rank_few<2>(key, count, begin, end, wanted, index);
+    if (part == 0)
+        for (int i = threadIdx.x + wanted; i < k; i += kThreads) index[i] = -1;
+}
+
+// CTAs of each of n rows of few, so that all fit on the device at once; 1 where another way is faster.
+inline int parts_of_few(int64_t n, int64_t total, int64_t processors) {
+    int parts = 1;
+    while (parts < 128 && 2 * parts * n <= processors) parts *= 2;
+    const int64_t pairs = total <= kCandidates ? 32768 : 65536;  // that a CTA compares
+    return total <= kMostFew && total * total <= pairs * parts ? parts : 1;
 }
 
 }  // namespace dsv4

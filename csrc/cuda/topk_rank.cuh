@@ -40,15 +40,33 @@ __device__ inline void sync(uint32_t ctas) {
 }
 
 struct Ranking {
-    uint64_t candidates[kCandidates], ranked[kCandidates];  // key and complement of the index
+    uint64_t candidates[2 * kCandidates];  // key and complement of the index
     uint32_t count[kMostCluster];  // candidates in the region of each CTA, kCandidates / regions long
-    alignas(16) uint32_t start[kRankBins + 1];  // 0 at first
+    alignas(16) uint32_t bins[kRankBins];  // 0 at first
     uint32_t scan[kWarps];
 
     // That candidate, 0 if its region ends before it.
     __device__ uint64_t get(int regions, int i) const {
         const int size = kCandidates / regions;
         return i % size < count[i / size] ? candidates[i] : 0;
+    }
+    __device__ void clear_bins() {
+        for (int i = threadIdx.x; i < kRankBins; i += kThreads) bins[i] = 0;
+    }
+};
+
+// Extremes of keys by warp.
+struct KeyRange {
+    uint2 warps[kWarps];
+
+    // The least and the largest of all threads' keys, least <= largest unless there are none.
+    __device__ uint2 find(uint32_t least, uint32_t largest) {
+        least = __reduce_min_sync(kAll, least);
+        largest = __reduce_max_sync(kAll, largest);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {least, largest};
+        __syncthreads();
+        const uint2 both = warps[threadIdx.x % kWarps];
+        return {__reduce_min_sync(kAll, both.x), __reduce_max_sync(kAll, both.y)};
     }
 };
 
@@ -71,20 +89,22 @@ __device__ inline void sort(uint64_t* candidates, uint32_t size) {
 }
 
 // Candidates of a thread; 0 is none.
-constexpr int kEach = kCandidates / kThreads;
-using Candidates = uint64_t[kEach];
+template <int Each> using Candidates = uint64_t[Each];
+constexpr int kEach = kCandidates / kThreads;  // of those that Ranking holds
 
 // Writes the indices of the first `wanted` candidates by sorting all.
-__device__ inline void rank_by_sorting(Ranking& s, const Candidates& mine, uint32_t wanted, int* index) {
+template <int Each>
+__device__ void rank_by_sorting(Ranking& s, const Candidates<Each>& mine, uint32_t wanted, int* index) {
+    static_assert(Each * kThreads <= 2 * kCandidates);
 #pragma unroll
-    for (int j = 0; j < kEach; j++) s.candidates[j * kThreads + threadIdx.x] = mine[j];
+    for (int j = 0; j < Each; j++) s.candidates[j * kThreads + threadIdx.x] = mine[j];
     __syncthreads();
-    sort(s.candidates, kCandidates);
+    sort(s.candidates, Each * kThreads);
     for (uint32_t i = threadIdx.x; i < wanted; i += kThreads)
         index[i] = (int)~(uint32_t)s.candidates[i];
 }
 
-// Bins of keys from `low` to `most`, the largest first: of equal width in the scores where those are on
+// Bins of keys from `low` to `most`, the largest first: of equal width in the scores if those are on
 // both sides of 0, where keys are far apart.
 struct Bins {
     uint32_t most;
@@ -100,58 +120,68 @@ struct Bins {
         top = score_of(most), scale = (kRankBins - 1) / (top - bottom);
         linear = bottom < 0 && top > 0 && scale > 0;  // and finite
     }
-    __device__ uint32_t of(uint64_t candidate) const {
-        const uint32_t key = candidate >> 32;
-        return linear ? min((int)((top - score_of(key)) * scale), kRankBins - 1) : (most - key) >> shift;
+    __device__ uint32_t of(uint32_t key) const {
+        const uint32_t bin = linear ? (uint32_t)((top - score_of(key)) * scale) : (most - key) >> shift;
+        return min(bin, kRankBins - 1);
     }
 };
 
-// s.start, from the number of candidates in each bin to that in those before it; false, and nothing
-// is changed, where a bin has too many.
+// s.bins, from the number of candidates in each to their number << 16 | that of those before them; false,
+// and nothing is changed, where a bin has too many.
 __device__ inline bool find_starts(Ranking& s) {
-    static_assert(kRankBins == 4 * kThreads);
+    static_assert(kRankBins == 4 * kThreads && 2 * kCandidates < 1 << 16);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint4 counts = ((const uint4*)s.start)[threadIdx.x];
-    const uint32_t sum = counts.x + counts.y + counts.z + counts.w, upto = warp_inclusive_sum(sum);
+    const uint4 count = ((const uint4*)s.bins)[threadIdx.x];
+    const uint32_t sum = count.x + count.y + count.z + count.w, upto = warp_inclusive_sum(sum);
     if (lane == 31) s.scan[warp] = upto;
-    const bool crowded = max(max(counts.x, counts.y), max(counts.z, counts.w)) > kCrowd;
+    const bool crowded = max(max(count.x, count.y), max(count.z, count.w)) > kCrowd;
     if (__syncthreads_or(crowded)) return false;
     const uint32_t first = __reduce_add_sync(kAll, lane < warp ? s.scan[lane] : 0) + upto - sum;
-    ((uint4*)s.start)[threadIdx.x] = {first, first + counts.x, first + counts.x + counts.y,
-                                      first + sum - counts.w};
-    if (threadIdx.x == kThreads - 1) s.start[kRankBins] = first + sum;
+    const uint32_t second = first + count.x, third = second + count.y, fourth = third + count.z;
+    ((uint4*)s.bins)[threadIdx.x] = {count.x << 16 | first, count.y << 16 | second, count.z << 16 | third,
+                                     count.w << 16 | fourth};
     __syncthreads();
     return true;
 }
 
 // Writes the indices of the first `wanted` of all threads' candidates, whose keys are from `low` to `most`.
-__device__ inline void rank_candidates(Ranking& s, const Candidates& mine, uint32_t low, uint32_t most,
-                                       uint32_t wanted, int* index) {
+template <int Each>
+__device__ void rank_candidates(Ranking& s, const Candidates<Each>& mine, uint32_t low, uint32_t most,
+                                uint32_t wanted, int* index) {
+    static_assert(kMost + kCrowd <= kCandidates);  // so many are compared
+    constexpr int kAtOnce = 4;
     const Bins bins(low, most);
-    uint32_t begin[kEach], place[kEach];  // of its bin, in its bin
+    uint64_t* binned = s.candidates + kCandidates;
+    int* order = (int*)s.candidates;
+    uint32_t bin[Each], place[Each];  // place: in the bin
 #pragma unroll
-    for (int j = 0; j < kEach; j++)
-        if (mine[j]) place[j] = atomicAdd(&s.start[begin[j] = bins.of(mine[j])], 1);
+    for (int j = 0; j < Each; j++)
+        if (mine[j]) place[j] = atomicAdd(&s.bins[bin[j] = bins.of(mine[j] >> 32)], 1);
     __syncthreads();
     if (!find_starts(s)) return rank_by_sorting(s, mine, wanted, index);
-    uint32_t end[kEach] = {};  // of its bin, 0 where nothing is left to be compared
+    uint32_t with[Each];  // of the bin, 0 where it is too late
 #pragma unroll
-    for (int j = 0; j < kEach; j++) {
+    for (int j = 0; j < Each; j++) {
+        with[j] = 0;
         if (!mine[j]) continue;
-        const uint32_t bin = begin[j], after = s.start[bin + 1];
-        begin[j] = s.start[bin];
-        if (begin[j] >= wanted) continue;
-        if (after - begin[j] == 1) index[begin[j]] = (int)~(uint32_t)mine[j];
-        else s.ranked[begin[j] + place[j]] = mine[j], end[j] = after;
+        const uint32_t its = s.bins[bin[j]], begin = its & 0xffff;
+        if (begin < wanted) binned[begin + place[j]] = mine[j], with[j] = its;
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kEach; j++) {
-        if (end[j] == 0) continue;
-        uint32_t rank = begin[j];
-        for (uint32_t other = begin[j]; other < end[j]; other++) rank += s.ranked[other] > mine[j];
-        if (rank < wanted) index[rank] = (int)~(uint32_t)mine[j];
+    for (int j = 0; j < Each; j++) {
+        if (!with[j]) continue;
+        uint32_t rank = with[j] & 0xffff;
+        const uint32_t begin = rank, end = begin + (with[j] >> 16);
+#pragma unroll 1
+        for (uint32_t first = begin; first < end; first += kAtOnce)
+#pragma unroll
+            for (uint32_t other = first; other < first + kAtOnce; other++)
+                rank += binned[other] > mine[j] & other < end;
+        if (rank < wanted) order[rank] = (int)~(uint32_t)mine[j];
     }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < wanted; i += kThreads) index[i] = order[i];
 }
 
 }  // namespace dsv4

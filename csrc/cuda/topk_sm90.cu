@@ -15,35 +15,10 @@ namespace {
 
 constexpr int kMostQuads = 8;     // of scores that a thread holds
 constexpr int kShort = 4 * kMostQuads * kThreads;  // scores of a row that a CTA holds
-constexpr int kWideQuads = 10, kWide = 4 * kWideQuads * kThreads;  // the same, where a row has several
-constexpr int kLeastParts = 8, kMostParts = 32, kMostPartsOfFew = 128;  // CTAs of a row that each holds
+constexpr int kWideQuads = 10, kWide = 4 * kWideQuads * kThreads;  // that it can hold, more slowly
 constexpr int64_t kSlice = 2048;   // scores of a row that are worth a CTA of a cluster
 
 // ---------------------------------------------------------------- rows that a CTA holds
-
-// Writes the indices of this part's candidates that are among the first `wanted` of all `taken`:
-// own(i), of i from 0 on to `owned`. A warp ranks Together of them at once.
-template <int Together, class F>
-__device__ void rank_own(const Ranking& s, uint32_t taken, uint32_t owned, uint32_t wanted, int* index, F own) {
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t first = Together * warp; first < owned; first += Together * kWarps) {
-        uint64_t mine[Together];
-        uint32_t rank[Together] = {};
-#pragma unroll
-        for (uint32_t j = 0; j < Together; j++) mine[j] = first + j < owned ? own(first + j) : ~0ull;
-#pragma unroll 8
-        for (uint32_t i = lane; i < taken; i += 32) {
-            const uint64_t other = s.candidates[i];
-#pragma unroll
-            for (int j = 0; j < Together; j++) rank[j] += other > mine[j];
-        }
-#pragma unroll
-        for (uint32_t j = 0; j < Together; j++) {
-            rank[j] = __reduce_add_sync(kAll, rank[j]);
-            if (lane == 0 && first + j < owned && rank[j] < wanted) index[rank[j]] = (int)~(uint32_t)mine[j];
-        }
-    }
-}
 
 // The least key of a share that is the whole row.
 template <int Quads> __device__ uint32_t find_least(Shared& s, const Share<Quads>& share) {
@@ -51,21 +26,16 @@ template <int Quads> __device__ uint32_t find_least(Shared& s, const Share<Quads
 #pragma unroll
     for (int j = 0; j < 4 * Quads; j++)
         if (share.at(j) < share.count) least = min(least, key_of(share.value[j]));
-    least = __reduce_min_sync(kAll, least);
-    if (threadIdx.x % 32 == 0) atomicMin(&s.own_low, least);
-    __syncthreads();
-    return s.own_low;
+    return s.range.find(least, 0).x;
 }
 
-// Whether the row is done; if not, nothing of it is written. All parts come to the same candidates.
-template <int Quads, bool Parts>
-__device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t part, uint32_t parts,
-                           int* index) {
+// Whether the row is done; if not, nothing of it is written.
+template <int Quads> __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, int* index) {
     const uint32_t wanted = min(share.count, k);
     float group[kGroupsEach], bound = -INFINITY;
     const Extremes its = find_extremes(s, share, group);
     if (its.low == its.most && __syncthreads_and(share.all_are(its.most))) {
-        for (int i = threadIdx.x; part == 0 && i < wanted; i += kThreads) index[i] = i;
+        for (int i = threadIdx.x; i < wanted; i += kThreads) index[i] = i;
         return true;
     }
     if (its.finite()) bound = find_bound(s, group, its, k);
@@ -74,7 +44,6 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
     bound = s.bound;
     const bool all = !(bound > -INFINITY);
     if (all && share.count > kCandidates) return false;
-    Ranking& ranking = s.ranking;
     // First where the candidates are, then what: so that no thread waits for one after another.
     uint32_t* where = s.exact.count;
     share.take(share.from(bound), &s.taken, [&](uint32_t slot, uint32_t index) {
@@ -83,72 +52,44 @@ __device__ bool whole_topk(Shared& s, const Share<Quads>& share, int k, uint32_t
     __syncthreads();
     const uint32_t taken = s.taken;
     if (taken > kCandidates || taken < wanted) return false;
-    if constexpr (Parts) {
-        for (uint32_t slot = threadIdx.x; slot < taken; slot += kThreads) {
-            const uint64_t candidate = ranking.candidates[slot] = share.candidate(where[slot]);
-            if ((where[slot] / 4 & parts - 1) == part) ranking.ranked[atomicAdd(&s.owned, 1)] = candidate;
-        }
-        __syncthreads();
-        rank_own<2>(ranking, taken, s.owned, wanted, index, [&](uint32_t i) { return ranking.ranked[i]; });
-    } else {
-        Candidates mine;
+    Candidates<kEach> mine;
 #pragma unroll
-        for (int j = 0; j < kEach; j++) {
-            const uint32_t slot = j * kThreads + threadIdx.x;
-            mine[j] = slot < taken ? share.candidate(where[slot]) : 0;
-        }
-        const uint32_t low = all ? find_least(s, share) : key_of(bound);
-        rank_candidates(ranking, mine, low, key_of(its.most), wanted, index);
+    for (int j = 0; j < kEach; j++) {
+        const uint32_t slot = j * kThreads + threadIdx.x;
+        mine[j] = slot < taken ? share.candidate(where[slot]) : 0;
     }
+    const uint32_t low = all ? find_least(s, share) : key_of(bound);
+    rank_candidates(s.ranking, mine, low, key_of(its.most), wanted, index);
     return true;
 }
 
-// A CTA a row; with Parts, `parts` of them, a power of two.
-template <int Quads, bool Parts>
+// A CTA a row.
+template <int Quads>
 __global__ void __launch_bounds__(kThreads, 1)
-    whole_topk_kernel(const float* score, const int64_t* visible, int total, int k, int parts, int* index) {
+    whole_topk_kernel(const float* score, const int64_t* visible, int total, int k, int* index) {
     extern __shared__ __align__(16) char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
-    const int64_t row = Parts ? blockIdx.x / parts : blockIdx.x;
-    const int part = Parts ? blockIdx.x % parts : 0;
+    const int64_t row = blockIdx.x;
     let_next_start();
     s.clear();
-    if (part == 0)
-        for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.ranking.start[i] = 0;
     index += row * k;
     Share<Quads> share(score + row * total);
     wait_for_previous();
     share.read(total, visible + row);
     __syncthreads();  // the counters are set
-    bool done = false;
-    if (Parts && is_few(share.count, parts)) {
-        few_topk(s, share, k, part, parts, index);
-        done = true;
-    } else if (total <= kThreads * 4 * Quads) {
-        done = whole_topk<Quads, Parts>(s, share, k, part, parts, index);
-    }
-    if (part != 0) return;
-    if (!done) {
+    const bool held = total <= kThreads * 4 * Quads;
+    if (!held || !whole_topk(s, share, k, index))
         exact_topk<Quads>(s.exact, s.ranking, share.score, total, share.count, k, index);
-    }
     for (int i = threadIdx.x + min(share.count, k); i < k; i += kThreads) index[i] = -1;
 }
 
-template <int Quads, bool Parts>
-int launch_whole(int parts, const float* score, const int64_t* visible, int64_t n, int64_t total, int k,
-                 int* index, void* stream) {
-    static const int allowed = allow_shared(whole_topk_kernel<Quads, Parts>, sizeof(Shared));
+template <int Quads>
+int launch_whole(const float* score, const int64_t* visible, int64_t n, int64_t total, int k, int* index,
+                 void* stream) {
+    static const int allowed = allow_shared(whole_topk_kernel<Quads>, sizeof(Shared));
     if (allowed) return allowed;
-    return launch(whole_topk_kernel<Quads, Parts>, dim3(n * parts), kThreads, sizeof(Shared), stream, score,
-                  visible, total, k, parts, index);
-}
-
-// CTAs of each of n short rows, so that all rows fit on the device at once; 1 where one is faster.
-int parts_for(int64_t n, int64_t total, int64_t processors) {
-    int parts = 1;
-    while (parts < kMostPartsOfFew && 2 * parts * n <= processors) parts *= 2;
-    if (parts > 1 && is_few(total, parts)) return parts;
-    return total <= kCandidates || total > kWide || parts < kLeastParts ? 1 : min(parts, kMostParts);
+    return launch(whole_topk_kernel<Quads>, dim3(n), kThreads, sizeof(Shared), stream, score, visible, total,
+                  k, index);
 }
 
 // ---------------------------------------------------------------- longer rows
@@ -216,7 +157,7 @@ __device__ bool bounded_topk(Shared& s, const Share<Quads>& share, int k, int* i
     }
     if (!fits || candidates < wanted) return false;
     if (share.rank != 0) return true;
-    Candidates mine;
+    Candidates<kEach> mine;
 #pragma unroll
     for (int j = 0; j < kEach; j++) mine[j] = s.ranking.get(ctas, j * kThreads + threadIdx.x);
     rank_candidates(s.ranking, mine, key_of(bound), key_of(most), wanted, index);
@@ -231,7 +172,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
     let_next_start();
-    for (int i = threadIdx.x; i < kRankBins; i += kThreads) s.ranking.start[i] = 0;
     s.clear();
     if (threadIdx.x == 0) {
         barrier_init(&s.summarised, 1);
@@ -296,19 +236,16 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
                                 int64_t k, int64_t processors, int* index, void* stream) {
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
-    const int parts = parts_for(n, total, processors);
-    if (parts > 1) {
-        auto run = total > kShort       ? launch_whole<kWideQuads, true>
-                   : total > kShort / 4 ? launch_whole<kMostQuads, true>
-                                        : launch_whole<kMostQuads / 4, true>;
-        return run(parts, score, visible, n, total, (int)k, index, stream);
-    }
+    if (const int parts = parts_of_few(n, total, processors); parts > 1)
+        return launch(few_topk_kernel, dim3(n * parts), kThreads, 0, stream, score, visible, total, k, parts, index);
     if (total <= kCandidates)
-        return launch(short_topk_kernel, dim3(n), kThreads, 0, stream, score, visible, (int)total, (int)k, index);
+        return launch(short_topk(total), dim3(n), kThreads, 0, stream, score, visible, total, k, index);
     const unsigned ctas = total <= kShort ? 1 : cluster_for(n, total, processors);
-    if (ctas == 1) {
-        auto run = total > kShort / 4 ? launch_whole<kMostQuads, false> : launch_whole<kMostQuads / 4, false>;
-        return run(1, score, visible, n, total, (int)k, index, stream);
+    if (ctas == 1 || total <= kWide) {
+        auto run = total <= kShort / 4 ? launch_whole<kMostQuads / 4>
+                   : total <= kShort   ? launch_whole<kMostQuads>
+                                       : launch_whole<kWideQuads>;
+        return run(score, visible, n, total, (int)k, index, stream);
     }
     auto run = total <= ctas * kShort / 4 ? launch_topk<kMostQuads / 4> : launch_topk<kMostQuads>;
     return run(ctas, score, visible, n, total, (int)k, index, stream);
