@@ -163,7 +163,7 @@ class DecodeGraph:
         fixed = step.tensors()
         for layer in self._covered():
             cache = self.cache.layers[layer]
-            with branches.part([x, *fixed, *cache.tensors().values()], layer):
+            with branches.part([x, *fixed, *cache.tensors().values()]):
                 x = self.model.layers[layer](x, cache, step)
         return x
 

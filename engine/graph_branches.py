@@ -28,12 +28,12 @@ from dsv4_bench.engine.registry import Site
 class Observer(Protocol):
     """Launches of its own beside the sites, on a branch that is joined at the end of the graph.
 
-    `after` and `look` are called while capturing, with that branch as the current stream, behind all
-    sites so far: at the end of a layer, and behind sites that are `due`. Nothing may synchronise.
+    All but `due` are called while capturing, with that branch as the current stream, behind all sites
+    so far: where a site is `due`, and at the end of the step. Nothing may synchronise.
     """
 
     def due(self, site: Site) -> bool:
-        """Whether not to wait for the end of the layer."""
+        """Whether to be told now of this site and all before it."""
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """The site has run; its tensors stay valid for the life of the graph."""
@@ -128,14 +128,12 @@ class Branches:
         self._count = self.nodes.count()
 
     @contextmanager
-    def part(self, given: Iterable[Any], layer: int | None = None) -> Iterator[None]:
+    def part(self, given: Iterable[Any]) -> Iterator[None]:
         """A layer, or what else shall be joined at its end; `given` are the tensors it starts from."""
         self._begin(self._last.stream, storages(given))
         with _Between(self):
             yield
         self._join()
-        if layer is not None:
-            self._tell()
 
     def _join(self) -> None:
         """Everything comes together on the stream of the last site, which is the current one."""
@@ -152,7 +150,8 @@ class Branches:
         """All branches come together where the capture began."""
         self._tell()
         if self.observer is not None:
-            self.observer.step_done()
+            with torch.cuda.stream(self._beside):
+                self.observer.step_done()
         torch.cuda.set_stream(self.origin)
         self.origin.wait_stream(self._last.stream)
         if self._beside is not None:

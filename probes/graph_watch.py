@@ -19,9 +19,9 @@ from dsv4_bench.probes.readings import Call, Reading, fetch
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
 _VALUES_A_SITE = 64, 8  # integers that a call has in the ring, and more for each sequence
 _STEPS = 4
-# Ops behind which to look at all since the last time: where long ones follow, beside which it costs little,
-# so that little is left when the layer ends.
-_LOOK_BEHIND = ("attention", "gate")
+# Ops behind which to look at all since the last time: where kernels follow that leave room on the processors.
+# The routed experts do not: what is launched beside them delays them.
+_LOOK_BEHIND = ("attention",)
 
 
 def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
@@ -32,8 +32,8 @@ def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
 class GraphWatch:
     """The observer of a decode graph of `batch` sequences: `probes` look at `sites` at every replay.
 
-    A few launches a layer, on a branch beside the sites, leave every answer in a ring on the device;
-    `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
+    One launch a layer and those of the softmax probe, on a branch beside the sites, leave every answer in
+    a ring on the device; `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
     probes that cannot be in a graph, and where the fused kernel does not run.
     """
 
@@ -72,6 +72,7 @@ class GraphWatch:
         self._over = self._begun = False
         self._calls: list[Call] = []
         self._fresh: list[Call] = []
+        self._later: list[Call] = []  # to ask about behind the launch for the others
         self._memory = Memory()
         self._said: list[Reading] = []  # in `observe`
         self._slots: list[Question] = []  # by slot
@@ -97,6 +98,12 @@ class GraphWatch:
         inputs = site.spec.bind(args, site.params)
         outputs = site.spec.name_outputs(result) | {n: inputs[n] for n in site.spec.mutates}
         call = Call(site, inputs, outputs)
+        if self.due(site):
+            self._later.append(call)
+        else:
+            self._ask(call)
+
+    def _ask(self, call: Call) -> None:
         self._said += self.observation.ask(call)
         if call.answers:
             self._memory.add(call)
@@ -105,10 +112,18 @@ class GraphWatch:
 
     def step_done(self) -> None:
         """The step is over."""
+        self._launch()
         self._over = True
 
     def look(self) -> None:
-        """Record one launch for everything asked since the last."""
+        """Record one launch for everything asked since the last; then those of probes that make some."""
+        self._launch()
+        for call in self._later:
+            self._ask(call)
+        self._later = []
+
+    def _launch(self) -> None:
+        """One launch for what was asked and is not on its way yet."""
         first, views = len(self._slots), []
         for question in unanswered(self._fresh):
             if question.request.kind == "values":
@@ -133,7 +148,8 @@ class GraphWatch:
                 f"{len(self._slots)} answers and {self._copied} values do not fit into the ring",
                 "watch fewer sites",
             )
-        self.ring.launch(views, first)
+        if views:
+            self.ring.launch(views, first)
         self._fresh, self._memory, self._copying = [], Memory(), []
 
     def _copy(self, owner: Question | int, value: Tensor) -> None:

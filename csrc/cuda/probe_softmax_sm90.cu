@@ -6,20 +6,30 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kBlocks = 8;                        // of a cluster, which has a token
-constexpr int kHeads = 16;                        // of a tile, the rows of a matrix instruction
-constexpr int kTiles = 4;                         // at a time, a warp each
-constexpr int kShares = kBlocks * kWarps / kTiles;  // of the keys
-constexpr int kKeys = 8;                          // of a group, its columns
+// Blocks that find room beside those of a layer's products.
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kResident = 4;
+constexpr int kBlocks = 16;  // of a token: a share of its keys each
+constexpr int kHeads = 16;   // of a tile, the rows of a matrix instruction; a warp has one at a time
+constexpr int kKeys = 8;     // of a group, its columns
 constexpr int kGroups = 5, kSteps = 2;  // that a warp has under way: groups, and 32 elements of rows
 constexpr int kMostHeads = 128, kMostSamples = 8;
-constexpr int kFields = 8;                        // of a result
+constexpr int kFields = 8;  // of a result
 
 struct Pool {
     const bf16* keys;      // [rows, dim]
     const int32_t* index;  // [n, width], -1 for none
     int64_t width;
+};
+
+// Of one head.
+struct alignas(16) Masses {
+    float window = 0, entries = 0, entropy = 0, largest = -INFINITY;
+};
+
+// What a block finds.
+struct Share {
+    Masses masses[kMostHeads];
+    float sinks[kWarps];
 };
 
 struct Job {
@@ -30,13 +40,9 @@ struct Job {
     int64_t n;
     int heads, dim;
     float scale;
-    int64_t sample[kMostSamples];  // tokens that are looked at, one a cluster
+    int64_t sample[kMostSamples];  // tokens that are looked at
+    Share* shares;                 // [samples, kBlocks]
     double* out;                   // [samples, kFields]
-};
-
-// Of one head.
-struct Masses {
-    float window = 0, entries = 0, entropy = 0, largest = -INFINITY;
 };
 
 __device__ inline float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN stays
@@ -165,46 +171,57 @@ struct Tile {
     }
 };
 
-// Every block's results in the memory of its cluster's first one.
-struct Shared {
-    Masses shares[kWarps / kTiles][kMostHeads];  // this block's, by the warps' shares of the keys
-    Masses masses[kBlocks][kMostHeads];
-    float sinks[kBlocks][kWarps];
-    double partial[kMostHeads / 32][kFields];
-};
-
-// To the same address of the cluster's first block.
-__device__ inline void store_to_first(float* at, float value) {
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, 0;\n"
-                 "st.shared::cluster.f32 [remote], %1;\n}" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(at)),
-                 "f"(value)
-                 : "memory");
-}
-__device__ inline void store_to_first(Masses* at, const Masses& value) {
-    store_to_first(&at->window, value.window), store_to_first(&at->entries, value.entries);
-    store_to_first(&at->entropy, value.entropy), store_to_first(&at->largest, value.largest);
-}
-
-// The clusters share all tokens' sinks among them: this warp's part.
+// All blocks share all tokens' sinks among them: this warp's part.
 __device__ inline float sinks_of(const Job& job) {
-    const int64_t blocks = (int64_t)gridDim.x * kBlocks, block = blockIdx.x * kBlocks + blockIdx.z;
+    const int64_t blocks = (int64_t)gridDim.x * kBlocks, block = blockIdx.x * kBlocks + blockIdx.y;
     float sum = 0;
     for (int64_t i = block * kThreads + threadIdx.x; i < job.n * job.heads; i += blocks * kThreads)
         sum += expf(job.sink[i % job.heads] - job.lse[i]);
     return warp_sum(sum);
 }
 
-// By the first block of a cluster: all blocks' keys, all heads. `sink` is the weight of this thread's.
-__device__ inline void conclude(const Job& job, Shared& s, float sink) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    softmax_kernel(const __grid_constant__ Job job) {
+    const int warp = threadIdx.x / 32;
+    const int64_t token = job.sample[blockIdx.x];
+    Share& mine = job.shares[blockIdx.x * kBlocks + blockIdx.y];
+    let_next_start();
+    wait_for_previous();
+    const float sinks = sinks_of(job);
+    if (threadIdx.x % 32 == 0) mine.sinks[warp] = sinks;
+    const int groups = (int)((job.window.width + kKeys - 1) / kKeys +
+                             (job.entries.width + kKeys - 1) / kKeys);
+    const int each = (groups + kBlocks - 1) / kBlocks;
+    const int first = min((int)blockIdx.y * each, groups), last = min(first + each, groups);
+    for (int head = warp * kHeads; head < job.heads; head += kWarps * kHeads) {
+        Tile tile(job, token, head);
+        for (int group = first; group < last; group += kGroups) tile.weigh(group, last);
+        tile.finish();
+        for (int row = 0; row < 2; row++)
+            if (tile.t == 0 && tile.has(row)) mine.masses[tile.head + 8 * row] = tile.of[row];
+    }
+}
+
+// One block a token, a thread a head: all shares of the keys, then all heads.
+__global__ void __launch_bounds__(kMostHeads) conclude_kernel(const __grid_constant__ Job job) {
     constexpr int kSums = 4, kAll = 7;  // the first ones are summed, of the others the largest is taken
     static_assert(kBlocks * kWarps <= kMostHeads);
+    __shared__ double partial[kMostHeads / 32][kFields];
     const int head = threadIdx.x, lane = head % 32;
+    const Share* shares = job.shares + blockIdx.x * kBlocks;
+    const int64_t row = job.sample[blockIdx.x] * job.heads + head;
+    let_next_start();
+    wait_for_previous();
     double values[kAll] = {0, 0, 0, 0, -INFINITY, -INFINITY, -INFINITY};
-    if (head < kBlocks * kWarps) values[0] = (&s.sinks[0][0])[head];
+    if (head < kBlocks * kWarps) values[0] = shares[head / kWarps].sinks[head % kWarps];
     if (head < job.heads) {
-        Masses all;
-        for (int rank = 0; rank < kBlocks; rank++) add(all, s.masses[rank][head]);
+        const float sink = expf(job.sink[head] - job.lse[row]);
+        Masses found[kBlocks], all;
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++)
+            *(float4*)&found[b] = *(const float4*)&shares[b].masses[head];
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) add(all, found[b]);
         float over = all.window + all.entries + sink - 1;
         values[1] = all.window, values[2] = all.entries, values[3] = all.entropy;
         values[4] = all.largest, values[5] = over, values[6] = -over;
@@ -217,50 +234,14 @@ __device__ inline void conclude(const Job& job, Shared& s, float sink) {
 #pragma unroll
         for (int f = 0; f < kAll; f++)
             values[f] = join(f, values[f], __shfl_xor_sync(~0u, values[f], offset));
-    if (lane == 0 && head < kMostHeads)
+    if (lane == 0)
 #pragma unroll
-        for (int f = 0; f < kAll; f++) s.partial[head / 32][f] = values[f];
+        for (int f = 0; f < kAll; f++) partial[head / 32][f] = values[f];
     __syncthreads();
     if (head >= kFields) return;
-    double value = head < kAll ? s.partial[0][head] : 0;
-    for (int w = 1; w < kMostHeads / 32 && head < kAll; w++)
-        value = join(head, value, s.partial[w][head]);
+    double value = head < kAll ? partial[0][head] : 0;
+    for (int w = 1; w < kMostHeads / 32 && head < kAll; w++) value = join(head, value, partial[w][head]);
     job.out[blockIdx.x * kFields + head] = value;
-}
-
-__global__ void __launch_bounds__(kThreads, 1) softmax_kernel(const __grid_constant__ Job job) {
-    __shared__ Shared s;
-    const int warp = threadIdx.x / 32, part = warp / kTiles, rank = blockIdx.z;
-    const int64_t token = job.sample[blockIdx.x];
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-    let_next_start();
-    wait_for_previous();
-    float sink = 0, lse = 0;  // of this thread's head, asked for early
-    if (rank == 0 && threadIdx.x < job.heads)
-        sink = job.sink[threadIdx.x], lse = job.lse[token * job.heads + threadIdx.x];
-    const float sinks = sinks_of(job);
-    const int groups = (int)((job.window.width + kKeys - 1) / kKeys +
-                             (job.entries.width + kKeys - 1) / kKeys);
-    const int each = (groups + kShares - 1) / kShares;
-    const int first = min((rank * (kWarps / kTiles) + part) * each, groups);
-    const int last = min(first + each, groups);
-    for (int head = warp % kTiles * kHeads; head < job.heads; head += kTiles * kHeads) {
-        Tile tile(job, token, head);
-        for (int group = first; group < last; group += kGroups) tile.weigh(group, last);
-        tile.finish();
-        for (int row = 0; row < 2; row++)
-            if (tile.t == 0 && tile.has(row)) s.shares[part][tile.head + 8 * row] = tile.of[row];
-    }
-    __syncthreads();
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the first block is there
-    if (threadIdx.x % 32 == 0) store_to_first(&s.sinks[rank][warp], sinks);
-    if (threadIdx.x < job.heads) {
-        Masses sum;
-        for (int i = 0; i < kWarps / kTiles; i++) add(sum, s.shares[i][threadIdx.x]);
-        store_to_first(&s.masses[rank][threadIdx.x], sum);
-    }
-    cluster_barrier();
-    if (rank == 0) conclude(job, s, expf(sink - lse));
 }
 
 }  // namespace
@@ -271,18 +252,21 @@ using namespace dsv4;
 // out [samples, 8], sums over heads: the sink's weight, over tokens that the samples share among them;
 // of the sampled token the mass in the window and in the entries, the entropy; then over its heads
 // the largest weight, how far a row's sum lies above 1 at most, and below; 0. q [n, heads, dim] and
-// pools of keys bfloat16, heads up to 128, dim a multiple of 8; sample in host memory, up to 8 tokens.
+// pools of keys bfloat16, heads up to 128, dim a multiple of 8; sample in host memory, up to 8 tokens;
+// scratch 16 * 2064 bytes a sample.
 DSV4_EXPORT int dsv4_probe_softmax(const void* q, const float* lse, const float* sink,
                                    const int64_t* sample, int64_t samples, const void* window,
                                    const int32_t* window_index, int64_t window_width,
                                    const void* entries, const int32_t* entry_index,
                                    int64_t entry_width, int64_t n, int64_t heads, int64_t dim,
-                                   float scale, double* out, void* stream) {
+                                   float scale, void* scratch, double* out, void* stream) {
     if (dim % 8 || heads > kMostHeads || samples < 1 || samples > kMostSamples) return kUnsupported;
     Job job = {(const bf16*)q, lse, sink, {(const bf16*)window, window_index, window_width},
                {(const bf16*)entries, entry_index, entry_width}, n, (int)heads, (int)dim, scale};
     for (int64_t i = 0; i < samples; i++) job.sample[i] = sample[i];
-    job.out = out;
-    return launch_clusters(kBlocks, softmax_kernel, dim3((unsigned)samples, 1, kBlocks), kThreads, 0,
-                           stream, job);
+    static_assert(sizeof(Share) == 2064);
+    job.shares = (Share*)scratch, job.out = out;
+    int status = launch(softmax_kernel, dim3((unsigned)samples, kBlocks), kThreads, 0, stream, job);
+    if (status) return status;
+    return launch(conclude_kernel, dim3((unsigned)samples), kMostHeads, 0, stream, job);
 }

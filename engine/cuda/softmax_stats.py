@@ -1,4 +1,4 @@
-"""Where the mass of attention weights goes, in one launch: recomputed from q, keys and the op's own lse."""
+"""Where the mass of attention weights goes: recomputed by the GPU from q, keys and the op's own lse."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from dsv4_bench.engine.cuda.library import F, Library, N, P, dense
 
 PROBE_SOFTMAX = Library(
-    "probe_softmax", {"probe_softmax": (P, P, P, P, N, P, P, N, P, P, N, N, N, N, F, P)}
+    "probe_softmax", {"probe_softmax": (P, P, P, P, N, P, P, N, P, P, N, N, N, N, F, P, P)}
 )
-_MOST_HEADS, MOST_SAMPLES, _WIDTH = 128, 8, 8  # as in probe_softmax_sm90.cu
+# As in probe_softmax_sm90.cu; _SHARES is what a token's blocks leave for the last launch, in bytes.
+_MOST_HEADS, MOST_SAMPLES, _WIDTH, _SHARES = 128, 8, 8, 16 * 2064
 
 # Of every sampled token, what `softmax_stats` returns: sums over the heads, the largest weight, and how
 # far the sum of a head's weights lies above 1 at most, and below. The sink's weight is summed over tokens
@@ -51,6 +52,7 @@ def softmax_stats(
         kept += [rows, index]
         addresses.append((rows.data_ptr(), index.data_ptr(), index.shape[1]))
     out = q.new_empty((len(sample), _WIDTH), dtype=torch.float64)
+    scratch = q.new_empty((len(sample), _SHARES), dtype=torch.uint8)
     tokens = (ctypes.c_int64 * len(sample))(*sample)
     PROBE_SOFTMAX.call(
         "probe_softmax",
@@ -59,6 +61,6 @@ def softmax_stats(
         *(ctypes.addressof(tokens), len(sample)),
         *addresses[0],
         *addresses[1],
-        *(n, heads, dim, scale, out.data_ptr()),
+        *(n, heads, dim, scale, scratch.data_ptr(), out.data_ptr()),
     )
     return out[:, : len(FIELDS)]
