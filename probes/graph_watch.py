@@ -32,9 +32,9 @@ def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
 class GraphWatch:
     """The observer of a decode graph of `batch` sequences: `probes` look at `sites` at every replay.
 
-    One launch a layer and those of the softmax probe, on a branch beside the sites, leave every answer in
-    a ring on the device; `readings` fetches it, once a step; the first step is forward pass `first`. Raises CannotAnswer for
-    probes that cannot be in a graph, and where the fused kernel does not run.
+    One launch a layer and those of the softmax probe, on a branch beside the sites, leave every answer
+    in a ring on the device; `readings` fetches it, once a step; the first step is forward pass `first`.
+    Raises CannotAnswer for probes that cannot be in a graph, and where the fused kernel does not run.
     """
 
     def __init__(
