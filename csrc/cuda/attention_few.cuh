@@ -30,34 +30,6 @@ template <int kColumns> struct Few {
     uint64_t landed[kPieces];
 };
 
-// c [64, kColumns] (+)= a [64, 16] b [kColumns, 16]^T, both in shared memory, b with contiguous contracted
-// columns; of a, kRows says whether its rows are contiguous instead.
-template <int kRows>
-__device__ __forceinline__ void multiply_few(float (&c)[8], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0;\n"
-        "}\n"
-        : DSV4_F8(c, 0)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kRows));
-}
-template <int kRows>
-__device__ __forceinline__ void multiply_few(float (&c)[16], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %18, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%16, %17, p, 1, 1, %19, 0;\n"
-        "}\n"
-        : DSV4_F8(c, 0), DSV4_F8(c, 8)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kRows));
-}
-
 template <int kColumns, bool kPacked> struct FewHeads {
     const Problem& p;
     Few<kColumns>& s;
@@ -183,7 +155,7 @@ template <int kColumns, bool kPacked> struct FewHeads {
 #pragma unroll
             for (int i = 0; i < kDim / 16 / kPieces; i++) {
                 const int k = piece * (kDim / 16 / kPieces) + i;
-                multiply_few<0>(logit, a + ((k / 4 * kChunk + k % 4 * 32) >> 4),
+                wgmma(logit, a + ((k / 4 * kChunk + k % 4 * 32) >> 4),
                                 b + ((k / 4 * (kColumns * 128) + k % 4 * 32) >> 4), k > 0);
             }
         }
@@ -291,7 +263,7 @@ template <int kColumns, bool kPacked> struct FewHeads {
             for (int c = 0; c < kChunks; c++)
 #pragma unroll
                 for (int k = 0; k < kBlock / 16; k++)
-                    multiply_few<1>(sum[c], a + ((c * kChunk + k * 16 * 128) >> 4),
+                    wgmma<false, true>(sum[c], a + ((c * kChunk + k * 16 * 128) >> 4),
                                     b + ((block * (int)sizeof(s.weights[0]) + k * 32) >> 4),
                                     block + k > 0);
         }

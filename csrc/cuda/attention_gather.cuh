@@ -24,8 +24,8 @@
 #pragma once
 
 #include "attention.cuh"
-#include "hopper.cuh"
 #include "kv_entry.cuh"
+#include "wgmma.cuh"
 
 namespace dsv4 {
 

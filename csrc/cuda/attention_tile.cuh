@@ -70,7 +70,7 @@ template <int w, bool kPacked> struct Consumer {
                 fence_async_proxy();
                 wgmma_fence();
             }
-            wgmma_64x64(logit, a + step, b + step, k > 0);
+            wgmma(logit, a + step, b + step, k > 0);
         }
         wgmma_commit();
     }
@@ -81,9 +81,12 @@ template <int w, bool kPacked> struct Consumer {
     // sum += a b for 16 keys: b their values, a their weights, a descriptor or four registers. A kernel of
     // 512 threads has no instruction for so many sums at once.
     template <class... Weights> __device__ void multiply(uint64_t b, Weights... a) {
-        if constexpr (!kPacked) return wgmma_64x256(sum, a..., b);
-        wgmma_64x128(sum, a..., b);
-        wgmma_64x128(sum + 64, a..., b + (2 * kChunk >> 4));
+        if constexpr (kPacked) {
+            wgmma<true>(*(float(*)[64])sum, a..., b);
+            wgmma<true>(*(float(*)[64])(sum + 64), a..., b + (2 * kChunk >> 4));
+        } else {
+            wgmma<true>(sum, a..., b);
+        }
     }
 
     // Masks the logits; the largest of a row.

@@ -250,8 +250,8 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
             const int k = block * 8 + i / kTiles * 2 + j;
             const uint64_t at = b + ((k / 4 * sizeof(Stage::x[0]) + k % 4 * 32) >> 4);
             if constexpr (kHalves)
-                multiply_halves_async(sum[i % kTiles], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], at);
-            else multiply_async(sum[i % kTiles], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], at);
+                wgmma_halves(sum[i % kTiles], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], at);
+            else wgmma(sum[i % kTiles], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], at);
         }
     }
 

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "dispatch.cuh"
-#include "hopper.cuh"
 #include "rope.cuh"
+#include "wgmma.cuh"
 
 namespace dsv4 {
 
@@ -134,8 +134,8 @@ template <class F> __device__ void score_tile(const QueryShared& s, const char* 
 #pragma unroll
     for (int g = 0; g < kDim / 32; g++) {
         uint64_t b = matrix_descriptor(shared_address(s.q[g / 2]) + g % 2 * 64, 0, 1024);
-        wgmma_64x64(dot, low[g].x, high[g].x, low[g].y, high[g].y, b, g > 0);
-        wgmma_64x64(dot, low[g].z, high[g].z, low[g].w, high[g].w, b + (32 >> 4), true);
+        wgmma(dot, low[g].x, high[g].x, low[g].y, high[g].y, b, g > 0);
+        wgmma(dot, low[g].z, high[g].z, low[g].w, high[g].w, b + (32 >> 4), true);
     }
     wgmma_commit();
     wgmma_wait<0>();

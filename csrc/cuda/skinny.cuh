@@ -137,8 +137,8 @@ template <class Policy, int kTokens> struct SkinnySums {
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < Policy::kProducts; j++)
-                multiply_async(part, a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1],
-                               kUpper | (at + Stage::operand(Stage::product(0, 0, j))), i + j > 0);
+                wgmma(part, a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1],
+                      kUpper | (at + Stage::operand(Stage::product(0, 0, j))), i + j > 0);
             wgmma_commit();
             wgmma_wait<0>();
         }
