@@ -30,7 +30,14 @@ def streams(n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def hyper() -> None:
     """Few tokens; ragged tiles of 8 and of 16 tokens; any width."""
-    for n, d, dtype in ((3, 4096, BF16), (17, 4096, BF16), (26, 4096, BF16), (2, 7168, BF16), (3, 100, BF16), (3, 99, F32)):
+    for n, d, dtype in (
+        (3, 4096, BF16),
+        (17, 4096, BF16),
+        (26, 4096, BF16),
+        (2, 7168, BF16),
+        (3, 100, BF16),
+        (3, 99, F32),
+    ):
         given = streams(n, d, dtype)
         x = given["args"][1]
         run("hc_pre", x, **given["pre"])
