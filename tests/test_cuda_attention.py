@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -173,6 +174,26 @@ def test_views() -> None:
 def test_repeats_are_identical(n: int) -> None:
     args, params = case(n, 64, 128, 512)
     same_each_time("attention", *args, **params)
+
+
+@pytest.mark.parametrize("n", [134, 140, 270])
+def test_the_last_tokens_wait_for_what_is_before_and_hold_up_what_is_behind(n: int) -> None:
+    """Their clusters do not wait for the kernel of the other tokens, but for the one that made q."""
+    args, params = case(n, 64, 128, 64)
+
+    def chain(x: Tensor, between: Callable[[], None]) -> Tensor:
+        (q,) = kernel("rms_norm", x, weight=None, eps=1e-6).values()
+        between()
+        o = kernel("attention", q, *args[1:], **params)["o"]
+        between()
+        (y,) = kernel("rms_norm", o, weight=None, eps=1e-6).values()
+        return y
+
+    inputs = [torch.randn_like(args[0]) for _ in range(12)]
+    apart = [chain(x, torch.cuda.synchronize) for x in inputs]
+    close = [chain(x, lambda: None) for x in inputs]
+    for one, other in zip(apart, close, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_prefill_equals_decode() -> None:
