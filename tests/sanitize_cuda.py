@@ -67,7 +67,7 @@ def multiplied(w: Weight, m: int, groups: int = 1, dtype: torch.dtype = BF16) ->
 
 
 def matrix_unit(kind: str) -> None:
-    """1 to 4, 8, 16 and more rows; one ring a warp, split over warps, over a cluster, ragged ends."""
+    """1 to 8, 16 and more rows; one ring a warp, split over warps, over a cluster, ragged ends."""
     for n, k in ((33, 160), (80, 1056), (40, 1152), (33, 4096)):
         w = weight(kind, n, k)
         for m in (1, 3, 6, 9, 65) if n == 80 else (1, 3, 9):
@@ -99,13 +99,13 @@ def multiply_adds() -> None:
                     matmul("grouped_linear", x, w, 2, dtype)
 
 
-def one_row() -> None:
+def joint() -> None:
     """Several matrices in one launch: bfloat16, FP8 with either kind of scales; several tiles a place."""
     some = [weight(kind, n, 1040) for kind, n in (("fp8_e8m0", 33), ("fp8_f32", 16), ("bf16", 40))]
-    x = randn(1, 1040, dtype=BF16)
-    linears(x, some, [None, F32, BF16])
     wide = [weight("fp8_f32", 150, 384), weight("bf16", 30, 384)]
-    linears(randn(1, 384, dtype=BF16), wide, [None, F32])
+    for m in (1, 5):
+        linears(randn(m, 1040, dtype=BF16), some, [None, F32, BF16])
+        linears(randn(m, 384, dtype=BF16), wide, [None, F32])
 
 
 def any_rows(kind: str) -> None:
@@ -179,7 +179,7 @@ def measuring() -> None:
 
 
 def all_rows() -> None:
-    one_row()
+    joint()
     gate()
     rows()
     norms()

@@ -5,25 +5,16 @@
 // share of all (expert, tile) items; where results are summed, a tile of all experts is one item. Every warp
 // holds its own columns of the activations and waits for nobody; in the end the block adds up what its
 // warps have. Blocks of the second product begin to fill their rings where those of the first have ended.
-//
-// Scales of 4-bit blocks multiply sums: a step of the matrix unit has eight blocks of a row, and each has
-// one of the eight columns of the second operand to itself. FP8 and bf16 have a column for each token.
 #pragma once
 
 #include "experts.cuh"
-#include "ring.cuh"
+#include "stage_products.cuh"
 
 namespace dsv4 {
 
 constexpr int kRingWarps = 8, kRingThreads = kRingWarps * 32;
 constexpr int kRingDepth = 3, kRingResident = 2;  // stages of a ring; most blocks of a multiprocessor
-constexpr int kRingRows = 8;  // most tokens of the shared expert, and experts of the only token
 constexpr int64_t kRingShared = 228 * 1024, kBlockShared = 1152;  // bytes; the latter: of a block besides
-
-template <class Policy> constexpr bool kScaledColumns = kScaleWords<Policy> > 0;
-// What the elements of the first operand are too small by.
-template <class Policy> constexpr float kRingFactor = Half<Policy>::kFactor;
-template <> inline constexpr float kRingFactor<Bf16> = 1;
 
 // ---------------------------------------------------------------- the work of a team
 
@@ -72,9 +63,8 @@ template <class Policy, Product kProduct, int kTeamWarps> struct Team {
         return kGated ? (half == 0 ? all.w1 : all.w3) : all.w2;
     }
     __device__ static int row(int tile, int half) { return tile * kOutputs + (kGated ? 0 : half * 8); }
-    __device__ const bf16* activations(int pair) const {
-        return kGated ? m.x_of(pair) : m.hidden_of(pair);
-    }
+    // Row 0, and the distance of the others.
+    __device__ const bf16* activations() const { return kGated ? m.x : m.hidden; }
 };
 
 // ---------------------------------------------------------------- weights
@@ -82,7 +72,6 @@ template <class Policy, Product kProduct, int kTeamWarps> struct Team {
 // The ring of one warp over the items of its team. `ids`: the experts, in shared memory.
 template <class Policy, class Of> struct TeamRing {
     static constexpr int kWords = kScaleWords<Policy>;
-    static constexpr int kScaleHalves = kWords == 4 ? 2 : 1;  // that a thread copies a word of
     static constexpr uint32_t kBytes = kRingDepth * sizeof(Slot<Policy>);
 
     const Of& t;
@@ -90,16 +79,19 @@ template <class Policy, class Of> struct TeamRing {
     uint32_t to_codes, to_scales = 0, offset = 0;  // shared addresses in slot 0; the next slot
     // This thread's of the next stage: where the matrices begin, and how far behind. Apart, so that nothing
     // waits for the former before the copies do.
-    const char *codes[2], *scales[2];
+    const char *codes[2], *scales;
     uint32_t code_at, scale_at, code_pitch, scale_pitch;
-    int left, slot, tile, e = 0, stage;  // left: items; slot: expert of the item
+    int left, slot, tile, e = 0, stage, lane = threadIdx.x % 32;  // left: items; slot: expert of the item
 
     __device__ TeamRing(const Of& t, Slot<Policy>* slots, const int* ids)
         : t(t), ids(ids), code_pitch((uint32_t)(Of::columns(t.m) / Policy::kChunk) * 16),
           scale_pitch((uint32_t)(Of::columns(t.m) / Policy::kChunk) * kWords / 2) {
-        const int lane = threadIdx.x % 32, first = t.first_of(t.team);
+        const int first = t.first_of(t.team);
         to_codes = shared_address(&slots->codes[lane / 8][Slot<Policy>::place(lane / 8, lane % 8)]);
-        if constexpr (kWords > 0) to_scales = shared_address(&slots->scales[lane]);
+        if constexpr (kWords > 0) to_scales = shared_address(slots->scales) + lane * kWords * 2;
+        keep_in_register(to_codes);
+        keep_in_register(to_scales);
+        keep_in_register(lane);
         left = t.own() > 0 ? t.first_of(t.team + 1) - first : 0;
         slot = first / t.tiles, tile = first % t.tiles, stage = t.warp;
         if (left > 0) find();
@@ -116,13 +108,7 @@ template <class Policy, class Of> struct TeamRing {
                              "l"(advanced(codes[j / 2] + code_at, code_pitch, row))
                              : "memory");
             }
-            if constexpr (kWords > 0)
-#pragma unroll
-                for (int h = 0; h < kScaleHalves; h++)
-                    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                                     to_scales + offset + h * 128),
-                                 "l"(advanced(scales[h] + scale_at, scale_pitch, Of::kGated ? 0 : h * 8))
-                                 : "memory");
+            if constexpr (kWords > 0) copy_scales<kWords * 2>(to_scales + offset, scales + scale_at);
             go();
         }
         commit_copies();
@@ -154,16 +140,14 @@ template <class Policy, class Of> struct TeamRing {
     }
     // The first stage of the tile.
     __device__ void find() {
-        const int lane = threadIdx.x % 32, expert = ids[Of::kTogether ? e : slot];
+        const int expert = ids[Of::kTogether ? e : slot];
         codes[0] = (const char*)t.matrix(expert, 0).data;
         codes[1] = (const char*)t.matrix(expert, 1).data;
         code_at = (Of::row(tile, 0) + lane / 8) * code_pitch + stage * 128 + lane % 8 * 16;
         if constexpr (kWords > 0) {
-            const int row = lane / kWords;  // of a half, or of both
-            scales[0] = (const char*)t.matrix(expert, row / 8).scale;
-            if constexpr (kScaleHalves == 2) scales[1] = (const char*)t.matrix(expert, 1).scale;
-            scale_at = (Of::row(tile, 0) + (Of::kGated ? row % 8 : row)) * scale_pitch +
-                       (stage * kWords + lane % kWords) * 4;
+            const int half = lane / 16, row = lane / 2 % 8;
+            scales = (const char*)t.matrix(expert, half).scale;
+            scale_at = (Of::row(tile, half) + row) * scale_pitch + (2 * stage + lane % 2) * kWords * 2;
         }
     }
 };
@@ -204,263 +188,77 @@ template <class Policy, class Of> struct TurnScales {
     }
 };
 
-// ---------------------------------------------------------------- activations
-
-// A warp's columns of activation rows in shared memory, by its stages: fp16 times a power of two for each
-// row and stage (gemv.cuh), or bf16 where the weights are.
-template <class Policy> struct OwnRows {
-    static constexpr bool kHalf = !std::is_same_v<Policy, Bf16>;
-    static constexpr int kVectors = Policy::kChunk / 8;  // of eight columns, in a chunk
-    static constexpr int kStage = kStageChunks * kVectors;
-    uint4* at;        // [stage][row][place]
-    float2* factors;  // [stage][row]: both undo the power of two
-    int rows;         // of a stage, of which some may hold nothing
-
-    // In the order in which threads read them, so that no two that read together share a bank.
-    __device__ static int place(int row, int v) {
-        const int chunk = v / kVectors, inner = v % kVectors, member = chunk / 2, step = chunk % 2;
-        if (kScaledColumns<Policy>)
-            return step * 16 + inner % 2 * 8 + inner / 2 * 4 + member;
-        return (step * 4 * kVectors + inner * 4 + member) ^ row % 2 * 4;
-    }
-
-    // The warp's `own` stages of `count` rows, row_of(0) and on: every step-th from `first` on. Calls
-    // between() once the first loads are under way. kSide: loads of a thread side by side in as many rows.
-    template <int kSide, class RowOf, class Between>
-    __device__ void fill(int count, int own, int first, int step, RowOf row_of, Between between) const {
-        constexpr int kAtOnce = kSide < 4 ? 4 : kSide;
-        constexpr int kAcross = 32 / kStage, kStages = kAtOnce / kSide * kAcross;
-        const int lane = threadIdx.x % 32, v = lane % kStage;
-        const bf16* from[kSide];
-#pragma unroll
-        for (int r = 0; r < kSide; r++)
-            from[r] = row_of(r < count ? r : 0) + (first * kStage + v) * 8;
-#pragma unroll 1
-        for (int done = 0; done == 0 || done < own; done += kStages) {
-            const int base = done + lane / kStage;
-            uint4 now[kAtOnce];
-#pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int r = j % kSide, i = base + j / kSide * kAcross;
-                now[j] = r < count && i < own ? *(const uint4*)(from[r] + i * step * kStage * 8)
-                                              : make_uint4(0, 0, 0, 0);
-            }
-            if (done == 0) between();
-            __syncwarp();  // what lies there is no longer used
-#pragma unroll
-            for (int j = 0; j < kAtOnce; j++) {
-                const int r = j % kSide, i = base + j / kSide * kAcross;
-                keep(i * rows + r, r, v, now[j], r < count && i < own);
-            }
-        }
-        __syncwarp();
-    }
-    __device__ void keep(int unit, int r, int v, const uint4& x, bool valid) const {
-        int exponent = 0;
-        if constexpr (kHalf) {
-            uint32_t most = largest_of(x);
-#pragma unroll
-            for (int j = 1; j < kStage; j *= 2) most = max(most, __shfl_xor_sync(~0u, most, j));
-            exponent = RowScale::exponent_of(most);
-        }
-        if (!valid) return;
-        at[unit * kStage + place(r, v)] = stored(x, exponent);
-        if (v == 0)
-            factors[unit] = make_float2(RowScale::power(-(exponent / 2)),
-                                        RowScale::power(-(exponent - exponent / 2)));
-    }
-    __device__ static uint4 stored(const uint4& v, int exponent) {
-        if constexpr (kHalf) return to_halves<Half<Policy>::kPermuted>(v, exponent);
-        else return v;
-    }
-};
-
-// ---------------------------------------------------------------- products
-
-// 16 bytes from shared memory where `mine`, else zeros.
-__device__ inline uint4 load_own(uint32_t address, bool mine) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    asm volatile(
-        "{\n.reg .pred mine;\nsetp.ne.s32 mine, %5, 0;\n"
-        "@mine ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-        : "r"(address), "r"((int)mine));
-    return v;
-}
-
-// Sums of a tile. Without the format's factor and global scales.
-template <class Policy, bool = kScaledColumns<Policy>> struct TeamSums;
-
-// 4-bit codes, one activation row. Column 2 m + p of the second operand is half p of member m's chunk: the
-// sum in it is right in the products of halves p only, and is not used in others.
-template <class Policy> struct TeamSums<Policy, true> {
-    Lane lane;
-    float sum[2] = {};  // [row / 8], over this member's chunks
-
-    // x: row `row`, in the warp's i-th stage; `weight` multiplies the stage's sums.
-    __device__ void add(const Piece<Policy>& piece, const OwnRows<Policy>& x, int i, int row, int,
-                        float, float, float weight) {
-        const int unit = i * x.rows + row;
-        const bool mine = lane.group / 2 == lane.member;
-        const uint32_t from = shared_address(x.at) +
-                              (unit * x.kStage + lane.group % 2 * 4 + lane.member) * 16;
-        float part[2] = {};
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            float c[2][4] = {};
-            const uint4 &low = piece.codes[s][0], &high = piece.codes[s][1];
-            const uint32_t words[2][4] = {{low.x, low.y, low.z, low.w},
-                                          {high.x, high.y, high.z, high.w}};
-            const uint4 b[2] = {load_own(from + s * 256, mine), load_own(from + s * 256 + 128, mine)};
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                uint32_t a[2][4];
-                Half<Policy>::operand(words[0][q], a[0]);
-                Half<Policy>::operand(words[1][q], a[1]);
-                mma_half(c[q / 2], a[0][0], a[1][0], a[0][1], a[1][1], b[q % 2].x, b[q % 2].y);
-                mma_half(c[q / 2], a[0][2], a[1][2], a[0][3], a[1][3], b[q % 2].z, b[q % 2].w);
-            }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float2 scales = piece.scale(s, h);
-                part[h] += c[0][2 * h] * scales.x;
-                part[h] += c[1][2 * h + 1] * scales.y;
-            }
-        }
-        const float2 factor = x.factors[unit];
-#pragma unroll
-        for (int h = 0; h < 2; h++) sum[h] += part[h] * factor.x * factor.y * weight;
-    }
-    // Writes the sums to `to` [16]. One warp.
-    __device__ void keep(float* to, int) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-            sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-            if (lane.member == 0) to[lane.group + h * 8] = sum[h];
-        }
-    }
-};
-
-// FP8 and bf16: column t of the second operand is pair t.
-template <class Policy> struct TeamSums<Policy, false> {
-    Lane lane;
-    float sum[4] = {};
-
-    // x: `pairs` rows from `row` on, in the warp's i-th stage. upper, lower: scales of the tile's halves.
-    __device__ void add(const Piece<Policy>& piece, const OwnRows<Policy>& x, int i, int row, int pairs,
-                        float upper, float lower, float weight) {
-        constexpr int kVectors = OwnRows<Policy>::kVectors;
-        const bool mine = lane.group < pairs;
-        const int r = row + (mine ? lane.group : 0), unit = i * x.rows + row;
-        const uint32_t from = shared_address(x.at) + (i * x.rows + r) * x.kStage * 16;
-        float c[2][4] = {};  // one a step
-#pragma unroll
-        for (int j = 0; j < 2 * kVectors; j++) {
-            const int s = j / kVectors, v = j % kVectors;
-            const uint4 &low = piece.codes[s][0], &high = piece.codes[s][1];
-            const uint4 b = load_own(from + ((4 * j + lane.member) ^ r % 2 * 4) * 16, mine);
-            if constexpr (Policy::kBlockScale) {
-                uint32_t a[2][2][2];  // [half of eight columns][row / 8]
-                Half<Policy>::operand(v == 0 ? low.x : low.z, a[0][0]);
-                Half<Policy>::operand(v == 0 ? high.x : high.z, a[0][1]);
-                Half<Policy>::operand(v == 0 ? low.y : low.w, a[1][0]);
-                Half<Policy>::operand(v == 0 ? high.y : high.w, a[1][1]);
-                mma_half(c[s], a[0][0][0], a[0][1][0], a[0][0][1], a[0][1][1], b.x, b.y);
-                mma_half(c[s], a[1][0][0], a[1][1][0], a[1][0][1], a[1][1][1], b.z, b.w);
-            } else {
-                mma(c[s], low.x, high.x, low.y, high.y, b.x, b.y);
-                mma(c[s], low.z, high.z, low.w, high.w, b.z, b.w);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float part = (c[0][j] + c[1][j]) * (j < 2 ? upper : lower);
-            const int column = 2 * lane.member + j % 2;
-            const float2 factor = x.factors[unit + (column < pairs ? column : 0)];
-            sum[j] += part * factor.x * factor.y * weight;
-        }
-    }
-    __device__ void keep(float* to, int pairs) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int column = 2 * lane.member + i % 2;
-            if (column < pairs) to[column * 16 + lane.group + i / 2 * 8] = sum[i];
-        }
-    }
-};
-
 // ---------------------------------------------------------------- a block
 
 template <class Policy, class Of> struct RingBlock : Of {
     using Of::kGated, Of::kTogether, Of::kOutputs, Of::kTeams, Of::m, Of::experts, Of::tiles;
-    static constexpr int kHeldBytes = OwnRows<Policy>::kStage * sizeof(uint4) + sizeof(float2);
+    static constexpr bool kBlocks = kFourBits<Policy>;
+    using X = OwnColumns<Policy, kBlocks>;
 
     const int* ids;
     Slot<Policy>* slots;
     float* sums;  // [round][warp of the block][result][16]
-    OwnRows<Policy> x;
+    X x;          // a row a token, or an expert of the only one
     const int own = Of::own();
 
     __host__ static int64_t bytes(const Moe& m, int blocks) {
         return kRingWarps * (kRingDepth * (int64_t)sizeof(Slot<Policy>) +
-                             Of::own_of(m) * Of::held(m) * (int64_t)kHeldBytes +
+                             Of::held(m) * Of::own_of(m) * X::kStage * (int64_t)sizeof(uint4) +
                              Of::rounds(m, blocks) * Of::results(m) * 16 * (int64_t)sizeof(float));
     }
     __device__ RingBlock(const Moe& m, char* memory, const int* ids) : Of(m), ids(ids) {
-        const int warp = threadIdx.x / 32, units = Of::own_of(m) * Of::held(m);
+        const int warp = threadIdx.x / 32, vectors = Of::own_of(m) * X::kStage;
         slots = (Slot<Policy>*)memory;
-        auto* vectors = (uint4*)(slots + kRingWarps * kRingDepth);
-        auto* factors = (float2*)(vectors + kRingWarps * units * x.kStage);
-        sums = (float*)(factors + kRingWarps * units);
+        auto* held = (uint4*)(slots + kRingWarps * kRingDepth);
+        sums = (float*)(held + kRingWarps * Of::held(m) * vectors);
         slots += warp * kRingDepth;
-        x = {vectors + warp * units * x.kStage, factors + warp * units, Of::held(m)};
+        x = {held + warp * Of::held(m) * vectors, Of::held(m), vectors};
     }
 
-    // ready(): what the activations need is there.
-    template <class Ready> __device__ void run(Ready ready) {
-        const int first = this->first_of(this->team);
-        const int mine = this->first_of(this->team + 1) - first;
+    __device__ void run() {
+        const int mine = this->first_of(this->team + 1) - this->first_of(this->team);
         TeamRing<Policy, Of> ring(*this, slots, ids);
         TurnScales<Policy, Of> scales(*this, ids);
-        const auto start = [&] {
-#pragma unroll 1
-            for (int i = 0; i < kRingDepth; i++) ring.fill();
-        };
-        if (!kGated) start();
-        ready();
-        // Loads queue up behind the copies of a block: those of the activations come first.
-        if (kGated) stage_x(start);
-        else if (mine > 0) stage_x([] {});
+        if (!kGated) {
+            start(ring);
+            wait_for_previous();
+        }
+        const int columns = (int)Of::columns(m);
+        x.copy(this->activations(), columns, columns, this->warp, Of::kWarps);
+        if (kGated) start(ring);  // loads queue up behind the copies of a block: the activations come first
+        wait_for_copies<kGated ? kRingDepth : 0>();
+        x.template settle<kBlocks && !kTogether ? 1 : kMostColumns>();
 #pragma unroll 1
         for (int r = 0; r < mine; r++) {
-            TeamSums<Policy> of;
+            TileSums<Policy, kBlocks> tile;
             for (int e = 0; e < experts; e++) {
-                const float weight = kTogether ? m.table[ids[e]].w2.global_scale : 1.0f;
-#pragma unroll 1
-                for (int i = 0; i < own; i++) {
-                    const auto* stage = (const Slot<Policy>*)((const char*)slots + ring.oldest());
-                    const Piece<Policy> piece(*stage, of.lane);
-                    __syncwarp();
-                    ring.fill();
-                    of.add(piece, x, i, e, Of::results(m), scales.of(i, 0), scales.of(i, 1), weight);
-                }
+                tile.add(of_expert(ring, scales, e));
                 scales.next();
             }
-            of.keep(sums + (r * kRingWarps + threadIdx.x / 32) * Of::results(m) * 16, Of::results(m));
+            tile.keep(sums + (r * kRingWarps + threadIdx.x / 32) * Of::results(m) * 16, Of::results(m));
         }
         wait_for_copies<0>();
         __syncthreads();
         finish();
     }
-
-    template <class Between> __device__ void stage_x(Between between) const {
-        const auto row_of = [&](int r) { return this->activations(r); };
-        if constexpr (kTogether || !kScaledColumns<Policy>) {
-            if (Of::held(m) > 1)
-                return x.template fill<kRingRows>(Of::held(m), own, this->warp, Of::kWarps, row_of, between);
+    __device__ static void start(TeamRing<Policy, Of>& ring) {
+#pragma unroll 1
+        for (int i = 0; i < kRingDepth; i++) ring.fill();
+    }
+    __device__ TileSums<Policy, kBlocks> of_expert(TeamRing<Policy, Of>& ring, const TurnScales<Policy, Of>& scales,
+                                                   int e) const {
+        Columns<Policy, kBlocks> columns(x, e, Of::results(m));
+        TileSums<Policy, kBlocks> sums;
+#pragma unroll 1
+        for (int i = 0; i < own; i++) {
+            const Piece<Policy> piece(*(const Slot<Policy>*)((const char*)slots + ring.oldest()), sums.lane);
+            __syncwarp();
+            ring.fill();
+            columns.load(i);
+            sums.add(piece, columns, scales.of(i, 0), scales.of(i, 1));
         }
-        x.template fill<1>(1, own, this->warp, Of::kWarps, row_of, between);
+        sums.restore(x, e, kTogether ? m.table[ids[e]].w2.global_scale : 1.0f);
+        return sums;
     }
 
     // Adds up what all warps have, and writes the results. All threads.
@@ -479,7 +277,7 @@ template <class Policy, class Of> struct RingBlock : Of {
         float total = 0;
 #pragma unroll
         for (int w = 0; w < Of::kWarps; w++) total += of[w * Of::results(m) * 16];
-        return total * kRingFactor<Policy>;
+        return total * product_factor<Policy, kBlocks>();
     }
     __device__ void write(int slot, int t, int64_t row, float sum, float other) const {
         const Expert& e = m.table[ids[slot]];
@@ -495,21 +293,23 @@ template <class Policy, class Of> struct RingBlock : Of {
 template <class Policy, class Of>
 __global__ void __launch_bounds__(kRingThreads, 2) ring_kernel(const __grid_constant__ Moe m) {
     extern __shared__ __align__(128) char memory[];
-    __shared__ int ids[kRingRows];
-    if (Of::kGated) wait_for_previous();
+    __shared__ int ids[kMostColumns];
+    if (Of::kGated) {
+        prefetch_share(m.x, m.n * m.d * sizeof(bf16));
+        prefetch_share(m.table, m.count * sizeof(Expert));
+        wait_for_previous();
+    }
     if (threadIdx.x < m.k) ids[threadIdx.x] = m.expert_of(threadIdx.x);
     __syncthreads();
     // The second product may start only once the first one has waited: the ids are complete by then, and the
     // weights are copied before the hidden vectors are there.
     let_next_start();
-    RingBlock<Policy, Of>(m, memory, ids).run([] {
-        if (!Of::kGated) wait_for_previous();
-    });
+    RingBlock<Policy, Of>(m, memory, ids).run();
 }
 
 // ---------------------------------------------------------------- launches
 
-// One product; its blocks: as many as fit on all multiprocessors at once, or one each.
+// One product; its blocks: as many as fit on all multiprocessors at once.
 template <class Policy, class Of> struct RingLaunch {
     int blocks;
     int64_t bytes;
@@ -545,13 +345,13 @@ template <class Policy> int by_rings(Moe m, int processors, void* stream) {
     constexpr int kStage = Policy::kChunk * kStageChunks;
     if (m.d % kStage || m.inner % kStage || m.d > 1 << 13 || m.inner > 1 << 13) return kUnsupported;
     if (m.ids != nullptr) {
-        if (m.n > 1 || m.k > kRingRows) return kUnsupported;
+        if (m.n > 1 || m.k > kMostColumns) return kUnsupported;
         m.most = 1;
         // Many items: a smaller team has fewer ends of them.
         return ring_products<Policy, Product::kHidden, kRingWarps / 2, Product::kDownToken>(
             m, processors, stream);
     }
-    if (m.n > (kScaledColumns<Policy> ? 1 : kRingRows)) return kUnsupported;
+    if (m.n > (kFourBits<Policy> ? 1 : kMostColumns)) return kUnsupported;
     m.most = (int)m.n;
     return ring_products<Policy, Product::kHidden, kRingWarps, Product::kDown>(m, processors, stream);
 }

@@ -14,7 +14,7 @@ namespace {
 
 // Block 0: the list, if there is one; the others: `placed`, which is x with its columns in places.
 template <bool kHalves>
-__global__ void __launch_bounds__(kMostExperts) prepare_kernel(const Moe m, bf16* placed) {
+__global__ void __launch_bounds__(kMostExperts, 1) prepare_kernel(const Moe m, bf16* placed) {
     static_assert(kMostExperts == 32 * kRowsOfBlock);
     let_next_start();
     wait_for_previous();

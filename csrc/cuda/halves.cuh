@@ -19,6 +19,12 @@ __device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ inline uint32_t multiply_fp16(uint32_t a, uint32_t b) {  // two fp16 each
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 // What a policy needs here: its element factor, and the scales of the two halves of a chunk.
 template <class Policy> struct Half;
 
@@ -38,7 +44,13 @@ struct HalfFp4 {
     }
 };
 template <> struct Half<Nvfp4> : HalfFp4 {
+    static constexpr float kScaleUp = 128;  // of scale_halves, so that no product with a code is inexact
+
     __device__ static float2 scales(uint16_t codes) { return e4m3_pair(codes); }
+    __device__ static uint32_t scale_halves(uint16_t codes) {
+        constexpr uint32_t kUp = 0x58005800u;  // kScaleUp, twice
+        return multiply_fp16(e4m3_halves(codes), kUp);
+    }
 };
 template <> struct Half<Mxfp4> : HalfFp4 {
     __device__ static float2 scales(uint8_t code) {
@@ -63,42 +75,33 @@ template <class Stored> struct Half<Fp8<Stored>> {
 
 // The power of two that a row of activations is multiplied by, from its largest finite magnitude.
 struct RowScale {
-    // `peak`: the bits of that magnitude as a float.
-    __device__ static int exponent_of(uint32_t peak) { return 141 - (int)(peak >> 23); }
-
-    // Undoes it; in two factors, as one may be out of range.
-    __device__ static float undo(float x, int e) {
-        return x * power(-(e / 2)) * power(-(e - e / 2));
-    }
+    // `peak`: the bits of that magnitude as a float. No more than 126, so that one factor undoes it: below
+    // 2^-112 even a subnormal bf16 times 2^126 is a normal fp16.
+    __device__ static int exponent_of(uint32_t peak) { return min(141 - (int)(peak >> 23), 126); }
     __device__ static float power(int e) { return __uint_as_float((uint32_t)(127 + e) << 23); }
+    __device__ static float undo(float x, int e) { return x * power(-e); }
 };
-
-__device__ inline uint32_t finite_magnitude(uint32_t bits) {
-    bits &= 0x7FFFFFFFu;
-    return bits < 0x7F800000u ? bits : 0;
-}
 
 // The largest finite magnitude among eight bf16, as float bits.
 __device__ inline uint32_t largest_of(const uint4& x) {
-    uint32_t most = 0;
+    // In 16 signed bits what is not finite becomes less than zero is.
+    constexpr uint32_t kOne = 0x0080, kPair = kOne << 16 | kOne, kMagnitudes = 0x7FFF7FFF;
+    uint32_t most = kPair;
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        most = max(most, finite_magnitude(words[j] << 16));
-        most = max(most, finite_magnitude(words[j] & 0xFFFF0000u));
-    }
-    return most;
+    for (int j = 0; j < 4; j++) most = __viaddmax_s16x2(words[j] & kMagnitudes, kPair, most);
+    return (max(most >> 16, most & 0xFFFF) - kOne) << 16;
 }
 
 // Eight bf16 -> fp16 of them times 2^exponent, permuted as HalfFp4's operands or as they are.
 template <bool kPermuted> __device__ inline uint4 to_halves(const uint4& x, int exponent) {
-    float first = RowScale::power(exponent / 2), second = RowScale::power(exponent - exponent / 2);
+    const float factor = RowScale::power(exponent);
     const uint32_t words[4] = {x.x, x.y, x.z, x.w};
     float f[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         uint32_t bits = j % 2 ? words[j / 2] & 0xFFFF0000u : words[j / 2] << 16;
-        f[j] = __uint_as_float(bits) * first * second;
+        f[j] = __uint_as_float(bits) * factor;
     }
     auto both = [](float low, float high) {
         __half2 h = __floats2half2_rn(low, high);

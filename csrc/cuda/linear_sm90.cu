@@ -1,8 +1,8 @@
 // Ops linear and grouped_linear.
 //
-// bf16 activations use the matrix unit: up to four rows with rings of weights (few_rows.cuh), up to 16
-// with loads to registers (stream.cuh), more in tiles (tile.cuh). float32 activations, float32 and float16 weights and odd sizes go through float32
-// multiply-adds, one weight row a warp.
+// bf16 activations use the matrix unit: one row, and where it pays up to eight, with rings of weights
+// (few_rows.cuh), up to 16 with loads to registers (stream.cuh), more in tiles (tile.cuh). float32 activations,
+// float32 and float16 weights and odd sizes go through float32 multiply-adds, one weight row a warp.
 
 #include "elements.cuh"
 #include "few_rows.cuh"

@@ -1,4 +1,4 @@
-// Several products of one activation row in one launch: op linear for weights that are given the same input.
+// Several products of the same one to eight activation rows in one launch: op linear for weights that are given the same input.
 //
 // A block multiplies rows of one matrix as linear does (few_rows.cuh). Together the matrices have about one
 // block a multiprocessor, all with nearly as many bytes to read.
@@ -10,13 +10,14 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMost = 8;  // matrices a launch
+constexpr int kWarps = FewShape<Bf16, 1>::kWarps;
 
 struct Products {
-    const bf16* x;  // [k]
-    int64_t k;
+    const bf16* x;  // [m, k]
+    int64_t m, k;
     int count, split;
     dsv4_weight w[kMost];
-    void* y[kMost];     // [w.n]
+    void* y[kMost];     // [m, w.n]
     int y_dtype[kMost];  // enum dsv4_dtype
     int rows[kMost];     // of a block
     int end[kMost];      // of the matrix' blocks
@@ -30,13 +31,15 @@ bool takes(const dsv4_weight& w, int64_t k) {
 }
 
 // Tiles of a block that has `rows` rows, in turn at its places.
-template <class Policy> __host__ __device__ FewBlock<Policy> block_of(int rows, int split, int64_t k) {
-    const int places = FewShape::kWarps / split, tiles = (rows + 15) / 16;
-    return FewBlock<Policy>(split, (tiles + places - 1) / places, k, 1);
+template <class Policy, int kRows>
+__host__ __device__ FewBlock<Policy, kRows> block_of(const Products& p, int rows, int split) {
+    const int places = kWarps / split, tiles = (rows + 15) / 16;
+    return FewBlock<Policy, kRows>(split, (tiles + places - 1) / places, p.k, (int)p.m);
 }
 
-// Rows of a block. A tile of FP8 lies in one block of scales, so that these are whole tiles.
-struct Division {
+// Rows of a block, for up to kRows activation rows. A tile of FP8 lies in one block of scales, so that these
+// are whole tiles.
+template <int kRows> struct Division {
     int split, rows[kMost], end[kMost];
     double cost;    // of the longest block, in stages of a warp
     size_t shared;  // of the largest
@@ -54,7 +57,7 @@ struct Division {
             rows[i] = (int)ceil_div(ceil_div(p.w[i].n, count), unit) * unit;
             end[i] = blocks += (int)ceil_div(p.w[i].n, rows[i]);
             with_policy(p.w[i].format, p.k, [&](auto policy) {
-                const auto block = block_of<decltype(policy)>(rows[i], split, p.k);
+                const auto block = block_of<decltype(policy), kRows>(p, rows[i], split);
                 if (block.cost() > cost) cost = block.cost();
                 if (block.bytes() > shared) shared = block.bytes();
                 return 0;
@@ -63,7 +66,7 @@ struct Division {
         cost *= ceil_div(blocks, (int64_t)kProcessors);
         if (shared > kFewShared) cost = 1e30;
     }
-    static int64_t most_rows(int split) { return FewShape::kMostRounds * FewShape::kWarps / split * 16; }
+    static int64_t most_rows(int split) { return FewShape<Bf16, kRows>::kMostRounds * kWarps / split * 16; }
     int blocks(const Products& p) const { return end[p.count - 1]; }
 
     // The smallest blocks of which there is one a multiprocessor, else the largest.
@@ -77,8 +80,8 @@ struct Division {
         return Division(p, split, low);
     }
     static Division best(const Products& p) {
-        Division best = fair(p, FewShape::kWarps);
-        for (int split = FewShape::kWarps / 2; split >= 1; split /= 2) {
+        Division best = fair(p, kWarps);
+        for (int split = kWarps / 2; split >= 1; split /= 2) {
             const Division other = fair(p, split);
             if (other.cost < best.cost) best = other;
         }
@@ -88,29 +91,46 @@ struct Division {
 
 // ---------------------------------------------------------------- kernel
 
-__global__ void __launch_bounds__(FewShape::kThreads, 2) linears_kernel(const Products p) {
+template <int kRows>
+__global__ void __launch_bounds__(FewShape<Bf16, kRows>::kThreads, 2) linears_kernel(const Products p) {
     extern __shared__ __align__(16) char memory[];
     let_next_start();
+    prefetch_share(p.x, p.m * p.k * sizeof(bf16));
     const int b = blockIdx.x;
     int i = 0;
     while (i < p.count && b >= p.end[i]) i++;
     if (i == p.count) return wait_for_previous();  // else two of the next kernel's blocks meet here
-    const int64_t row0 = (b - (i > 0 ? p.end[i - 1] : 0)) * (int64_t)p.rows[i];
+    const int64_t row0 = (b - (i > 0 ? p.end[i - 1] : 0)) * (int64_t)p.rows[i], pitch = p.w[i].n;
     dsv4_weight part = p.w[i];
     if (part.n > row0 + p.rows[i]) part.n = row0 + p.rows[i];
     void* y = p.y[i];
     const bool wide = p.y_dtype[i] == DSV4_F32;
-    auto store = [=](int, int64_t n, float value) {
-        if (wide) ((float*)y)[n] = value;
-        else ((bf16*)y)[n] = from_float<bf16>(value);
+    auto store = [=](int row, int64_t n, float value) {
+        if (wide) ((float*)y)[row * pitch + n] = value;
+        else ((bf16*)y)[row * pitch + n] = from_float<bf16>(value);
     };
     auto multiply = [&](auto policy) {
-        const auto block = block_of<decltype(policy)>(p.rows[i], p.split, p.k);
-        multiply_few(part, row0, block, p.x, 0, memory, store);
+        const auto block = block_of<decltype(policy), kRows>(p, p.rows[i], p.split);
+        multiply_few(part, row0, block, p.x, p.k, memory, store);
     };
     if (part.format == DSV4_DENSE_BF16) multiply(Bf16{});
     else if (part.format == DSV4_FP8_E8M0) multiply(Fp8<uint8_t>{});
     else multiply(Fp8<float>{});
+}
+
+template <int kRows> int launch_linears(Products p, void* stream) {
+    const auto division = Division<kRows>::best(p);
+    if (division.shared > kFewShared) return kUnsupported;
+    p.split = division.split;
+    for (int i = 0; i < p.count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
+    using Shape = FewShape<Bf16, kRows>;
+    const int blocks = division.blocks(p);
+    const size_t shared = Shape::shared(division.shared, blocks);
+    const int status = allow_shared(linears_kernel<kRows>, shared);
+    if (status != cudaSuccess) return status;
+    // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
+    return launch(linears_kernel<kRows>, dim3(blocks < kProcessors ? kProcessors : blocks), Shape::kThreads,
+                  shared, stream, p);
 }
 
 }  // namespace
@@ -118,27 +138,17 @@ __global__ void __launch_bounds__(FewShape::kThreads, 2) linears_kernel(const Pr
 
 using namespace dsv4;
 
-// y[i] [w[i]->n] in y_dtype[i] = x [k] bfloat16 times w[i]: bf16 or FP8, k a multiple of 16, all at
-// multiples of 16 bytes.
-DSV4_EXPORT int dsv4_linears(const void* x, int64_t k, int64_t count, const dsv4_weight* const* w,
+// y[i] [m, w[i]->n] in y_dtype[i] = x [m, k] bfloat16 times w[i]: up to eight rows; bf16 or FP8, k a multiple
+// of 16, all at multiples of 16 bytes.
+DSV4_EXPORT int dsv4_linears(const void* x, int64_t m, int64_t k, int64_t count, const dsv4_weight* const* w,
                              void* const* y, const int* y_dtype, void* stream) {
-    if (count < 1 || count > kMost) return kUnsupported;
-    Products p = {(const bf16*)x, k, (int)count};
+    if (count < 1 || count > kMost || m < 1 || m > kMostColumns) return kUnsupported;
+    Products p = {(const bf16*)x, m, k, (int)count};
     for (int i = 0; i < count; i++) {
         if (!takes(*w[i], k)) return kUnsupported;
         p.w[i] = *w[i];
         p.y[i] = y[i];
         p.y_dtype[i] = y_dtype[i];
     }
-    const Division division = Division::best(p);
-    if (division.shared > kFewShared) return kUnsupported;
-    p.split = division.split;
-    for (int i = 0; i < count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
-    const int blocks = division.blocks(p);
-    const size_t shared = few_shared<Bf16>(division.shared, blocks);
-    const int status = allow_shared(linears_kernel, shared);
-    if (status != cudaSuccess) return status;
-    // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
-    return launch(linears_kernel, dim3(blocks < kProcessors ? kProcessors : blocks), FewShape::kThreads,
-                  shared, stream, p);
+    return m == 1 ? launch_linears<1>(p, stream) : launch_linears<kMostColumns>(p, stream);
 }

@@ -36,6 +36,9 @@ struct Strip {
     }
 };
 
+// Keeps a value in its register: else ptxas computes it again in every round of a loop.
+template <class T> __device__ inline void keep_in_register(T& value) { asm volatile("" : "+r"(value)); }
+
 // pointer + count * bytes by the multiplier, as the integer unit has more to do.
 __device__ inline const char* advanced(const char* pointer, uint32_t count, uint32_t bytes) {
     const char* result;
@@ -43,45 +46,54 @@ __device__ inline const char* advanced(const char* pointer, uint32_t count, uint
     return result;
 }
 
+// Asks for this block's share of `bytes` to be in the L2, even if an earlier kernel still writes them.
+__device__ inline void prefetch_share(const void* from, int64_t bytes) {
+    const int64_t all = (int64_t)gridDim.x * blockDim.x * 128;
+    for (int64_t at = (blockIdx.x + (int64_t)gridDim.x * threadIdx.x) * 128; at < bytes; at += all)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + at));
+}
+
+// 4 or 8 bytes of scales.
+template <int kBytes> __device__ inline void copy_scales(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+
 template <class Policy, int kDepth> struct Ring {
     static constexpr int kWords = kScaleWords<Policy>;
-    static constexpr int kScaleRows = kWords ? 32 / kWords : 1;  // that a warp copies words of at once
     static constexpr uint32_t kBytes = kDepth * sizeof(Slot<Policy>);
 
     uint32_t to_codes, to_scales;    // shared addresses of this thread's first copies in slot 0
     uint32_t offset = 0;             // of the next slot
-    const char *codes, *scales;      // this thread's chunk and word of scales of the next stage
+    const char *codes, *scales;      // this thread's chunk, and half row of scales, of the next stage
     uint32_t code_pitch, scale_pitch;
     int left;  // rows from the next stage's tile to the end of the matrix
-    int tiles, distance, first, last, step, stage, chunks;
+    int tiles, distance, first, last, step, stage, chunks, lane = threadIdx.x % 32;
 
     __device__ Ring(const dsv4_weight& w, Slot<Policy>* slots, const Strip& strip)
         : code_pitch(w.k / Policy::kChunk * 16), scale_pitch(w.k / Policy::kChunk * kWords / 2),
           left((int)(w.n - strip.row)), tiles(strip.first < strip.last ? strip.tiles : 0),
           distance(strip.distance), first(strip.first), last(strip.last), step(strip.step),
           stage(strip.first), chunks(w.k / Policy::kChunk) {
-        const int lane = threadIdx.x % 32, row = lane / 8, chunk = lane % 8;
+        const int row = lane / 8, chunk = lane % 8;
         codes = (const char*)w.data + (strip.row + row) * code_pitch + stage * 128 + chunk * 16;
         to_codes = address(&slots->codes[row][Slot<Policy>::place(row, chunk)]);
         if constexpr (kWords > 0) {
-            scales = (const char*)w.scale + (strip.row + lane / kWords) * scale_pitch +
-                     (stage * kWords + lane % kWords) * 4;
-            to_scales = address(&slots->scales[lane]);
+            scales = (const char*)w.scale + (strip.row + lane / 2) * scale_pitch + (2 * stage + lane % 2) * kWords * 2;
+            to_scales = address(slots->scales) + lane * kWords * 2;
+            keep_in_register(to_scales);
         }
+        keep_in_register(to_codes);
+        keep_in_register(lane);
     }
 
     // Starts the copies of the next stage, if there is one, into the next slot.
     __device__ void fill() {
         if (tiles > 0) {
-            const int lane = threadIdx.x % 32;
-            if (left >= 16 && chunks % kStageChunks == 0) copy_whole();
-            else copy_part(stage * kStageChunks + lane % 8 < chunks ? left - lane / 8 : 0);
-            if constexpr (kWords > 0) {
-                const bool here = stage * kWords + lane % kWords < (int)scale_pitch / 4;
-#pragma unroll
-                for (int j = 0; j < kWords / 2; j++)
-                    copy_word(to_scales + offset + j * 128, advanced(scales, scale_pitch, j * kScaleRows),
-                              here && lane / kWords + j * kScaleRows < left);
+            if (left >= 16 && chunks % kStageChunks == 0) {
+                copy_whole();
+            } else {
+                copy_part(stage * kStageChunks + lane % 8 < chunks ? left - lane / 8 : 0);
+                copy_scales_part();
             }
             go(step);
         }
@@ -106,6 +118,7 @@ template <class Policy, int kDepth> struct Ring {
             asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_codes + offset + j * 512),
                          "l"(advanced(codes, code_pitch, 4 * j))
                          : "memory");
+        if constexpr (kWords > 0) copy_scales<kWords * 2>(to_scales + offset, scales);
     }
     // `rows`: from this thread's first one to the end of the matrix.
     __device__ void copy_part(int rows) {
@@ -115,10 +128,15 @@ template <class Policy, int kDepth> struct Ring {
                          "l"(advanced(codes, code_pitch, 4 * j)), "r"(4 * j < rows ? 16 : 0)
                          : "memory");
     }
-    __device__ static void copy_word(uint32_t to, const void* from, bool valid) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-                     "r"(valid ? 4 : 0)
-                     : "memory");
+    __device__ void copy_scales_part() {
+#pragma unroll
+        for (int i = 0; i < kWords / 2; i++) {
+            const int word = stage * kWords + lane % 2 * (kWords / 2) + i;
+            const bool valid = lane / 2 < left && word < (int)scale_pitch / 4;
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to_scales + offset + i * 4),
+                         "l"(scales + i * 4), "r"(valid ? 4 : 0)
+                         : "memory");
+        }
     }
 
     __device__ void go(int stages) {
@@ -158,6 +176,9 @@ template <class Policy> struct Piece {
     // The scales of both halves of the chunk of a step.
     __device__ float2 scale(int step, int h) const {
         return Half<Policy>::scales((typename Policy::Scale)(scales[h] >> step * 4 * kWords));
+    }
+    __device__ uint32_t scale_halves(int step, int h) const {
+        return Half<Policy>::scale_halves((typename Policy::Scale)(scales[h] >> step * 4 * kWords));
     }
 };
 
