@@ -124,7 +124,11 @@ def test_the_sites_of_a_decode_layer_add_up_to_the_layer(model: Transformer, gra
     assert {site["verdict"] for site in document["sites"]} == {"ok"}
     (whole,) = document["whole"]
     assert whole["comparable"] and whole["eager"] > whole["seconds"]
-    assert whole["sites"] + whole["between"] == pytest.approx(whole["seconds"], rel=0.1)
+    # In the layer the start of a site, 0.9 us as a dependent node (docs/cuda_timing.md), may lie beside
+    # the end of the one before: programmatic launches. By themselves all sites pay for it.
+    beside = whole["sites"] + whole["between"] - whole["seconds"]
+    tenth = 0.1 * whole["seconds"]
+    assert -tenth <= beside <= tenth + 0.9e-6 * len(document["sites"])
     if graph:
         found = whole["graph"]
         assert found["seconds"] <= 1.05 * found["chain"]

@@ -268,6 +268,9 @@ def test_a_report_says_how_a_gpu_was_timed(document):
     assert "launched from Python, 2000.0 us" in text and "it waits for the GPU" in text
     assert "40 kernels: 70.0 us with independent sites side by side, 95.0 us in one chain" in text
     assert "between time stamps on the device add up to 80.0 us" in text
+    assert "may start while" not in text
+    copy["whole"][0]["sites"] = 1e-4
+    assert "together 108.0% of it (in the layer a kernel may start while" in report(copy)
 
 
 @pytest.mark.parametrize(("text", "factor"), [("3%", 1.03), ("2x", 2.0), ("1.5", 1.5), ("0%", 1.0)])

@@ -18,6 +18,7 @@ _SAME = ("phase", "context", "batch", "dtype", "layers")  # of two documents tha
 _NAMESPACES = re.compile(r"dsv4::|at::native::|\(anonymous namespace\)::|<unnamed>::|unnamed>::")
 _PARAMETERS = re.compile(r"(?<=[\w>])\((?!anonymous).*$")
 _WAITS = {"waits": " w"}  # marks a time that has launches and waits for the GPU in it
+_BESIDE = 1.05  # of a layer: from here on its sites' sum is said to be more than the layer
 _ERROR_FLOOR = 1e-7  # relative L2 below which an error is float32 rounding, not a regression
 
 
@@ -131,6 +132,8 @@ def _whole(entry: dict[str, Any]) -> str:
     if entry["how"] == "wall":
         text += " (each of them, and the layer, begins with empty caches)"
     if entry["how"] == "graph":
+        if parts > _BESIDE * entry["seconds"]:
+            text += " (in the layer a kernel may start while the one before it ends)"
         text += f"; launched from Python, {_us(entry['eager'])} us"
     return text + (f"\n{_graph(entry['graph'])}" if "graph" in entry else "")
 
