@@ -9,16 +9,16 @@
 #include "../csrc/cuda/elements.cuh"
 #include "../csrc/cuda/linears_sm90.cu"
 
-template <class Policy, int kMost> static void print(int64_t n, int64_t k, int64_t groups, int rows) {
+template <class Shape> static void print_by(int64_t n, int64_t k, int64_t groups, int rows) {
     const int64_t group = groups > 1 ? n / groups / 16 : 0;
-    const auto plan = FewPlan<Policy, kMost>::best(ceil_div(n, 16), group, k, rows);
+    const auto plan = FewPlan<Shape>::best(ceil_div(n, 16), group, k, rows);
     std::printf("%d %d %d %d %d %lld %zu\n", plan.split, plan.places(), plan.rounds, plan.all, plan.own,
                 (long long)plan.blocks, plan.bytes());
 }
 
 template <class Policy> static void print(int64_t n, int64_t k, int64_t groups, int rows) {
-    if (rows == 1) print<Policy, 1>(n, k, groups, rows);
-    else print<Policy, kMostColumns>(n, k, groups, rows);
+    if (rows == 1) print_by<OneRow<Policy>>(n, k, groups, rows);
+    else print_by<SomeRows<Policy>>(n, k, groups, rows);
 }
 
 template <int kRows> static void print_joint(const Products& p) {

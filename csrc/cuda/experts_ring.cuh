@@ -200,6 +200,7 @@ template <class Policy, class Of> struct RingBlock : Of {
     float* sums;  // [round][warp of the block][result][16]
     X x;          // a row a token, or an expert of the only one
     const int own = Of::own();
+    float weight = 1;  // thread e: what the sums of expert e are multiplied by
 
     __host__ static int64_t bytes(const Moe& m, int blocks) {
         return kRingWarps * (kRingDepth * (int64_t)sizeof(Slot<Policy>) +
@@ -219,6 +220,7 @@ template <class Policy, class Of> struct RingBlock : Of {
         const int mine = this->first_of(this->team + 1) - this->first_of(this->team);
         TeamRing<Policy, Of> ring(*this, slots, ids);
         TurnScales<Policy, Of> scales(*this, ids);
+        if (kTogether && threadIdx.x % 32 < experts) weight = m.table[ids[threadIdx.x % 32]].w2.global_scale;
         if (!kGated) {
             start(ring);
             wait_for_previous();
@@ -257,7 +259,7 @@ template <class Policy, class Of> struct RingBlock : Of {
             columns.load(i);
             sums.add(piece, columns, scales.of(i, 0), scales.of(i, 1));
         }
-        sums.restore(x, e, kTogether ? m.table[ids[e]].w2.global_scale : 1.0f);
+        sums.restore(x, e, kTogether ? __shfl_sync(~0u, weight, e) : 1.0f);
         return sums;
     }
 
@@ -297,6 +299,8 @@ __global__ void __launch_bounds__(kRingThreads, 2) ring_kernel(const __grid_cons
     if (Of::kGated) {
         prefetch_share(m.x, m.n * m.d * sizeof(bf16));
         prefetch_share(m.table, m.count * sizeof(Expert));
+        prefetch_share(m.ids, m.ids == nullptr ? 0 : m.n * m.k * sizeof(int32_t));
+        prefetch_share(m.routing, m.routing == nullptr ? 0 : m.n * m.k * sizeof(float));
         wait_for_previous();
     }
     if (threadIdx.x < m.k) ids[threadIdx.x] = m.expert_of(threadIdx.x);

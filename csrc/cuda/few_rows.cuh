@@ -12,11 +12,13 @@ namespace dsv4 {
 
 constexpr size_t kFewShared = 226 * 1024;  // bytes, of all blocks on a multiprocessor
 
-// How blocks are made for up to kMost activation rows. kDepth: stages of a ring, kEarly of them asked for
-// before the activations.
-template <class Policy, int kMost> struct FewShape {
-    static constexpr bool kBlocks = kFourBits<Policy> && kMost == 1;  // second operands, see stage_products.cuh
-    static constexpr int kWarps = 8, kThreads = kWarps * 32, kDepth = kMost == 1 ? 5 : 4, kEarly = 2, kMostRounds = 8;
+// How blocks are made for up to kRows activation rows. kStages: of a ring, half of them asked for before the
+// activations.
+template <class Format, int kRows, int kStages> struct FewShape {
+    using Policy = Format;
+    static constexpr bool kBlocks = kFourBits<Policy> && kRows == 1;  // second operands, see stage_products.cuh
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kMostRounds = 8;
+    static constexpr int kMost = kRows, kDepth = kStages, kEarly = kStages / 2;
     // Blocks that a multiprocessor has room for. With two, that of the next kernel fills its rings early.
     // With one, no two of a launch share a multiprocessor where a small kernel before takes another's place.
     static constexpr int kResident = kBlocks ? 2 : 1;
@@ -29,12 +31,17 @@ template <class Policy, int kMost> struct FewShape {
     }
 };
 
+template <class Policy> using OneRow = FewShape<Policy, 1, 5>;
+// Of bfloat16 and FP8, where no block waits for another's place.
+template <class Policy> using OneRowDeep = FewShape<Policy, 1, 8>;
+template <class Policy> using SomeRows = FewShape<Policy, kMostColumns, 4>;
+
 // ---------------------------------------------------------------- how the work is divided
 
 // What a block does: `rounds` tiles of a matrix at each of its kWarps / split places. A warp goes over
 // `own` of the `all` stages of their columns.
-template <class Policy, int kMost> struct FewBlock : FewShape<Policy, kMost> {
-    using Shape = FewShape<Policy, kMost>;
+template <class Shape> struct FewBlock : Shape {
+    using typename Shape::Policy;
     using Shape::kWarps, Shape::kDepth;
     int split, rounds, all, own, rows;  // rows: of activations
 
@@ -57,8 +64,8 @@ template <class Policy, int kMost> struct FewBlock : FewShape<Policy, kMost> {
 };
 
 // All blocks of a matrix.
-template <class Policy, int kMost> struct FewPlan : FewBlock<Policy, kMost> {
-    using Base = FewBlock<Policy, kMost>;
+template <class Shape> struct FewPlan : FewBlock<Shape> {
+    using Base = FewBlock<Shape>;
     using Base::places, Base::rounds, Base::kWarps;
     int64_t blocks;
 
@@ -87,8 +94,8 @@ template <class Policy, int kMost> struct FewPlan : FewBlock<Policy, kMost> {
 // ---------------------------------------------------------------- kernel
 
 // Adds up what warps left, [tile][split][rows][16], and stores it. All threads of the block.
-template <class Policy, int kMost, class Store>
-__device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBlock<Policy, kMost>& block,
+template <class Shape, class Store>
+__device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBlock<Shape>& block,
                                const float* sums, Store store) {
     __syncthreads();
     const int rows = block.rows;
@@ -100,17 +107,17 @@ __device__ void store_few_sums(const dsv4_weight& w, int64_t row0, const FewBloc
 #pragma unroll
         for (int s = 0; s < block.kWarps; s++)
             if (s < block.split) total += sums[((tile * block.split + s) * rows + row) * 16 + i % 16];
-        total *= product_factor<Policy, block.kBlocks>();
+        total *= product_factor<typename Shape::Policy, Shape::kBlocks>();
         store(row, n, total * w.global_scale);
     }
 }
 
 // One block: weight rows from row0 on, as many as its tiles have, times activation rows `stride` apart;
 // store(activation row, weight row, product). `memory` has block.bytes().
-template <class Policy, int kMost, class Store>
-__device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<Policy, kMost>& block,
+template <class Shape, class Store>
+__device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<Shape>& block,
                              const bf16* x, int64_t stride, char* memory, Store store) {
-    using Shape = FewShape<Policy, kMost>;
+    using Policy = typename Shape::Policy;
     constexpr bool kBlocks = Shape::kBlocks;
     auto* slots = (Slot<Policy>*)memory;
     auto* vectors = (uint4*)(slots + Shape::kWarps * Shape::kDepth);
@@ -128,13 +135,13 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
     wait_for_previous();
 
     // Loads queue up behind the copies of a block: those of the activations come before most of them.
-    const int rows = row0 < w.n ? (kMost == 1 ? 1 : block.rows) : 0;
+    const int rows = row0 < w.n ? (Shape::kMost == 1 ? 1 : block.rows) : 0;
     OwnColumns<Policy, kBlocks> own_x{vectors + warp * block.rows * block.vectors(), rows, block.vectors()};
     own_x.copy(x, stride, (int)w.k, s, block.split);
 #pragma unroll 1
     for (int i = Shape::kEarly; i < Shape::kDepth; i++) ring.fill();
     wait_for_copies<Shape::kDepth - Shape::kEarly>();
-    own_x.template settle<kMost>();
+    own_x.template settle<Shape::kMost>();
     Columns<Policy, kBlocks> columns(own_x, 0, rows);
     const int own = strip.stages();
     for (int t = 0; t < strip.tiles; t++) {
@@ -156,9 +163,9 @@ __device__ void multiply_few(const dsv4_weight& w, int64_t row0, const FewBlock<
 }
 
 // All tiles of a block are in one group.
-template <class Policy, int kMost, class Y>
-__global__ void __launch_bounds__(FewShape<Policy, kMost>::kThreads, 2)
-    few_kernel(const Product p, const FewBlock<Policy, kMost> block) {
+template <class Shape, class Y>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    few_kernel(const Product p, const FewBlock<Shape> block) {
     extern __shared__ __align__(16) char memory[];
     let_next_start();
     prefetch_share(p.x, p.m * p.x_stride * sizeof(bf16));
@@ -169,17 +176,18 @@ __global__ void __launch_bounds__(FewShape<Policy, kMost>::kThreads, 2)
     });
 }
 
-template <class Policy, int kMost, class Y> int few_rows_up_to(const Product& p, void* stream) {
+// kUnsupported without room, or if there are more than `most` blocks.
+template <class Shape, class Y> int few_rows_by(const Product& p, int64_t most, void* stream) {
     const int64_t group = p.per_group < p.w.n ? p.per_group / 16 : 0;
-    const auto plan = FewPlan<Policy, kMost>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
-    if (plan.bytes() > kFewShared) return kUnsupported;
-    auto kernel = few_kernel<Policy, kMost, Y>;
+    const auto plan = FewPlan<Shape>::best(ceil_div(p.w.n, 16), group, p.w.k, (int)p.m);
+    if (plan.bytes() > kFewShared || plan.blocks > most) return kUnsupported;
+    auto kernel = few_kernel<Shape, Y>;
     const size_t shared = plan.shared(plan.bytes(), plan.blocks);
     const int status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no tile: else some get two of the next kernel's.
     const int64_t blocks = plan.blocks < kProcessors ? kProcessors : plan.blocks;
-    return launch(kernel, dim3(blocks), plan.kThreads, shared, stream, p, (FewBlock<Policy, kMost>)plan);
+    return launch(kernel, dim3(blocks), plan.kThreads, shared, stream, p, (FewBlock<Shape>)plan);
 }
 
 // Whether the products of several rows are faster than with activations from L1 (stream.cuh): every block
@@ -194,9 +202,14 @@ template <class Policy, class Y> int few_rows(const Product& p, void* stream) {
     const int64_t chunks = p.w.k / Policy::kChunk;
     const bool tiles_span_groups = p.per_group < p.w.n && p.per_group % 16;
     if (chunks * kScaleWords<Policy> / 2 % 4 || tiles_span_groups) return kUnsupported;
-    if (p.m == 1) return few_rows_up_to<Policy, 1, Y>(p, stream);
+    if (p.m == 1) {
+        int status = kUnsupported;
+        if constexpr (!kFourBits<Policy>) status = few_rows_by<OneRowDeep<Policy>, Y>(p, kProcessors, stream);
+        return status == kUnsupported ? few_rows_by<OneRow<Policy>, Y>(p, INT64_MAX, stream) : status;
+    }
     if constexpr (!std::is_same_v<Policy, Mxfp4>)  // scales of up to 2^127 fit sums, not fp16 weights
-        if (p.m <= kMostColumns && few_rows_pay<Policy>(p)) return few_rows_up_to<Policy, kMostColumns, Y>(p, stream);
+        if (p.m <= kMostColumns && few_rows_pay<Policy>(p))
+            return few_rows_by<SomeRows<Policy>, Y>(p, INT64_MAX, stream);
     return kUnsupported;
 }
 

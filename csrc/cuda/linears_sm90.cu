@@ -1,4 +1,4 @@
-// Several products of the same one to eight activation rows in one launch: op linear for weights that are given the same input.
+// Several products of the same one to eight activation rows in one launch: op linear for weights of one input.
 //
 // A block multiplies rows of one matrix as linear does (few_rows.cuh). Together the matrices have about one
 // block a multiprocessor, all with nearly as many bytes to read.
@@ -10,7 +10,8 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMost = 8;  // matrices a launch
-constexpr int kWarps = FewShape<Bf16, 1>::kWarps;
+template <class Policy, int kRows> using Shape = std::conditional_t<kRows == 1, OneRow<Policy>, SomeRows<Policy>>;
+constexpr int kWarps = OneRow<Bf16>::kWarps;
 
 struct Products {
     const bf16* x;  // [m, k]
@@ -32,9 +33,9 @@ bool takes(const dsv4_weight& w, int64_t k) {
 
 // Tiles of a block that has `rows` rows, in turn at its places.
 template <class Policy, int kRows>
-__host__ __device__ FewBlock<Policy, kRows> block_of(const Products& p, int rows, int split) {
+__host__ __device__ FewBlock<Shape<Policy, kRows>> block_of(const Products& p, int rows, int split) {
     const int places = kWarps / split, tiles = (rows + 15) / 16;
-    return FewBlock<Policy, kRows>(split, (tiles + places - 1) / places, p.k, (int)p.m);
+    return FewBlock<Shape<Policy, kRows>>(split, (tiles + places - 1) / places, p.k, (int)p.m);
 }
 
 // Rows of a block, for up to kRows activation rows. A tile of FP8 lies in one block of scales, so that these
@@ -66,7 +67,7 @@ template <int kRows> struct Division {
         cost *= ceil_div(blocks, (int64_t)kProcessors);
         if (shared > kFewShared) cost = 1e30;
     }
-    static int64_t most_rows(int split) { return FewShape<Bf16, kRows>::kMostRounds * kWarps / split * 16; }
+    static int64_t most_rows(int split) { return Shape<Bf16, kRows>::kMostRounds * kWarps / split * 16; }
     int blocks(const Products& p) const { return end[p.count - 1]; }
 
     // The smallest blocks of which there is one a multiprocessor, else the largest.
@@ -92,7 +93,7 @@ template <int kRows> struct Division {
 // ---------------------------------------------------------------- kernel
 
 template <int kRows>
-__global__ void __launch_bounds__(FewShape<Bf16, kRows>::kThreads, 2) linears_kernel(const Products p) {
+__global__ void __launch_bounds__(Shape<Bf16, kRows>::kThreads, 2) linears_kernel(const Products p) {
     extern __shared__ __align__(16) char memory[];
     let_next_start();
     prefetch_share(p.x, p.m * p.k * sizeof(bf16));
@@ -123,14 +124,13 @@ template <int kRows> int launch_linears(Products p, void* stream) {
     if (division.shared > kFewShared) return kUnsupported;
     p.split = division.split;
     for (int i = 0; i < p.count; i++) p.rows[i] = division.rows[i], p.end[i] = division.end[i];
-    using Shape = FewShape<Bf16, kRows>;
     const int blocks = division.blocks(p);
-    const size_t shared = Shape::shared(division.shared, blocks);
+    const size_t shared = Shape<Bf16, kRows>::shared(division.shared, blocks);
     const int status = allow_shared(linears_kernel<kRows>, shared);
     if (status != cudaSuccess) return status;
     // One block a multiprocessor, even if it has no row: else some get two of the next kernel's.
-    return launch(linears_kernel<kRows>, dim3(blocks < kProcessors ? kProcessors : blocks), Shape::kThreads,
-                  shared, stream, p);
+    return launch(linears_kernel<kRows>, dim3(blocks < kProcessors ? kProcessors : blocks),
+                  Shape<Bf16, kRows>::kThreads, shared, stream, p);
 }
 
 }  // namespace

@@ -46,21 +46,29 @@ template <class Policy, bool kBlocks> struct OwnColumns {
             for (int v = threadIdx.x % 32; v < vectors; v += 32) {
                 const int from = (first + v / kStage * step) * kStage + v % kStage;
                 const bool there = from < present;
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(at + r * vectors + v)),
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(
+                                 shared_address(at + r * vectors + v)),
                              "l"(x + (there ? r * stride + from * 8 : 0)), "r"(there ? 16 : 0)
                              : "memory");
             }
         commit_copies();
     }
 
-    // Converts and orders what copy() has brought, once it is there, kSide rows at a time. One warp.
-    template <int kSide> __device__ void settle() {
+    // Converts and orders what copy() has brought, once it is there. One warp; at most kMost rows.
+    template <int kMost> __device__ void settle() {
+        if (kMost > 1 && rows > 4) settle_beside<kMostColumns>();
+        else settle_beside<1>();
+    }
+    // kSide rows at a time.
+    template <int kSide> __device__ void settle_beside() {
         __syncwarp();
         for (int first = 0; first < rows; first += kSide) {
             int e[kSide] = {};
             if constexpr (kHalf) {
                 uint32_t most[kSide] = {};
-                each_batch<kSide>(first, [] {}, [&](int r, int, const uint4& x) { most[r] = max(most[r], largest_of(x)); });
+                each_batch<kSide>(first, [] {}, [&](int r, int, const uint4& x) {
+                    most[r] = max(most[r], largest_of(x));
+                });
 #pragma unroll
                 for (int r = 0; r < kSide; r++) {
                     e[r] = RowScale::exponent_of(__reduce_max_sync(~0u, most[r]));
@@ -84,7 +92,8 @@ template <class Policy, bool kBlocks> struct OwnColumns {
 #pragma unroll
             for (int i = 0; i < kSide * kLines; i++) {
                 const int r = i / kLines, v = base + i % kLines * 32;
-                x[r][i % kLines] = first + r < rows && v < vectors ? at[(first + r) * vectors + v] : make_uint4(0, 0, 0, 0);
+                const bool there = first + r < rows && v < vectors;
+                x[r][i % kLines] = there ? at[(first + r) * vectors + v] : make_uint4(0, 0, 0, 0);
             }
             read();
 #pragma unroll
@@ -122,7 +131,8 @@ template <class Policy, bool kBlocks> struct Columns {
         const uint32_t base = shared_address(x.at + r * x.vectors);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            at[i] = base + (kBlocks ? lane.group % 2 * 4 + lane.member + i * 8 : (4 * i + lane.member) ^ r % 2 * 4) * 16;
+            at[i] = base + 16 * (kBlocks ? lane.group % 2 * 4 + lane.member + i * 8
+                                         : (4 * i + lane.member) ^ r % 2 * 4);
         keep_in_register(mine);
     }
     // Those of the warp's i-th stage.
