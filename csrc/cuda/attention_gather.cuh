@@ -359,7 +359,6 @@ __device__ void gather_packed(const Problem& p, Shared& s) {
             codes.store_at((to ^ r << 4) + r * 128, lane);
             codes = following;
         }
-        fence_async_proxy();
         for (int half = 0; half < 2; half++) barrier_arrive(&s.full[stage][half]);
         now = next;
         now_in = next_in;

@@ -205,6 +205,7 @@ template <int w, bool kPacked> struct Consumer {
     __device__ void begin_other(int phase) {
         const int stage = 1 - w;
         barrier_wait(&s.full[stage][w], phase);
+        fence_async_proxy();  // for the keys; who writes weights has one of its own
         const uint64_t exists = s.exists[stage][w];
         barrier_wait(&s.weighed[stage][0], phase);
         if (exists) {
@@ -214,7 +215,6 @@ template <int w, bool kPacked> struct Consumer {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (half) barrier_wait(&s.weighed[stage][1], phase);
-                fence_async_proxy();
                 wgmma_fence();
 #pragma unroll
                 for (int k = 2 * half; k < 2 * half + 2; k++)
