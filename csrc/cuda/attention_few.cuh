@@ -7,7 +7,7 @@
 // memory: each CTA leaves its sums in its own, then adds up one slice of all of theirs.
 #pragma once
 
-#include "attention_gather.cuh"
+#include "attention_packed.cuh"
 #include "rope.cuh"
 
 namespace dsv4 {

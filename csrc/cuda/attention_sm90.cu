@@ -4,6 +4,7 @@
 
 #include "attention_any.cuh"
 #include "attention_few.cuh"
+#include "attention_packed.cuh"
 #include "attention_tile.cuh"
 
 namespace dsv4 {
