@@ -83,7 +83,7 @@ template <int Tiles> int gate_sums(const Product& p, void* stream) {
 
 constexpr int kThreads = 256;
 constexpr int kMostChosen = 32;
-constexpr int kAtOnce = 32;  // partial sums of an expert that are on their way together
+constexpr int kFewTokens = 8;
 
 // How experts are chosen, and where to.
 struct Choice {
@@ -140,8 +140,9 @@ __device__ int expert_of_token(const Choice& to, int64_t token, int slot, int co
 }
 
 // One block a token. sums [parts, n, count] add up to x W^T; scores [n, count] may be the same memory if
-// there is one part. kEach: experts that a lane of the first warp looks at.
-template <int kEach>
+// there is one part. kEach: experts that a lane of the first warp looks at; kAtOnce: sums of one that are on
+// their way together.
+template <int kEach, int kAtOnce>
 __global__ void __launch_bounds__(kThreads)
     gate_kernel(const float* sums, int parts, float* scores, int count, const Choice to) {
     __shared__ float plain[32 * kEach];
@@ -155,13 +156,9 @@ __global__ void __launch_bounds__(kThreads)
         const bool valid = e < count;
         const float bias = valid && to.bias != nullptr ? to.bias[e] : 0;  // with the sums, not behind a store
         float sum = 0;
-        for (int first = 0; first < parts; first += kAtOnce) {
-            float part[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++)
-                part[i] = valid && first + i < parts ? sums[((first + i) * n + row) * count + e] : 0;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; i++) sum += part[i];
+        if (valid) {
+#pragma unroll kAtOnce
+            for (int part = 0; part < parts; part++) sum += sums[(part * n + row) * count + e];
         }
         const float score = valid ? sqrtf(softplus(sum)) : 0;
         if (valid) scores[row * count + e] = score;
@@ -208,6 +205,8 @@ DSV4_EXPORT int dsv4_gate(const float* sums, int64_t parts, float* scores, int64
                           float* routing, int32_t* chosen, void* stream) {
     if (count > 1024 || k > kMostChosen || k > count) return kUnsupported;
     const Choice to = {bias, tid2eid, tid2eid_bytes, vocabulary, tokens, (int)k, scale, routing, chosen};
-    auto kernel = count <= 256 ? gate_kernel<8> : count <= 512 ? gate_kernel<16> : gate_kernel<32>;
+    // Of a few tokens there are processors enough for many registers.
+    auto kernel = count > 512 ? gate_kernel<32, 16> : count > 256 ? gate_kernel<16, 16>
+                  : n > kFewTokens ? gate_kernel<8, 16> : gate_kernel<8, 32>;
     return launch(kernel, dim3(n), kThreads, 0, stream, sums, (int)parts, scores, (int)count, to);
 }

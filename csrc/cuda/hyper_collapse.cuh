@@ -63,15 +63,13 @@ template <class C> int collapse(const void* x, const void* y, Streams in, void* 
         return most;
     }();
     if (clusters == 0) return kUnsupported;
-    int64_t tiles = ceil_div(in.n, in.n <= kFew ? 8 : C::kTile);
-    if (tiles > clusters) tiles = ceil_div(tiles, clusters) * clusters;  // all clusters have as many
-    in.tile = (int)ceil_div(in.n, tiles);
+    in.tile = in.n <= kFew ? 8 : C::kTile;
     in.rows = in.n < in.tile ? in.n : in.tile;
     int status = encode_map(&in.x_map, x, {C::kWidth, kStreams, in.n}, {64, kStreams, in.rows}, true);
     if (status == cudaSuccess && y)
         status = encode_map(&in.sublayer.y_map, y, {C::kWidth, in.n, 1}, {C::kSlice, in.rows, 1}, false);
     if (status != cudaSuccess) return status;
-    tiles = ceil_div(in.n, in.tile);
+    int64_t tiles = ceil_div(in.n, in.tile);
     if (in.norm.y && tiles > clusters) return kUnsupported;
     config.gridDim = (unsigned)(kCluster * (tiles < clusters ? tiles : clusters));
     return (int)cudaLaunchKernelEx(&config, collapse_kernel<C>, in);

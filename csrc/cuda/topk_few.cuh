@@ -67,6 +67,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x + wanted; i < k; i += kThreads) index[i] = -1;
 }
 
+inline int launch_few(int parts, const float* score, const int64_t* visible, int64_t n, int64_t total, int64_t k,
+                      int* index, void* stream) {
+    static const int allowed = allow_shared(few_topk_kernel, kAlone);
+    if (allowed) return allowed;
+    return launch(few_topk_kernel, dim3(n * parts), kThreads, kAlone, stream, score, visible, total, k, parts,
+                  index);
+}
+
 // CTAs of each of n rows of few, so that all fit on the device at once; 1 where another way is faster.
 inline int parts_of_few(int64_t n, int64_t total, int64_t processors) {
     int parts = 1;

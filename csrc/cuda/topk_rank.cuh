@@ -14,6 +14,10 @@ constexpr int kRankBins = 2048;
 constexpr uint32_t kCrowd = 64;    // candidates in a bin, from which sorting is faster
 constexpr unsigned kAll = ~0u;
 
+// Dynamic shared memory of a CTA that wants a processor to itself. Launches begin while others drain: where
+// two CTAs fit on a processor, one that is free too soon gets two of a launch, and all wait for these.
+constexpr int kAlone = 116 << 10;
+
 // A larger score has a larger key; 0 and -0 are equal, NaN is the largest, and no key is 0.
 __device__ inline uint32_t key_of(float score) {
     uint32_t bits = __float_as_uint(score + 0.0f);
@@ -40,7 +44,7 @@ __device__ inline void sync(uint32_t ctas) {
 }
 
 struct Ranking {
-    uint64_t candidates[2 * kCandidates];  // key and complement of the index
+    uint64_t candidates[kCandidates], binned[kCandidates];  // key and complement of the index
     uint32_t count[kMostCluster];  // candidates in the region of each CTA, kCandidates / regions long
     alignas(16) uint32_t bins[kRankBins];  // 0 at first
     uint32_t scan[kWarps];
@@ -95,11 +99,12 @@ constexpr int kEach = kCandidates / kThreads;  // of those that Ranking holds
 // Writes the indices of the first `wanted` candidates by sorting all.
 template <int Each>
 __device__ void rank_by_sorting(Ranking& s, const Candidates<Each>& mine, uint32_t wanted, int* index) {
-    static_assert(Each * kThreads <= 2 * kCandidates);
+    constexpr int kSlots = Each == 3 ? 4 : Each;  // a power of two
+    static_assert((kSlots & kSlots - 1) == 0 && kSlots * kThreads <= kCandidates);
 #pragma unroll
-    for (int j = 0; j < Each; j++) s.candidates[j * kThreads + threadIdx.x] = mine[j];
+    for (int j = 0; j < kSlots; j++) s.candidates[j * kThreads + threadIdx.x] = j < Each ? mine[j % Each] : 0;
     __syncthreads();
-    sort(s.candidates, Each * kThreads);
+    sort(s.candidates, kSlots * kThreads);
     for (uint32_t i = threadIdx.x; i < wanted; i += kThreads)
         index[i] = (int)~(uint32_t)s.candidates[i];
 }
@@ -129,7 +134,7 @@ struct Bins {
 // s.bins, from the number of candidates in each to their number << 16 | that of those before them; false,
 // and nothing is changed, where a bin has too many.
 __device__ inline bool find_starts(Ranking& s) {
-    static_assert(kRankBins == 4 * kThreads && 2 * kCandidates < 1 << 16);
+    static_assert(kRankBins == 4 * kThreads && kCandidates < 1 << 16);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint4 count = ((const uint4*)s.bins)[threadIdx.x];
     const uint32_t sum = count.x + count.y + count.z + count.w, upto = warp_inclusive_sum(sum);
@@ -149,10 +154,8 @@ template <int Each>
 __device__ void rank_candidates(Ranking& s, const Candidates<Each>& mine, uint32_t low, uint32_t most,
                                 uint32_t wanted, int* index) {
     static_assert(kMost + kCrowd <= kCandidates);  // so many are compared
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 4;  // candidates of a bin that are loaded together
     const Bins bins(low, most);
-    uint64_t* binned = s.candidates + kCandidates;
-    int* order = (int*)s.candidates;
     uint32_t bin[Each], place[Each];  // place: in the bin
 #pragma unroll
     for (int j = 0; j < Each; j++)
@@ -165,7 +168,7 @@ __device__ void rank_candidates(Ranking& s, const Candidates<Each>& mine, uint32
         with[j] = 0;
         if (!mine[j]) continue;
         const uint32_t its = s.bins[bin[j]], begin = its & 0xffff;
-        if (begin < wanted) binned[begin + place[j]] = mine[j], with[j] = its;
+        if (begin < wanted) s.binned[begin + place[j]] = mine[j], with[j] = its;
     }
     __syncthreads();
 #pragma unroll
@@ -177,11 +180,9 @@ __device__ void rank_candidates(Ranking& s, const Candidates<Each>& mine, uint32
         for (uint32_t first = begin; first < end; first += kAtOnce)
 #pragma unroll
             for (uint32_t other = first; other < first + kAtOnce; other++)
-                rank += binned[other] > mine[j] & other < end;
-        if (rank < wanted) order[rank] = (int)~(uint32_t)mine[j];
+                if (other < end) rank += s.binned[other] > mine[j];
+        if (rank < wanted) index[rank] = (int)~(uint32_t)mine[j];
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < wanted; i += kThreads) index[i] = order[i];
 }
 
 }  // namespace dsv4

@@ -41,12 +41,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = threadIdx.x + wanted; i < k; i += kThreads) index[i] = -1;
 }
 
-// A row of at most kCandidates scores.
-inline auto short_topk(int64_t total) {
-    return total <= kThreads       ? short_topk_kernel<1>
-           : total <= 2 * kThreads ? short_topk_kernel<2>
-           : total <= 3 * kThreads ? short_topk_kernel<3>
-                                   : short_topk_kernel<4>;
+template <int Each>
+int launch_short(const float* score, const int64_t* visible, int64_t n, int64_t total, int64_t k, bool alone,
+                 int* index, void* stream) {
+    static const int allowed = allow_shared(short_topk_kernel<Each>, kAlone);
+    if (allowed) return allowed;
+    return launch(short_topk_kernel<Each>, dim3(n), kThreads, alone ? kAlone : 0, stream, score, visible, total, k,
+                  index);
 }
 
 }  // namespace dsv4

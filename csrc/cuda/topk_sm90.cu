@@ -172,13 +172,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t rank = cluster_rank(), ctas = cluster_size();
     const int64_t row = blockIdx.x / ctas;
     let_next_start();
-    s.clear();
     if (threadIdx.x == 0) {
         barrier_init(&s.summarised, 1);
         barrier_init(&s.collected, ctas);
         fence_barrier_init();
         barrier_expect(&s.summarised, ctas * sizeof(float4));
     }
+    s.clear();
     cluster_arrive_relaxed();
     index += row * k;
     Share<Quads> share(score + row * total);
@@ -237,9 +237,14 @@ DSV4_EXPORT int dsv4_index_topk(const float* score, const int64_t* visible, int6
     if (k > kMost || total > 1 << 30) return kUnsupported;
     if (n == 0 || k == 0) return cudaSuccess;
     if (const int parts = parts_of_few(n, total, processors); parts > 1)
-        return launch(few_topk_kernel, dim3(n * parts), kThreads, 0, stream, score, visible, total, k, parts, index);
-    if (total <= kCandidates)
-        return launch(short_topk(total), dim3(n), kThreads, 0, stream, score, visible, total, k, index);
+        return launch_few(parts, score, visible, n, total, k, index, stream);
+    if (total <= kCandidates) {
+        auto run = total <= kThreads       ? launch_short<1>
+                   : total <= 2 * kThreads ? launch_short<2>
+                   : total <= 3 * kThreads ? launch_short<3>
+                                           : launch_short<4>;
+        return run(score, visible, n, total, k, n <= processors, index, stream);
+    }
     const unsigned ctas = total <= kShort ? 1 : cluster_for(n, total, processors);
     if (ctas == 1 || total <= kWide) {
         auto run = total <= kShort / 4 ? launch_whole<kMostQuads / 4>
