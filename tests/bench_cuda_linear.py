@@ -124,22 +124,23 @@ JOINT = {
 }
 
 
-def joint_case(name: str) -> Case:
+def joint_case(name: str, m: int = 1) -> Case:
     k, shapes = JOINT[name]
 
     def make(_: int) -> Call:
-        x = torch.randn(1, k, device=CUDA, dtype=BF16)
+        x = torch.randn(m, k, device=CUDA, dtype=BF16)
         weights = [weight(kind, n, k) for kind, n in shapes]
         return lambda: linears(x, weights, [None] * len(weights))
 
     def separate(_: int) -> Call:
-        x = torch.randn(1, k, device=CUDA, dtype=BF16)
+        x = torch.randn(m, k, device=CUDA, dtype=BF16)
         calls = [run("linear", x, weight=weight(kind, n, k), out_dtype=None) for kind, n in shapes]
         return lambda: [call() for call in calls]
 
-    size = sum(int(n * k * BYTES[kind]) + 2 * n for kind, n in shapes) + 2 * k
-    flops = sum(2 * n * k for _, n in shapes)
-    return Case("linears", name, size, flops, make, {"one launch each": separate})
+    size = sum(int(n * k * BYTES[kind]) + 2 * m * n for kind, n in shapes) + 2 * m * k
+    flops = sum(2 * m * n * k for _, n in shapes)
+    shape = name if m == 1 else f"{name} m{m}"
+    return Case("linears", shape, size, flops, make, {"one launch each": separate})
 
 
 # ------------------------------------------------------------------------------ small ops
@@ -212,7 +213,8 @@ def cases() -> Iterator[Case]:
         yield linear_case(kind, 4096, 8192, 32)
     yield linear_case("bf16", 4096, 8192, 64)
     for name in JOINT:
-        yield joint_case(name)
+        for m in (1, 8):
+            yield joint_case(name, m)
     for m in (1, 8, 64):
         yield grouped_case(m)
     for m in (1024, 4096):

@@ -115,6 +115,7 @@ def test_linear_at_ragged_shapes(kind, dtype):
     [
         (4096, 8192),
         (32768, 1024),
+        (8192, 8192),
         (1536, 7168),
         (16384, 1536),
         (512, 4096),
@@ -138,7 +139,7 @@ def test_fp8_rows_that_a_warp_walks_for_long():
     close(got, truth("linear", x, weight=weight, out_dtype=torch.float64))
 
 
-@pytest.mark.parametrize("m", [1, 12])
+@pytest.mark.parametrize("m", [1, 2, 12])
 def test_nvfp4_extremes(m, dtype):
     """All codes; the largest, smallest and subnormal scales, -0; zero blocks."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(8, 1)
@@ -166,7 +167,7 @@ def test_mxfp4_scales_of_any_size(dtype):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("m", [1, 5, 20])
+@pytest.mark.parametrize("m", [1, 2, 5, 20])
 def test_linear_keeps_nan_and_infinity(kind, dtype, m):
     weight = make_weight(kind, 33, 256)
     if weight.scale is not None:
