@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4_bench.engine.cuda.fusion import Fusions
+from dsv4_bench.engine.cuda.hyper import Behind
 from dsv4_bench.engine.graph_nodes import CapturedNodes
 from dsv4_bench.engine.registry import Site
 
@@ -208,8 +209,25 @@ class Branches:
             self.clock.stop(site)
         work = _mark(stream, self._works, needs)
         self._ran(work, reads, writes | _made(result) | storages(call.made))
-        self._kept.append((call.args, call.made, result))
+        self._kept.append((call.args, call.made, call.behind, result))
+        for launch in call.behind:
+            self._behind(work, launch)
         return _Captured(args, result, nodes, work, [*call.earlier, (site, args, result)])
+
+    def _behind(self, work: _Work, launch: Behind) -> None:
+        """A launch after `work`, on a stream of its own: what comes next does not wait for it."""
+        stream, last = work.stream, self._last
+        if self.side_by_side:
+            stream = self._unused()
+            self.nodes.forget(stream.cuda_stream)
+            stream.wait_event(work.event)
+        with torch.cuda.stream(stream):
+            launch.run()
+        self._ran(
+            _mark(stream, self._works, [work]), storages(launch.reads), storages(launch.writes)
+        )
+        if self.side_by_side:
+            self._last = last
 
     def _look_behind(self) -> None:
         """Whether torch launched something behind the last site."""

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from dsv4_bench.engine.cuda import fused
+from dsv4_bench.engine.cuda.hyper import Behind
 from dsv4_bench.engine.model import Transformer
 from dsv4_bench.engine.registry import OPS
 
@@ -26,6 +27,7 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
         weight_eps: float,
         outs: tuple[Tensor, ...],
         parts: tuple[Tensor, Tensor] | None,
+        behind: list[Behind],
         **pre: Any,
     ) -> tuple[Tensor, ...]:
         ran["streams"] += 1
@@ -33,8 +35,14 @@ def pretend(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
             args[0].copy_(reference("moe_sum", *parts, dtype=args[0].dtype))
         new = reference("hc_post", *args)
         u, post, comb = reference("hc_pre", new, **pre)
-        for out, value in zip(outs, (new, u, post, comb), strict=True):
+        for out, value in zip(outs[:2], (new, u), strict=True):
             out.copy_(value)
+
+        def gates() -> None:
+            for out, value in zip(outs[2:], (post, comb), strict=True):
+                out.copy_(value)
+
+        behind.append(Behind(gates, (post, comb), outs[2:]))
         return *outs, reference("rms_norm", u, weight=weight, eps=weight_eps)
 
     def attention_rope(*args: Any, sink: Any, scale: float, freqs: Tensor, outs: Any) -> Tensor:

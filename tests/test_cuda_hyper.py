@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from cuda_judge import judge, kernel, same_each_time, views
+from cuda_judge import FLOOR, judge, kernel, reference, same_each_time, views, widened
 from torch import Tensor
 
 from dsv4_bench.engine.cuda.hyper import hc_post_pre, hc_post_pre_norm
+from dsv4_bench.engine.numerics import double_precision
+from dsv4_bench.probes.metrics import tensor_and_row_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,10 +114,23 @@ def test_post_fused_with_the_next_pre(n: int, d: int) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 15, 16, 17, 24, 25, 50, 64, 65])
+def as_near_float64(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], x: Tensor, params: dict[str, Any]
+) -> None:
+    """u, post and comb of streams x, ours in another order of additions than the op's."""
+    with double_precision():
+        wide = reference("hc_pre", x.double(), **{name: widened(v) for name, v in params.items()})
+    for one, other, truth in zip(ours, theirs, wide.values(), strict=True):
+        error, row = tensor_and_row_error(one, truth)
+        fair, fair_row = tensor_and_row_error(other, truth)
+        floor = FLOOR[one.dtype]
+        assert error <= 1.5 * fair + floor and row <= 1.5 * fair_row + 4 * floor
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 15, 16, 17, 24, 25, 50, 64, 65])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
-    """The same bits as without the norm and of rms_norm, which is within its rounding of float64."""
+    """The streams' bits; u and gates too but of few tokens, which are as near float64; rms_norm's of its u."""
     x, y = streams(n, 4096, torch.bfloat16), torch.randn(n, 4096, device="cuda").bfloat16()
     params = {**parameters(4096), "iters": 20}
     gates = torch.rand(n, 4, device="cuda"), torch.rand(n, 4, 4, device="cuda")
@@ -122,12 +138,16 @@ def test_post_and_pre_fused_with_the_norm(n: int, dtype: torch.dtype) -> None:
     plain = hc_post_pre(y, x, *gates, **params)
     for eps in (1e-6, 0.3):
         *rest, normed = hc_post_pre_norm(y, x, *gates, weight=weight, weight_eps=eps, **params)
-        assert all(map(torch.equal, rest, plain))
-        u = plain[1].double()
+        assert torch.equal(rest[0], plain[0])
+        if n > 8:
+            assert all(map(torch.equal, rest, plain))
+        else:
+            as_near_float64(rest[1:], plain[1:], plain[0], params)
+        u = rest[1].double()
         truth = u * (u.square().mean(1, keepdim=True) + eps).rsqrt() * weight.double()
         worst = ((normed.double() - truth).abs() / truth.abs().clamp_min(1e-30)).max().item()
         assert worst <= 1.001 * 2**-8, worst
-        assert torch.equal(normed, kernel("rms_norm", plain[1], weight=weight, eps=eps)["y"])
+        assert torch.equal(normed, kernel("rms_norm", rest[1], weight=weight, eps=eps)["y"])
         outs = tuple(torch.empty_like(like) for like in (x, y, *gates))
         norm = {"weight": weight, "weight_eps": eps, "outs": outs}
         again = hc_post_pre_norm(y, x, *gates, **norm, **params)

@@ -1,9 +1,10 @@
-// Collapsing the residual streams of a few bfloat16 tokens: two kernels small enough to run beside others.
+// hc_post, hc_pre and a norm for a few bfloat16 tokens in a decode step: kernels small enough to run beside others.
 //
-// In a decode step the kernels before and after read weights and fill the processors. A cluster that needs whole
-// ones waits until those are done; these blocks take their places early and have their weights when the
-// streams are there. The first kernel mixes the sublayer's output in and multiplies, columns by columns;
-// the second adds up, gates, collapses and norms, a block a token.
+// The kernels before and after read weights and fill the processors. A cluster that needs whole ones waits until
+// those are done; these blocks take their places early and have their weights when the streams are there.
+// The first kernel mixes the sublayer's output in and multiplies, columns by columns; the second adds up,
+// collapses and norms, a block a token. post and comb, which nobody needs before the next sublayer has run,
+// are left to a third.
 #pragma once
 
 #include "dispatch.cuh"
@@ -17,7 +18,7 @@ constexpr int kMixColumns = 64, kMixBlocks = kFewWidth / kMixColumns;  // of eve
 constexpr int kMixLine = 32;  // floats that a block leaves a token: the mixes, the sum of squares, nothing
 
 struct FewStreams {
-    bf16* y;                      // [n, d] to be mixed in, or null
+    bf16* y;                      // [n, d] to be mixed in
     const float *routed, *shared;  // [n, d] whose sum y is, and becomes; or null
     const bf16* x;                // [n, 4, d]
     const float *post, *comb;     // [n, 4], [n, 4, 4] to mix y in by
@@ -27,11 +28,10 @@ struct FewStreams {
     HyperParameters p;
     float* sums;  // [n, kMixBlocks, kMixLine]
     bf16* u;      // [n, d]
-    float *new_post, *new_comb;
     const void* weight;  // [d] of u's norm
     int weight_dtype;
     float weight_eps;
-    bf16* normed;  // [n, d] or null
+    bf16* normed;  // [n, d]
 };
 
 // ---------------------------------------------------------------- products
@@ -68,7 +68,6 @@ __device__ inline Vector<bf16, 2> sublayer_columns(const FewStreams& in, int at,
 }
 
 // A warp a stream, two columns a lane. grid (kMixBlocks, tokens side by side).
-template <bool kExpands>
 __global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in) {
     using Two = Vector<bf16, 2>;
     __shared__ float parts[kStreams][kMixLine];
@@ -82,20 +81,17 @@ __global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in)
     wait_for_previous();
     for (int token = blockIdx.y; token < in.n; token += gridDim.y) {
         const bf16* x = in.x + token * kStreams * kFewWidth + column;
-        Two mine = *(const Two*)(x + stream * kFewWidth);
-        if constexpr (kExpands) {
-            Two old[kStreams];
+        Two old[kStreams];
 #pragma unroll
-            for (int j = 0; j < kStreams; j++) old[j] = *(const Two*)(x + j * kFewWidth);
-            const Two y = sublayer_columns(in, token * kFewWidth + column, stream == 0);
-            float comb[kCombs], value[2];
+        for (int j = 0; j < kStreams; j++) old[j] = *(const Two*)(x + j * kFewWidth);
+        const Two y = sublayer_columns(in, token * kFewWidth + column, stream == 0);
+        float comb[kCombs], mixed[2];
 #pragma unroll
-            for (int j = 0; j < kStreams; j++)
-                comb[j * kStreams] = in.comb[token * kCombs + j * kStreams + stream];
-            expand_streams(y, old, in.post[token * kStreams + stream], comb, value);
-            mine = {from_float<bf16>(value[0]), from_float<bf16>(value[1])};
-            *(Two*)(in.new_x + (token * kStreams + stream) * kFewWidth + column) = mine;
-        }
+        for (int j = 0; j < kStreams; j++)
+            comb[j * kStreams] = in.comb[token * kCombs + j * kStreams + stream];
+        expand_streams(y, old, in.post[token * kStreams + stream], comb, mixed);
+        const Two mine = {from_float<bf16>(mixed[0]), from_float<bf16>(mixed[1])};
+        *(Two*)(in.new_x + (token * kStreams + stream) * kFewWidth + column) = mine;
         const float a = to_float(mine.at[0]), b = to_float(mine.at[1]);
         float value[32] = {};
 #pragma unroll
@@ -115,7 +111,8 @@ __global__ void __launch_bounds__(32 * kStreams) mix_kernel(const FewStreams in)
 
 // ---------------------------------------------------------------- gates, collapse, norm
 
-constexpr int kTokenWarps = kFewWidth / 256, kTokenThreads = 32 * (kTokenWarps + 1);
+constexpr int kTokenWarps = kFewWidth / 256, kTokenThreads = 32 * kTokenWarps;
+constexpr int kShare = kMixBlocks / kTokenWarps;  // blocks whose sums a warp adds up
 
 // Eight columns of the streams, weighted with pre.
 __device__ inline uint4 collapsed(const uint4 (&streams)[kStreams], const float (&pre)[kStreams]) {
@@ -140,8 +137,8 @@ struct Gain {
 
     __device__ Gain(const FewStreams& in, int column) : wide(in.weight_dtype == DSV4_F32), raw{} {
         const char* from = (const char*)in.weight + column * (wide ? 4 : 2);
-        if (in.normed) raw[0] = load_once(from);
-        if (in.normed && wide) raw[1] = load_once(from + 16);
+        raw[0] = load_once(from);
+        if (wide) raw[1] = load_once(from + 16);
     }
     // Of columns 2 i and 2 i + 1.
     __device__ float2 pair(int i) const {
@@ -165,7 +162,7 @@ __device__ inline void norm_row(const FewStreams& in, bf16* to, const uint4& u, 
     }
     own = warp_sum(own);
     if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = own;
-    named_barrier(1, 32 * kTokenWarps);
+    __syncthreads();
     float total = 0;
 #pragma unroll
     for (int i = 0; i < kTokenWarps; i++) total += squares[i];
@@ -179,75 +176,97 @@ __device__ inline void norm_row(const FewStreams& in, bf16* to, const uint4& u, 
     store16(to, y[0], y[1], y[2], y[3]);
 }
 
-// post and comb of a token, by one warp; lane m has mix m. logits: of the warp, in shared memory.
-__device__ inline void make_gates(const FewStreams& in, int64_t token, float logit, float gate,
-                                  float* logits) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= kStreams && lane < 2 * kStreams)
-        in.new_post[token * kStreams + lane - kStreams] = 2 * gate;
-    if (lane < kMixes) logits[lane] = logit;
-    __syncwarp();
-    if (lane > 0) return;
-    float comb[kStreams][kStreams];
-#pragma unroll
-    for (int i = 0; i < kCombs; i++) comb[i / kStreams][i % kStreams] = logits[2 * kStreams + i];
-    sinkhorn(comb, in.p.iters, in.p.eps);
-#pragma unroll
-    for (int i = 0; i < kStreams; i++)
-        *(float4*)(in.new_comb + token * kCombs + kStreams * i) = {comb[i][0], comb[i][1], comb[i][2],
-                                                                   comb[i][3]};
-}
+// What the mixes of a token are gated by: lane m has mix m, of which `sum` is without its factors.
+struct Mix {
+    float scale = 0, base = 0;
 
-// One block a token. Its last warp makes post and comb, the others have 256 columns each.
+    __device__ explicit Mix(const HyperParameters& p) {
+        const int lane = threadIdx.x % 32;
+        if (lane >= kMixes) return;
+        scale = p.scale[lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2];
+        base = p.base[lane];
+    }
+    __device__ float logit(float sum, float norm_eps) const {
+        const float square = __shfl_sync(~0u, sum, kMixes);
+        const float rho = rsqrtf(square / (float)(kStreams * kFewWidth) + norm_eps);
+        return sum * rho * scale + base;
+    }
+};
+
+// One block a token, 256 columns a warp.
 __global__ void __launch_bounds__(kTokenThreads, 2) collapse_token_kernel(const FewStreams in) {
-    __shared__ float parts[kTokenWarps][kMixLine], squares[kTokenWarps], logits[kMixes];
+    __shared__ float parts[kTokenWarps][kMixLine], squares[kTokenWarps];
     let_next_start();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = 8 * threadIdx.x;
     const int64_t token = blockIdx.x;
-    const bool gates = warp == kTokenWarps;
-    const int column = gates ? 0 : 8 * threadIdx.x;
     const Gain gain(in, column);
-    float scale = 0, base = 0;  // of mix `lane`
-    if (lane < kMixes) {
-        scale = in.p.scale[lane < kStreams ? 0 : lane < 2 * kStreams ? 1 : 2];
-        base = in.p.base[lane];
-    }
+    const Mix mix(in.p);
     wait_for_previous();
-    uint4 streams[kStreams] = {};
-    if (!gates) {
-        const bf16* x = (in.y ? in.new_x : in.x) + token * kStreams * kFewWidth + column;
-        constexpr int kShare = kMixBlocks / kTokenWarps;
-        const float* from = in.sums + (token * kMixBlocks + warp * kShare) * kMixLine + lane;
-        float sum = 0, part[kShare];
+    const bf16* x = in.new_x + token * kStreams * kFewWidth + column;
+    const float* from = in.sums + (token * kMixBlocks + warp * kShare) * kMixLine + lane;
+    float part[kShare], some = 0, sum = 0;
+    uint4 streams[kStreams];
 #pragma unroll
-        for (int i = 0; i < kShare; i++) part[i] = from[i * kMixLine];
+    for (int i = 0; i < kShare; i++) part[i] = from[i * kMixLine];
 #pragma unroll
-        for (int j = 0; j < kStreams; j++) streams[j] = *(const uint4*)(x + j * kFewWidth);
+    for (int j = 0; j < kStreams; j++) streams[j] = *(const uint4*)(x + j * kFewWidth);
 #pragma unroll
-        for (int i = 0; i < kShare; i++) sum += part[i];
-        parts[warp][lane] = sum;
-    }
+    for (int i = 0; i < kShare; i++) some += part[i];
+    parts[warp][lane] = some;
     __syncthreads();
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < kTokenWarps; i++) sum += parts[i][lane];
-    const float square = __shfl_sync(~0u, sum, kMixes);
-    const float rho = rsqrtf(square / (float)(kStreams * kFewWidth) + in.p.norm_eps);
-    const float logit = sum * rho * scale + base, gate = sigmoid(logit);
-    if (gates) return make_gates(in, token, logit, gate, logits);
+    const float gate = sigmoid(mix.logit(sum, in.p.norm_eps));
     float pre[kStreams];
 #pragma unroll
     for (int j = 0; j < kStreams; j++) pre[j] = __shfl_sync(~0u, gate + in.p.eps, j);
     const uint4 u = collapsed(streams, pre);
     store16(in.u + token * kFewWidth + column, u.x, u.y, u.z, u.w);
-    if (in.normed) norm_row(in, in.normed + token * kFewWidth + column, u, gain, squares);
+    norm_row(in, in.normed + token * kFewWidth + column, u, gain, squares);
 }
 
-// Both kernels; up to kFewTokens tokens.
+// ---------------------------------------------------------------- post and comb
+
+// One warp a token; the sums are added up as above.
+__global__ void __launch_bounds__(32)
+    gates_kernel(const float* sums, const HyperParameters p, float* post, float* comb) {
+    __shared__ float logits[kMixes];
+    const int lane = threadIdx.x;
+    const int64_t token = blockIdx.x;
+    let_next_start();
+    const Mix mix(p);
+    wait_for_previous();
+    const float* from = sums + token * (kMixBlocks * kMixLine) + lane;
+    float part[kMixBlocks], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMixBlocks; i++) part[i] = from[i * kMixLine];
+#pragma unroll
+    for (int warp = 0; warp < kTokenWarps; warp++) {
+        float some = 0;
+#pragma unroll
+        for (int i = 0; i < kShare; i++) some += part[warp * kShare + i];
+        sum += some;
+    }
+    const float logit = mix.logit(sum, p.norm_eps);
+    if (lane >= kStreams && lane < 2 * kStreams)
+        post[token * kStreams + lane - kStreams] = 2 * sigmoid(logit);
+    if (lane < kMixes) logits[lane] = logit;
+    __syncwarp();
+    if (lane > 0) return;
+    float matrix[kStreams][kStreams];
+#pragma unroll
+    for (int i = 0; i < kCombs; i++) matrix[i / kStreams][i % kStreams] = logits[2 * kStreams + i];
+    sinkhorn(matrix, p.iters, p.eps);
+#pragma unroll
+    for (int i = 0; i < kStreams; i++)
+        *(float4*)(comb + token * kCombs + kStreams * i) = {matrix[i][0], matrix[i][1], matrix[i][2],
+                                                            matrix[i][3]};
+}
+
+// Both kernels but the last; up to kFewTokens tokens.
 inline int collapse_few(const FewStreams& in, void* stream) {
     const dim3 grid(kMixBlocks, in.n < 4 ? in.n : 4);
-    const auto mix = in.y ? mix_kernel<true> : mix_kernel<false>;
-    const int status = launch(mix, grid, 32 * kStreams, 0, stream, in);
+    const int status = launch(mix_kernel, grid, 32 * kStreams, 0, stream, in);
     if (status != cudaSuccess) return status;
     return launch(collapse_token_kernel, dim3(in.n), kTokenThreads, 0, stream, in);
 }

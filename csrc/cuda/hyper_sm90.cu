@@ -82,20 +82,12 @@ int collapse_any(const void* x, int dtype, int64_t n, int64_t d, const float* fn
 
 using namespace dsv4;
 
-// x [n, 4, d] -> u [n, d] of the same dtype, post [n, 4], comb [n, 4, 4]; fn [24, 4 * d]. sums
-// [n, 64, 32] float32: workspace of the kernels for up to 8 tokens of bfloat16 and d 4096, else null.
+// x [n, 4, d] -> u [n, d] of the same dtype, post [n, 4], comb [n, 4, 4]; fn [24, 4 * d].
 DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, const float* fn,
                             const float* scale, const float* base, int64_t iters, float eps,
-                            float norm_eps, void* u, float* post, float* comb, float* sums,
-                            void* stream) {
+                            float norm_eps, void* u, float* post, float* comb, void* stream) {
     if (n == 0) return cudaSuccess;
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
-    if (sums != nullptr) {
-        if (dtype != DSV4_BF16 || d != kFewWidth || n > kFewTokens) return kUnsupported;
-        const FewStreams in = {.x = (const bf16*)x, .n = (int)n, .fn = fn, .p = p, .sums = sums,
-                               .u = (bf16*)u, .new_post = post, .new_comb = comb};
-        return collapse_few(in, stream);
-    }
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = post, .comb = comb};
     int status = kUnsupported;
     if (dtype == DSV4_BF16 && d == 4096) status = collapse<Collapse<16, 4, 2, 3, 5>>(x, nullptr, in, stream);
@@ -104,31 +96,45 @@ DSV4_EXPORT int dsv4_hc_pre(const void* x, int dtype, int64_t n, int64_t d, cons
     return collapse_any<kMixes>(x, dtype, n, d, fn, p, u, post, comb, stream);
 }
 
-// hc_post, then hc_pre of its result: y [n, d], x [n, 4, d] of bfloat16, post and comb as hc_pre made them
-// for x -> new_x [n, 4, d], u, new_post, new_comb; and, where `normed` is not null, u's RMS norm with
-// weight norm_weight [d]. Only d 4096, and 64 tokens to be normed. sums as for hc_pre; with it routed and
-// shared [n, d] float32 may be given, whose sum goes to y first.
-DSV4_EXPORT int dsv4_hc_post_pre(void* y, const float* routed, const float* shared, const void* x,
-                                 const float* post, const float* comb, int64_t n, int64_t d,
-                                 const float* fn, const float* scale, const float* base,
-                                 int64_t iters, float eps, float norm_eps,
+// hc_post, then hc_pre of its result, in one kernel: y [n, d], x [n, 4, d] of bfloat16, post and comb as
+// hc_pre made them for x -> new_x [n, 4, d], u, new_post, new_comb; and, where `normed` is not null,
+// u's RMS norm with weight norm_weight [d]. Only d 4096, and 64 tokens to be normed.
+DSV4_EXPORT int dsv4_hc_post_pre(const void* y, const void* x, const float* post, const float* comb,
+                                 int64_t n, int64_t d, const float* fn, const float* scale,
+                                 const float* base, int64_t iters, float eps, float norm_eps,
                                  void* new_x, void* u, float* new_post, float* new_comb,
                                  const void* weight, int weight_dtype, float weight_eps, void* normed,
-                                 float* sums, void* stream) {
+                                 void* stream) {
     if (n == 0) return cudaSuccess;
     HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
-    if (sums != nullptr) {
-        if (d != kFewWidth || n > kFewTokens) return kUnsupported;
-        const FewStreams in = {(bf16*)y, routed, shared, (const bf16*)x, post, comb, (bf16*)new_x,
-                               (int)n, fn, p, sums, (bf16*)u, new_post, new_comb,
-                               weight, weight_dtype, weight_eps, (bf16*)normed};
-        return collapse_few(in, stream);
-    }
-    if (routed != nullptr) return kUnsupported;
     Streams in = {.n = (int)n, .fn = fn, .p = p, .u = (bf16*)u, .post = new_post, .comb = new_comb};
     in.sublayer.post = post, in.sublayer.comb = comb, in.sublayer.x = (bf16*)new_x;
     in.norm = {weight, weight_dtype, weight_eps, (bf16*)normed};
     return d == 4096 ? collapse<Collapse<16, 4, 2, 3, 4, true>>(x, y, in, stream) : kUnsupported;
+}
+
+// hc_post, hc_pre and the norm of hc_post_pre for up to 8 tokens of d 4096, by two kernels, but for post and comb:
+// those follow from sums [n, 64, 32], see dsv4_hc_gates. If routed and shared [n, d] float32 are not null, y
+// becomes their sum first.
+DSV4_EXPORT int dsv4_hc_few(void* y, const float* routed, const float* shared, const void* x,
+                            const float* post, const float* comb, int64_t n, const float* fn,
+                            const float* scale, const float* base, float eps, float norm_eps,
+                            void* new_x, void* u, const void* weight, int weight_dtype,
+                            float weight_eps, void* normed, float* sums, void* stream) {
+    if (n > kFewTokens) return kUnsupported;
+    if (n == 0) return cudaSuccess;
+    const FewStreams in = {(bf16*)y, routed, shared, (const bf16*)x, post, comb, (bf16*)new_x, (int)n, fn,
+                           {scale, base, 0, eps, norm_eps}, sums, (bf16*)u,
+                           weight, weight_dtype, weight_eps, (bf16*)normed};
+    return collapse_few(in, stream);
+}
+
+// post [n, 4] and comb [n, 4, 4] of the sums that dsv4_hc_few has left.
+DSV4_EXPORT int dsv4_hc_gates(const float* sums, int64_t n, const float* scale, const float* base,
+                              int64_t iters, float eps, float norm_eps, float* post, float* comb,
+                              void* stream) {
+    const HyperParameters p = {scale, base, (int)iters, eps, norm_eps};
+    return launch(gates_kernel, dim3(n), 32, 0, stream, sums, p, post, comb);
 }
 
 // x [n, 4, d] -> h [n, d] of the same dtype; fn [4, 4 * d].

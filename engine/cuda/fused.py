@@ -1,7 +1,7 @@
 """Launches that do the work of several sites of a decode step, and which sites those are.
 
-The numbers are those of the sites one by one, to the last bit but for linears of one input, which add in
-another order.
+The numbers are those of the sites one by one, to the last bit but for linears of one input and for the streams
+of up to 8 tokens, which add in another order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4_bench.engine.cuda.attention import attention_rope, joins_rope
 from dsv4_bench.engine.cuda.compressor import compressed_entry, entry_fits
-from dsv4_bench.engine.cuda.hyper import hc_post_pre_norm, joins_norm, joins_sum
+from dsv4_bench.engine.cuda.hyper import Behind, hc_post_pre_norm, joins_norm, joins_sum
 from dsv4_bench.engine.cuda.indexer import rope_index_score
 from dsv4_bench.engine.cuda.library import DTYPES, F, I, Library, N, P, floats
 from dsv4_bench.engine.cuda.linears import joins_linears, linears
@@ -38,6 +38,7 @@ class Chain:
     args: list[tuple[Any, ...]] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)  # of all but the last
     observed: bool = False  # whether somebody looks at these
+    behind: list[Behind] = field(default_factory=list)  # launches that the one here leaves to do
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,14 @@ def _one_by_one(
 
 
 def streams(chain: Chain) -> Tensor:
-    """hc_post, the next hc_pre, and the norm of its result; first moe_sum, if the chain has it."""
+    """hc_post, the next hc_pre, and the norm of its result; first moe_sum, if the chain has it. hc_pre within
+    rounding."""
     *_, pre, norm = chain.sites
     parts = chain.args[0] if chain.sites[0].op == "moe_sum" else None
     y, x, *gates = chain.args[-3]
     new, inner = chain.results[-2:]
     by: dict[str, Any] = {"weight": norm.params["weight"], "weight_eps": norm.params["eps"]}
-    by |= {"outs": (new, *inner), "parts": parts}
+    by |= {"outs": (new, *inner), "parts": parts, "behind": chain.behind}
     return hc_post_pre_norm(y, x, gates[0], gates[1], **by, **pre.params)[-1]
 
 

@@ -26,6 +26,7 @@ from dsv4_bench.engine.cuda.fused import (
     put_off,
     together,
 )
+from dsv4_bench.engine.cuda.hyper import Behind
 from dsv4_bench.engine.graph_order import GROUPS
 from dsv4_bench.engine.registry import Site
 
@@ -34,7 +35,8 @@ from dsv4_bench.engine.registry import Site
 class Call:
     """What to do for a site: `run` it, with launches that read `args` and write `writes`
     and, once they are made, `made` beside what the site itself does; or nothing now, `result` is known,
-    and will be `filled` later. `earlier`: sites with arguments and results which the launch fills then."""
+    and will be `filled` later. `earlier`: sites with arguments and results which the launch fills then;
+    `behind`: launches that go behind this one, once it is made."""
 
     args: tuple[Any, ...]
     run: Callable[[], Any] | None
@@ -43,6 +45,7 @@ class Call:
     made: list[Any] = field(default_factory=list)
     filled: bool = True
     earlier: list[tuple[Site, tuple[Any, ...], Any]] = field(default_factory=list)
+    behind: list[Behind] = field(default_factory=list)
 
 
 class Fusions:
@@ -138,6 +141,7 @@ class Fusions:
 
         def run() -> Any:
             result = chain.kind.launch(chain)
+            call.behind += chain.behind
             if self._observed:
                 call.made += _tensors(chain.results)
                 inner = zip(chain.sites[:-1], chain.args[:-1], chain.results, strict=True)

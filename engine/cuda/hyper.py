@@ -6,7 +6,8 @@ GPU.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,16 @@ from dsv4_bench.engine.cuda.library import (
 from dsv4_bench.engine.cuda.rows import rms_norm
 
 _STREAMS = 4
-_FUSED_WIDTH, _NORMED_TOKENS = 4096, 64  # of the kernels that fuse ops
-_FEW_TOKENS, _SUMS = 8, (64, 32)  # of the kernels that leave sums of a token in memory
+_FUSED_WIDTH, _NORMED_TOKENS = 4096, 64  # of the kernel that fuses ops
+_FEW_TOKENS, _SUMS = 8, (64, 32)  # of the kernels for few tokens; sums that they leave of a token
 HYPER = Library(
     "hyper",
     {
-        "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P, P),
+        "hc_pre": (P, I, N, N, P, P, P, N, F, F, P, P, P),
         "hc_head": (P, I, N, N, P, P, P, F, F, P),
-        "hc_post_pre": (P, P, P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P, P),
+        "hc_post_pre": (P, P, P, P, N, N, P, P, P, N, F, F, P, P, P, P, P, I, F, P),
+        "hc_few": (P, P, P, P, P, P, N, P, P, P, F, F, P, P, P, I, F, P, P),
+        "hc_gates": (P, N, P, P, N, F, F, P, P),
     },
 )
 HYPER_POST = Library("hyper_post", {"hc_post": (P, P, P, P, I, N, N, P)})
@@ -57,7 +60,6 @@ def hc_pre(
     u = x.new_empty(n, d)
     post = x.new_empty(n, hc, dtype=torch.float32)
     comb = x.new_empty(n, hc, hc, dtype=torch.float32)
-    sums = _workspace(x)
     HYPER.call(
         op,
         x,
@@ -74,7 +76,6 @@ def hc_pre(
         u.data_ptr(),
         post.data_ptr(),
         comb.data_ptr(),
-        None if sums is None else sums.data_ptr(),
     )
     return u, post, comb
 
@@ -127,7 +128,7 @@ def hc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`hc_post(y, x, post, comb)`, then `hc_pre(..., **pre)` of the result, which is returned first.
 
-    In one go, reading the streams once, for bfloat16 of width 4096. The same bits as the two.
+    One kernel that reads the streams once, for bfloat16 of width 4096; two elsewhere. The same bits.
     """
     if not _fuses(x):
         new = hc_post(y, x, post, comb)
@@ -136,7 +137,7 @@ def hc_post_pre(
 
 
 def joins_norm(x: Tensor) -> bool:
-    """Whether `hc_post_pre_norm` takes streams like x [n, 4, d] in one go: bfloat16, n to 64, d 4096."""
+    """Whether `hc_post_pre_norm` takes streams like x [n, 4, d] in one kernel: bfloat16, n to 64, d 4096."""
     return _fuses(x) and x.shape[0] <= _NORMED_TOKENS
 
 
@@ -152,6 +153,14 @@ def joins_sum(routed: Tensor, shared: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+class Behind(NamedTuple):
+    """A launch that only those have to wait for who read what it writes."""
+
+    run: Callable[[], None]
+    reads: tuple[Tensor, ...]
+    writes: tuple[Tensor, ...]
+
+
 def hc_post_pre_norm(
     y: Tensor,
     x: Tensor,
@@ -162,15 +171,20 @@ def hc_post_pre_norm(
     weight_eps: float,
     outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     parts: tuple[Tensor, Tensor] | None = None,
+    behind: list[Behind] | None = None,
     **pre: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`hc_post_pre` and, last, `rms_norm` of its u with `weight` [d]; see `joins_norm`.
 
     The new streams, u, post and comb go to `outs`, dense and like x, y, post and comb, if given.
-    With `parts`, which `joins_sum` takes, their `moe_sum` goes to y first.
+    With `parts`, which `joins_sum` takes, their `moe_sum` goes to y first. Up to 8 tokens are collapsed by
+    kernels of their own, within rounding of `hc_pre`; the launch that makes post and comb is left to who gives
+    the list `behind`.
     """
     if joins_norm(x):
-        return _post_pre(y, x, post, comb, (weight, weight_eps), outs, parts, **pre)
+        fused = _few if x.shape[0] <= _FEW_TOKENS else _post_pre
+        by: dict[str, Any] = {"parts": parts, "behind": behind} if fused is _few else {}
+        return fused(y, x, post, comb, (weight, weight_eps), outs, **by, **pre)
     made = hc_post_pre(y, x, post, comb, **pre)
     given = outs or made
     for out, value in zip(given, made, strict=True):
@@ -179,14 +193,71 @@ def hc_post_pre_norm(
     return *given, rms_norm(given[1], weight=weight, eps=weight_eps)
 
 
-def _workspace(x: Tensor) -> Tensor | None:
-    """Where the kernels for few tokens leave sums, if they take streams like x [n, 4, d]."""
-    few = _fuses(x) and x.shape[0] <= _FEW_TOKENS
-    return x.new_empty(x.shape[0], *_SUMS, dtype=torch.float32) if few else None
+def _few(
+    y: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    norm: tuple[Tensor, float],
+    outs: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    parts: tuple[Tensor, Tensor] | None,
+    behind: list[Behind] | None,
+    *,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernels for few tokens, of width 4096."""
+    op = "hc_few"
+    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
+    x, y, post, comb = _sublayer(op, x, y, post, comb)
+    (weight, eps_of_weight), n = norm, len(x)
+    weight, kind = activation(op, weight)
+    if weight.shape != y.shape[1:]:
+        wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
+    new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
+    normed, sums = torch.empty_like(y), x.new_empty(n, *_SUMS, dtype=torch.float32)
+    summed = (None, None) if parts is None else tuple(part.data_ptr() for part in parts)
+    given = (y.data_ptr(), *summed, x.data_ptr(), post.data_ptr(), comb.data_ptr(), n)
+    weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr(), eps, norm_eps)
+    normed_by = (weight.data_ptr(), kind, eps_of_weight, normed.data_ptr())
+    HYPER.call(op, x, *given, *weights, new.data_ptr(), u.data_ptr(), *normed_by, sums.data_ptr())
+
+    def gates() -> None:
+        constants = (scale.data_ptr(), base.data_ptr(), iters, eps, norm_eps)
+        HYPER.call(
+            "hc_gates",
+            sums,
+            sums.data_ptr(),
+            n,
+            *constants,
+            new_post.data_ptr(),
+            new_comb.data_ptr(),
+        )
+
+    if behind is None:
+        gates()
+    else:
+        behind.append(Behind(gates, (sums,), (new_post, new_comb)))
+    return new, u, new_post, new_comb, normed
 
 
 def _fuses(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[-1] == _FUSED_WIDTH
+
+
+def _sublayer(
+    op: str, x: Tensor, y: Tensor, post: Tensor, comb: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What hc_post reads, dense, once their shapes fit x [n, 4, d]."""
+    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
+    n, hc, d = x.shape
+    if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
+        wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
+    return x, y, floats(op, post), floats(op, comb)
 
 
 def _post_pre(
@@ -196,7 +267,6 @@ def _post_pre(
     comb: Tensor,
     norm: tuple[Tensor, float] | None = None,
     outs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    parts: tuple[Tensor, Tensor] | None = None,
     *,
     fn: Tensor,
     scale: Tensor,
@@ -207,16 +277,12 @@ def _post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused kernel; the last output is empty without `norm`."""
     op = "hc_post_pre"
-    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
     fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
-    n, hc, d = x.shape
-    if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
-        wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
-    post, comb = floats(op, post), floats(op, comb)
+    x, y, post, comb = _sublayer(op, x, y, post, comb)
+    n, _, d = x.shape
     new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
     normed = y.new_empty(0)
-    summed = (None, None) if parts is None else tuple(part.data_ptr() for part in parts)
-    inputs = (y.data_ptr(), *summed, x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
+    inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
     weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
     outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())
     normed_by: tuple[Any, ...] = (None, 0, 0.0, None)
@@ -226,7 +292,5 @@ def _post_pre(
             wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
         normed = torch.empty_like(y)
         normed_by = (weight.data_ptr(), weight_kind, norm[1], normed.data_ptr())
-    sums = _workspace(x)
-    space = None if sums is None else sums.data_ptr()
-    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by, space)
+    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by)
     return new, u, new_post, new_comb, normed
