@@ -107,8 +107,10 @@ def test_experts_of_tokens_of_any_magnitude(kind, sizes, count):
     routing = torch.rand(ids.shape, device=CUDA)
     want = truth("experts", x, routing, ids, bank=bank, limit=10.0)
     got = kernel("experts", x, routing, ids, bank=bank, limit=10.0)
-    for token in range(len(x)):
-        close(got[token], want[token], f"token {token}", limit=1e-3)
+    # Rows of one norm: every token counts alike. Not token by token: where a sum lies next to the middle of
+    # two bf16, float32's last bit decides the rounding, and one of a token's largest hidden values is 1e-3 of it.
+    norms = want.norm(dim=1, keepdim=True)
+    close((got.double() / norms).float(), want / norms, "rows of one norm", limit=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["fp8_e8m0", "fp8_f32", "bf16", *FOUR_BITS])

@@ -2,10 +2,11 @@
 //
 // A launch is one product. A block is persistent and walks over its share of all (piece, row tile) items.
 // Sixteen warps share the columns, or eight those of one half of the rows and eight the other's: a stage is
-// 64 bytes of each of 32 weight rows a warp. Every warp keeps a ring of stages of its own in shared memory,
-// copied ahead of the products, so that nothing but the end of an item makes warps wait for one another.
-// The activations of up to eight pairs lie in shared memory as the matrix unit wants them. Two more warps
-// in turn add up the sums of an item and finish it, while the others go on.
+// 128 bytes of each of 32 weight rows a warp, as rows of fewer bytes take as many wavefronts of shared
+// memory. Every warp keeps a ring of stages of its own there, copied ahead of the products, so that nothing
+// but the end of an item makes warps wait for one another. The activations of up to eight pairs lie in
+// shared memory as the matrix unit wants them. Four more warps add up the sums of an item and finish it,
+// while the others go on.
 //
 // For the hidden vector, 16 rows of a tile are eight rows of w1 above the same eight of w3.
 #pragma once
@@ -14,10 +15,11 @@
 
 namespace dsv4 {
 
-constexpr int kMultipliers = 16, kFinishers = 2;      // warps
-constexpr int kFewThreads = (kMultipliers + 4) * 32;  // whole warpgroups, for their registers
-constexpr int kFewPairs = 8, kDepth = 3;              // of a piece; stages of a ring
-constexpr int kPeaks = kFinishers + 2;                // pieces of which finishers may be behind
+constexpr int kMultipliers = 16, kFinishers = 4;  // warps; whole warpgroups, for their registers
+constexpr int kFewThreads = (kMultipliers + kFinishers) * 32;
+constexpr int kFewPairs = 8, kDepth = 2;              // of a piece; stages of a ring
+constexpr int kUnits = 8, kSteps = kUnits / 4;        // 16 bytes of a row in a stage; steps of a quad
+constexpr int kPeaks = 2;                             // pieces: finishers may be one item behind
 constexpr int kGroups = 2, kFewRows = 16 * kGroups;   // of a warp: 16-row products
 constexpr int kSumStride = kFewRows + 4;              // floats from column to column
 constexpr int kColumns = 8;                           // of a product's second operand
@@ -27,18 +29,21 @@ constexpr int kMeeting = 1;                           // named barrier
 
 // A warp's part of a stage.
 template <class Policy> struct Stage {
-    uint4 codes[2 * kGroups][32];  // [8 rows][lane]
-    typename Policy::Scale scales[kRowScales<Policy> ? kFewRows : 1][4];  // of every chunk
+    uint4 codes[kFewRows][kUnits];  // at unit_of
+    typename Policy::Scale scales[kRowScales<Policy> ? kFewRows : 1][kUnits];  // of every chunk
+
+    // Rows of 128 bytes would otherwise share their banks with their neighbours.
+    __device__ static int unit_of(int row, int unit) { return unit ^ row % 2 * 4; }
 };
 
 struct FewShared {
-    uint64_t summed[kFinishers], taken[kFinishers];
+    uint64_t summed, taken;
     uint32_t peaks[kPeaks][kFewPairs];  // bits of the largest finite activation of each pair
 };
 
 // In front of the activations.
 struct FewBuffers {
-    float sums[kFinishers][kMultipliers][kColumns][kSumStride];
+    float sums[kMultipliers][kColumns][kSumStride];
     alignas(128) char ring[kMultipliers][kDepth][sizeof(Stage<Nvfp4>)];
 };
 
@@ -47,7 +52,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     static constexpr bool kGated = kProduct == Product::kHidden;
     static constexpr int kTileRows = kFewRows * kMultipliers / kAcross;
     static constexpr int kOutputs = kGated ? kTileRows / 2 : kTileRows;  // rows of the result
-    static constexpr int kSlice = 4 * kAcross;                           // chunks of a row in a stage
+    static constexpr int kSlice = kUnits * kAcross;                      // chunks of a row in a stage
     static constexpr int kVectors = Policy::kChunk / 8;  // 16 bytes of activations, a chunk
     static_assert(sizeof(Stage<Policy>) <= sizeof(Stage<Nvfp4>));
     using Scale = typename Policy::Scale;
@@ -58,7 +63,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     FewShared& s;
     FewBuffers& buffers;
     const int lanes;   // of a warp that have a pair
-    uint4 *x, *zeros;  // activations: place_of_x; zeros for the lanes that have none
+    uint4 *x, *zeros;  // activations: place_of_x; where products are split, zeros for lanes that have none
     int rows, chunks, slices, tiles;
     Items items;
 
@@ -67,7 +72,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
           x((uint4*)(memory + sizeof(FewBuffers))), rows(kGated ? m.inner : m.d),
           chunks((kGated ? m.d : m.inner) / Policy::kChunk), slices((chunks + kSlice - 1) / kSlice),
           tiles((rows + kOutputs - 1) / kOutputs), items(m.piece_count() * tiles) {
-        zeros = x + (chunks + 3) / 4 * kVectors * lanes;
+        zeros = x + steps_of(chunks) * kVectors * kSplitLanes;
     }
 
     __device__ static int warp() { return threadIdx.x / 32; }
@@ -77,9 +82,13 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     __device__ static int member() { return threadIdx.x % 4; }      // chunk of a step
     // Of shared memory.
     __host__ static int64_t bytes(const Moe& m) {
-        const int64_t steps = ((kGated ? m.d : m.inner) / Policy::kChunk + 3) / 4;
-        return (int64_t)sizeof(FewBuffers) +
-               (steps + 1) * kVectors * lanes_of(m) * (int64_t)sizeof(uint4);
+        const int64_t steps = steps_of((kGated ? m.d : m.inner) / Policy::kChunk);
+        const int64_t whole = steps * lanes_of(m), split = (steps + kSteps) * kSplitLanes;
+        return sizeof(FewBuffers) + kVectors * sizeof(uint4) * (whole > split ? whole : split);
+    }
+    // Whole stages.
+    __host__ __device__ static int steps_of(int64_t chunks) {
+        return (chunks + kUnits - 1) / kUnits * kSteps;
     }
     // Of activations that lie together: four of each pair, and no fewer than where products are split.
     __host__ __device__ static int lanes_of(const Moe& m) {
@@ -97,8 +106,8 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         int r = tile * kOutputs + (kGated ? row / 16 * 8 + row % 8 : row);
         return r < rows ? r : rows - 1;
     }
-    // Rows of scales that do not start at a whole step are read where they are needed.
-    __device__ bool scales_staged() const { return kRowScales<Policy> && chunks % 4 == 0; }
+    // Rows of scales that do not start at a whole stage are read where they are needed.
+    __device__ bool scales_staged() const { return kRowScales<Policy> && chunks % kUnits == 0; }
 
     // body(piece, tile) for each item of this block.
     template <class Body> __device__ void for_each_item(Body body) const {
@@ -111,34 +120,36 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
 
     // ---- the multiplying warps: copies
 
-    // The stage that is copied next, and this thread's part of it: 16 bytes of row group() of every
-    // eight, and the scales of row group + 8 * member.
+    // The stage that is copied next, and this thread's part of it: unit `unit` of two of every eight rows,
+    // and the scales of one row.
     struct Ahead {
         int left, piece, tile, slice = 0;  // left: items
-        int expert, own;                          // own: slices in which this thread has a chunk
+        int expert, own;                   // own: slices in which this thread has a chunk
         const char *codes[kPointers], *scales;
         int apart;  // bytes from the rows of one group of 16 to those of the next
 
         __device__ explicit Ahead(const Few& few)
             : left(few.items.last - few.items.first), piece(few.items.first / few.tiles),
-              tile(few.items.first % few.tiles), own(left > 0 ? few.slices_of(member()) : 0) {
+              tile(few.items.first % few.tiles), own(left > 0 ? few.slices_of(unit()) : 0) {
             if (left == 0) return;
             expert = few.m.work_of(piece).expert;
             find(few);
         }
+        __device__ static int unit() { return threadIdx.x % kUnits; }
+        __device__ static int row() { return threadIdx.x % 32 / kUnits; }  // and four below
         // The first stage of the current tile of the current expert.
         __device__ void find(const Few& few) {
-            const int row = first_row() + group() + 8 * member(), first = across() * 4;
+            const int of_scales = first_row() + threadIdx.x % 32, first = across() * kUnits;
 #pragma unroll
             for (int i = 0; i < kPointers; i++)
                 codes[i] = (const char*)few.matrix(expert, 8 * i).data +
-                           (few.weight_row(tile, first_row() + group() + 8 * i) * few.chunks + first +
-                            member()) * 16;
+                           (few.weight_row(tile, first_row() + row() + 8 * i) * few.chunks + first +
+                            unit()) * 16;
             const int next = (kGated ? 8 : 16);  // matrix rows
             apart = few.weight_row(tile, first_row() + 24) - few.weight_row(tile, first_row() + 8) == next
                         ? next * few.chunks * 16 : 0;
-            scales = (const char*)few.matrix(expert, row).scale +
-                     (few.weight_row(tile, row) * few.chunks + first) * sizeof(Scale);
+            scales = (const char*)few.matrix(expert, of_scales).scale +
+                     (few.weight_row(tile, of_scales) * few.chunks + first) * sizeof(Scale);
         }
         __device__ void skip(int chunks) {
 #pragma unroll
@@ -159,20 +170,24 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         }
     };
 
-    // Of a row, as far as this warp has a chunk of them for member `member` of a quad.
+    // Of a row, as far as this warp has a chunk of them for unit `of`.
     __device__ int slices_of(int of) const {
-        return (chunks - across() * 4 - of + kSlice - 1) / kSlice;
+        return (chunks - across() * kUnits - of + kSlice - 1) / kSlice;
     }
 
     __device__ void copy(Ahead& ahead, Stage<Policy>& to) const {
         const bool valid = ahead.slice < ahead.own;
+        const uint32_t four_rows = 4 * 16 * chunks;
+        uint4* const mine = &to.codes[Ahead::row()][to.unit_of(Ahead::row(), Ahead::unit())];
 #pragma unroll
-        for (int i = 0; i < 2 * kGroups; i++)
-            copy_async(&to.codes[i][threadIdx.x % 32],
-                       ahead.codes[i % kPointers] + (i < kPointers ? 0 : ahead.apart), valid);
+        for (int i = 0; i < 2 * kGroups; i++) {
+            const char* from = ahead.codes[i % kPointers] + (i < kPointers ? 0 : ahead.apart);
+            copy_async(mine + 8 * i * kUnits, from, valid);
+            copy_async(mine + (8 * i + 4) * kUnits, from + four_rows, valid);
+        }
         if constexpr (kRowScales<Policy>)
-            copy_small<4 * sizeof(Scale)>(to.scales[group() + 8 * member()], ahead.scales,
-                                          valid && scales_staged());
+            copy_small<kUnits * sizeof(Scale)>(to.scales[threadIdx.x % 32], ahead.scales,
+                                               valid && scales_staged());
         ahead.next(*this);
         copy_commit();
     }
@@ -190,16 +205,17 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     __device__ int place_of_x(bool split, int chunk, int v, int t) const {
         return (chunk / 4 * kVectors + v) * (split ? kSplitLanes : lanes) + t * 4 + chunk % 4;
     }
-    // Zeros for a thread that has no pair, in other banks than what the threads beside it read.
+    // Zeros for a thread that has no pair of a split product, in other banks than what its neighbours read.
     __device__ const uint4* zeros_of() const { return zeros + (group() / 2 + 1) % 4; }
 
-    // Activation rows of a piece, zeros behind the last column.
+    // Activation rows of a piece, zeros behind the last column of each.
     __device__ void stage_x(const Work& work, uint32_t (&peaks)[kFewPairs]) const {
         const int total = work.count * x_blocks();
         uint4 v[kAtOnce];
         load_x(work, 0, v);
         meet();  // what lies there is no longer used
-        if (threadIdx.x < kVectors * lanes) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
+        if (split(work) && threadIdx.x < kSteps * kVectors * kSplitLanes)
+            zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
         if (halves(work)) {
             if (threadIdx.x < kFewPairs) peaks[threadIdx.x] = 0;
             meet();
@@ -218,7 +234,7 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
     }
 
     // Activations go in blocks of 16 bytes a thread of a warp: `first` and on, several under way at once.
-    __device__ int x_units() const { return (chunks + 3) / 4 * 4 * kVectors; }
+    __device__ int x_units() const { return steps_of(chunks) * 4 * kVectors; }
     __device__ int x_blocks() const { return (x_units() + 31) / 32; }  // of a pair
 
     __device__ void load_x(const Work& work, int first, uint4 (&v)[kAtOnce]) const {
@@ -256,20 +272,10 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
 
     // ---- the multiplying warps: products
 
-    // A warp's ring: the stage that is multiplied next.
-    struct Turn {
-        Stage<Policy>* first;
-        int now;
-        __device__ Stage<Policy>& stage(int ahead) const {
-            return first[now + ahead < kDepth ? now + ahead : now + ahead - kDepth];
-        }
-        __device__ void next() { now = now == kDepth - 1 ? 0 : now + 1; }
-    };
-
     __device__ void multiply() const {
-        Turn turn{(Stage<Policy>*)buffers.ring[warp()], 0};
+        uint32_t turn = 0;
         Ahead ahead(*this);
-        for (int d = 0; d < kDepth - 1; d++) copy(ahead, turn.first[d]);
+        copy(ahead, stage_of(turn));
         if (!kGated) wait_for_previous();
         Work work;
         int number = 0, known = -1, pieces = 0;
@@ -285,13 +291,20 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         copy_wait<0>();
     }
 
+    __device__ Stage<Policy>& stage_of(uint32_t turn) const {
+        return *(Stage<Policy>*)buffers.ring[warp()][turn % kDepth];
+    }
+
     template <bool kSplit>
-    __device__ void multiply_item(Ahead& ahead, Turn& turn, int tile, int number, const Work& work) const {
+    __device__ void multiply_item(Ahead& ahead, uint32_t& turn, int tile, int number,
+                                  const Work& work) const {
         const int present = slices_of(0);
-        const int apart = kSplit ? kSplitLanes : lanes, step = kAcross * kVectors * apart;
-        const int t = kSplit ? group() % 2 : group();
-        const bool has = (!kSplit || group() / 2 == member()) && t < work.count;
-        const uint4* from = has ? x + place_of_x(kSplit, across() * 4 + member(), 0, t) : zeros_of();
+        const int apart = kSplit ? kSplitLanes : lanes, stride = kAcross * kSteps * kVectors * apart;
+        // Columns of a product that is not split do not touch each other: those behind the last pair may
+        // hold anything.
+        const int t = kSplit ? group() % 2 : min(group(), work.count - 1);
+        const bool has = !kSplit || (group() / 2 == member() && t < work.count);
+        const uint4* from = has ? x + place_of_x(kSplit, across() * kUnits + member(), 0, t) : zeros_of();
         float sum[kGroups][4] = {};
         BlockScales known;
         known.load(*this, tile, work, 0);
@@ -300,11 +313,14 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
             if (slice + 1 < slices) known.load(*this, tile, work, slice + 1);
             copy_wait<kDepth - 2>();
             __syncwarp();
-            copy(ahead, turn.stage(kDepth - 1));
+            copy(ahead, stage_of(turn + 1));
             if (slice < present)
-                multiply_stage<kSplit>(turn.stage(0), now, slice, tile, work, from, sum);
-            from += has ? step : 0;
-            turn.next();
+#pragma unroll
+                for (int step = 0; step < kSteps; step++)
+                    multiply_step<kSplit>(stage_of(turn), now, slice, step, tile, work,
+                                          from + step * kVectors * apart, sum);
+            from += has ? stride : 0;
+            turn++;
         }
         keep_sums<kSplit>(sum, number, work.count);
     }
@@ -318,14 +334,15 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
 #pragma unroll
                 for (int i = 0; i < (kGated ? 2 : 1); i++)
                     of[i] = few.scale_of(few.matrix(work.expert, 8 * i),
-                                         few.weight_row(tile, first_row() + group() + 8 * i), slice);
+                                         few.weight_row(tile, first_row() + group() + 8 * i), slice, 0);
         }
     };
 
     template <bool kSplit>
-    __device__ void multiply_stage(const Stage<Policy>& stage, const BlockScales& block, int slice,
-                                   int tile, const Work& work, const uint4* from,
-                                   float (&sum)[kGroups][4]) const {
+    __device__ void multiply_step(const Stage<Policy>& stage, const BlockScales& block, int slice, int step,
+                                  int tile, const Work& work, const uint4* from,
+                                  float (&sum)[kGroups][4]) const {
+        const int unit = step * 4 + member();
         Scale scales[kGroups][2];
         if constexpr (Policy::kBlockScale)
 #pragma unroll
@@ -333,69 +350,67 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         else if (scales_staged())
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
-                scales[i / 2][i % 2] = stage.scales[group() + 8 * i][member()];
+                scales[i / 2][i % 2] = stage.scales[group() + 8 * i][unit];
         else
 #pragma unroll
             for (int i = 0; i < 2 * kGroups; i++)
                 scales[i / 2][i % 2] =
                     scale_of(matrix(work.expert, 8 * i),
-                             weight_row(tile, first_row() + group() + 8 * i), slice);
+                             weight_row(tile, first_row() + group() + 8 * i), slice, step);
         uint4 b[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; v++) b[v] = from[v * (kSplit ? kSplitLanes : lanes)];
 #pragma unroll
         for (int q = 0; q < kGroups; q++) {
-            const uint4 codes[2] = {stage.codes[2 * q][threadIdx.x % 32],
-                                    stage.codes[2 * q + 1][threadIdx.x % 32]};
+            const uint4* row = &stage.codes[16 * q + group()][stage.unit_of(group(), unit)];
+            const uint4 codes[2] = {row[0], row[8 * kUnits]};
             FewProducts<Policy>::template multiply<kSplit>(codes, scales[q], b, sum[q]);
         }
     }
 
-    __device__ Scale scale_of(const dsv4_weight& w, int64_t row, int slice) const {
-        const int chunk = slice * kSlice + across() * 4 + member();
+    __device__ Scale scale_of(const dsv4_weight& w, int64_t row, int slice, int step) const {
+        const int chunk = slice * kSlice + across() * kUnits + step * 4 + member();
         if (chunk >= chunks && !Policy::kBlockScale) return Scale{};
         return Policy::load_scale(Policy::scale_row(w, row), chunk < chunks ? chunk : chunks - 1);
     }
 
-    // Leaves a warp's sums with the finisher of this item.
+    // Leaves a warp's sums with the finishers.
     template <bool kSplit>
     __device__ void keep_sums(const float (&sum)[kGroups][4], int number, int count) const {
-        const int buffer = number % kFinishers;
-        barrier_wait(&s.taken[buffer], number / kFinishers % 2 ^ 1);
-        float* to = &buffers.sums[buffer][warp()][2 * member()][group()];
+        barrier_wait(&s.taken, number % 2 ^ 1);
+        float* to = &buffers.sums[warp()][2 * member()][group()];
 #pragma unroll
         for (int p = 0; p < 2; p++)
             if (kSplit ? p < count : 2 * member() + p < count)
 #pragma unroll
                 for (int i = 0; i < 2 * kGroups; i++)
                     to[p * kSumStride + 8 * i] = sum[i / 2][i % 2 * 2 + p];
-        barrier_arrive(&s.summed[buffer]);
+        barrier_arrive(&s.summed);
     }
 
     // ---- the finishing warps
 
-    __device__ void finish(int me) const {
+    __device__ void finish() const {
         Work work;
         int number = 0, known = -1, pieces = 0;
         for_each_item([&](int piece, int tile) {
             if (piece != known) work = m.work_of(piece), known = piece, pieces++;
-            if (number++ % kFinishers != me) return;
             const uint32_t(&peaks)[kFewPairs] = s.peaks[(pieces - 1) % kPeaks];
-            barrier_wait(&s.summed[me], (number - 1) / kFinishers % 2);
-            for (int i = threadIdx.x % 32; i < kOutputs * work.count; i += 32) {
+            barrier_wait(&s.summed, number++ % 2);
+            for (int i = threadIdx.x - kMultipliers * 32; i < kOutputs * work.count; i += kFinishers * 32) {
                 int64_t row = tile * kOutputs + i % kOutputs;
-                if (row < rows) finish_value(work, me, row, i % kOutputs, i / kOutputs, peaks);
+                if (row < rows) finish_value(work, row, i % kOutputs, i / kOutputs, peaks);
             }
-            barrier_arrive(&s.taken[me]);
+            barrier_arrive(&s.taken);
         });
     }
 
     // Of row `row` of a tile and a pair: all warps' sums, but for the global scale.
-    __device__ float total(const Work& work, int buffer, int pair, int row,
+    __device__ float total(const Work& work, int pair, int row,
                            const uint32_t (&peaks)[kFewPairs]) const {
         float total = 0;
         const float* from =
-            &buffers.sums[buffer][row / kFewRows * kAcross][pair][row % kFewRows];
+            &buffers.sums[row / kFewRows * kAcross][pair][row % kFewRows];
         if (split(work)) {
 #pragma unroll 4
             for (int w = 0; w < kAcross; w++)
@@ -410,17 +425,17 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         return RowScale::undo(total, RowScale::exponent_of(peaks[pair])) * HalfFp4::kFactor;
     }
 
-    __device__ void finish_value(const Work& work, int me, int64_t row, int at, int which,
+    __device__ void finish_value(const Work& work, int64_t row, int at, int which,
                                  const uint32_t (&peaks)[kFewPairs]) const {
         const int64_t pair = m.pair(work.first + which);
         const Expert& e = m.table[work.expert];
         if constexpr (kGated) {
             const int gate = at / 8 * 16 + at % 8;
-            const float g = rounded(total(work, me, which, gate, peaks) * e.w1.global_scale);
-            const float u = rounded(total(work, me, which, gate + 8, peaks) * e.w3.global_scale);
+            const float g = rounded(total(work, which, gate, peaks) * e.w1.global_scale);
+            const float u = rounded(total(work, which, gate + 8, peaks) * e.w3.global_scale);
             m.hidden[pair * rows + row] = __float2bfloat16_rn(swiglu(g, u, m.limit) * m.weight_of(pair));
         } else {
-            m.partial[pair * rows + row] = total(work, me, which, at, peaks) * e.w2.global_scale;
+            m.partial[pair * rows + row] = total(work, which, at, peaks) * e.w2.global_scale;
         }
     }
 };
@@ -430,10 +445,8 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     extern __shared__ __align__(128) char memory[];
     __shared__ FewShared s;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kFinishers; i++) {
-            barrier_init(&s.summed[i], kMultipliers * 32);
-            barrier_init(&s.taken[i], 32);
-        }
+        barrier_init(&s.summed, kMultipliers * 32);
+        barrier_init(&s.taken, kFinishers * 32);
         fence_barrier_init();
     }
     // The second product may start only once the first one has waited: ids and list are complete by then,
@@ -449,7 +462,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_kernel(const __grid_consta
     } else {
         fewer_registers<64>();
         wait_for_previous();
-        if (warp < kMultipliers + kFinishers) product.finish(warp - kMultipliers);
+        product.finish();
     }
 }
 

@@ -4,8 +4,8 @@
 // A block is persistent. Four producing warps copy a step (256 columns, or 128) of codes, scales and
 // gathered activation rows into a ring in shared memory. The consuming warps decode their weight rows into
 // registers and multiply them with the activations in shared memory; while some words of eight codes are
-// being multiplied, the next ones are decoded. NVFP4 is multiplied in fp16 in the narrower tile, where
-// decoding and not the products sets the pace.
+// being multiplied, the next ones are decoded. NVFP4 is multiplied in fp16, which takes fewer instructions to
+// decode.
 //
 // A thread decodes the 32 columns of its own 16 bytes, so the four threads of a quad bring columns from
 // four different places to a product. The activations are held in that order: place_of. For the hidden
@@ -27,15 +27,14 @@ __device__ inline uint32_t transposed(uint32_t pair) {
 }
 
 // Whether weights are multiplied in fp16 (experts_columns.cuh).
-template <class Policy, int kTiles>
-constexpr bool kInFp16 = std::is_same_v<Policy, Nvfp4> && kTiles == 1;
+template <class Policy> constexpr bool kInFp16 = std::is_same_v<Policy, Nvfp4>;
 
 // kTiles: 64-row products of a consuming warpgroup.
 template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
     static constexpr int kConsumers = kManyRows / 64 / kTiles * 128;
     static constexpr int kProducers = 128;
     static constexpr int kThreads = kConsumers + kProducers;
-    static constexpr bool kHalves = kInFp16<Policy, kTiles>;
+    static constexpr bool kHalves = kInFp16<Policy>;
     static constexpr int kColumns = kTiles == 1 ? 256 : 128;   // of a step
     static constexpr int kUnits = kColumns / 32;               // of 16 bytes, of a row of codes
     using Scale = typename Policy::Scale;
@@ -129,7 +128,8 @@ template <class Policy, bool kGated, int kMostPairs, int kTiles> struct Many {
         const char* scales = (const char*)(facts.scales + step * kUnits);
 #pragma unroll
         for (int i = 0; i < kManyRows / kRowsAtOnce; i++)
-            copy_async(&stage.codes[r + kRowsAtOnce * i][unit_of(r, unit)], codes + (uint64_t)pitch * i, true);
+            copy_async(&stage.codes[r + kRowsAtOnce * i][unit_of(r, unit)], codes + (uint64_t)pitch * i,
+                       true);
 #pragma unroll
         for (int i = 0; i < kManyRows / kProducers; i++)
             copy_small<kUnits * sizeof(Scale)>(stage.scales[r + kRowsAtOnce * (unit + kUnits * i)],
@@ -400,7 +400,7 @@ int launch_many(const Moe& m, const bf16* x, int blocks, void* stream) {
 template <class Policy, int kMostPairs, int kTiles>
 int many_pairs(const Moe& m, const bf16* x, int blocks, void* stream) {
     int status = launch_many<Policy, true, kMostPairs, kTiles>(m, x, blocks, stream);
-    if (status == cudaSuccess && kInFp16<Policy, kTiles>)
+    if (status == cudaSuccess && kInFp16<Policy>)
         status = launch(halve_kernel, ceil_div(m.n * m.k, kRowsOfBlock), 32 * kRowsOfBlock, 0, stream,
                         m.hidden, m.undo, m.n * m.k, (int)m.inner);
     if (status != cudaSuccess) return status;

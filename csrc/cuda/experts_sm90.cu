@@ -55,7 +55,7 @@ template <class Policy> int by_streams(Moe m, void* stream) {
 template <class Policy, int kMostPairs, int kTiles> int by_wgmma(Moe m, void* stream) {
     m.most = kMostPairs;
     bf16* const placed = (bf16*)m.partial;  // until the second product
-    int status = prepare<kInFp16<Policy, kTiles>>(m, placed, stream);
+    int status = prepare<kInFp16<Policy>>(m, placed, stream);
     if (status == cudaSuccess)
         status = many_pairs<Policy, kMostPairs, kTiles>(m, placed, block_count(), stream);
     return status == cudaSuccess ? combine(m, stream) : status;
