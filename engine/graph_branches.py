@@ -33,6 +33,9 @@ class Observer(Protocol):
     so far: where a site is `due`, and at the end of the step. Nothing may synchronise.
     """
 
+    def step_begins(self) -> None:
+        """Nothing has run; what is told from now on is of a new capture."""
+
     def due(self, site: Site) -> bool:
         """Whether to be told now of this site and all before it."""
 
@@ -43,7 +46,7 @@ class Observer(Protocol):
         """No more sites for now."""
 
     def step_done(self) -> None:
-        """All sites have run; a call of `after` from now on is of another capture."""
+        """All sites have run."""
 
 
 class Clock(Protocol):
@@ -117,6 +120,11 @@ class Branches:
         ] = []  # what the observer is to be told
         self._kept: list[Any] = []  # so that no memory is used twice between two joins
         self._begin(self.origin, set())
+        if self.observer is not None and self._beside is not None:
+            self._beside.wait_stream(self.origin)
+            with torch.cuda.stream(self._beside):
+                self.observer.step_begins()
+            self._count = self.nodes.count()
 
     def _begin(self, stream: torch.cuda.Stream, given: set[int]) -> None:
         """Only `stream` holds work, and the memory at the addresses `given` is ready."""

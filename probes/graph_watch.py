@@ -19,9 +19,11 @@ from dsv4_bench.probes.readings import Call, Reading, fetch
 _SLOTS_A_SITE = 8  # answers about one call, more than any probe here asks for
 _VALUES_A_SITE = 64, 8  # integers that a call has in the ring, and more for each sequence
 _STEPS = 4
-# Ops behind which to look at all since the last time: where kernels follow that leave room on the processors.
-# The routed experts do not: what is launched beside them delays them.
-_LOOK_BEHIND = ("attention",)
+# Behind which op to look at all since the last time. Of few tokens attention: the products that follow leave
+# room on the processors, the experts do not. Of many the router: the experts then take so long that they hide
+# all of it, and what follows attention waits for places.
+_FEW_TOKENS = 8
+_OWN_LAUNCHES = ("attention",)  # ops for which probes launch kernels of their own
 
 
 def split(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
@@ -63,13 +65,14 @@ class GraphWatch:
         self.ring = cuda.stats.Ring(device, _SLOTS_A_SITE * sites, steps, exponents, width)
         x = torch.ones(2, 8, 8, device=device)
         x @ x  # a capture cannot make a cuBLAS handle, and some probe may want one
+        self._look_behind = "attention" if batch <= _FEW_TOKENS else "gate"
         self.first = first
         self.missed = 0  # steps that the ring lost before they were fetched
         self._fetched = 0
-        self._begin()
+        self._forget()
 
-    def _begin(self) -> None:
-        self._over = self._begun = False
+    def _forget(self) -> None:
+        """Nothing has been captured."""
         self._calls: list[Call] = []
         self._fresh: list[Call] = []
         self._later: list[Call] = []  # to ask about behind the launch for the others
@@ -84,21 +87,21 @@ class GraphWatch:
 
     # -- while a graph is captured
 
+    def step_begins(self) -> None:
+        """A new capture: what the last one held is gone."""
+        self._forget()
+        self.ring.begin()
+
     def due(self, site: Site) -> bool:
         """Whether to be told of `site` and those before it at once."""
-        return site.op in _LOOK_BEHIND
+        return site.op == self._look_behind
 
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         """Ask the probes about a site that has run."""
-        if self._over:  # captured anew
-            self._begin()
-        if not self._begun:
-            self.ring.begin()
-            self._begun = True
         inputs = site.spec.bind(args, site.params)
         outputs = site.spec.name_outputs(result) | {n: inputs[n] for n in site.spec.mutates}
         call = Call(site, inputs, outputs)
-        if self.due(site):
+        if site.op in _OWN_LAUNCHES:
             self._later.append(call)
         else:
             self._ask(call)
@@ -113,7 +116,6 @@ class GraphWatch:
     def step_done(self) -> None:
         """The step is over."""
         self._launch()
-        self._over = True
 
     def look(self) -> None:
         """Record one launch for everything asked since the last; then those of probes that make some."""

@@ -398,7 +398,8 @@ class Peaks:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.looks = self.steps = 0
+        self.looks = 0
+        self.steps: list[str] = []
         self.values = torch.zeros(1024, device="cuda")
 
     def wants(self, site: Site) -> bool:
@@ -422,8 +423,11 @@ class Peaks:
     def look(self) -> None:
         self.looks += 1
 
+    def step_begins(self) -> None:
+        self.steps.append("begins")
+
     def step_done(self) -> None:
-        self.steps += 1
+        self.steps.append("done")
 
 
 class Ticks:
@@ -461,7 +465,7 @@ def test_observer_and_clock_see_every_site_and_change_nothing(
             set_taps(model.sites.values(), None)
         assert expected.paths == peaks.paths
         assert torch.equal(expected.values, peaks.values)
-    assert (peaks.looks, peaks.steps) == (2 * 6 + 1, 1)
+    assert (peaks.looks, peaks.steps) == (6 + 1, ["begins", "done"])  # behind gates, and at the end
     assert peaks.paths == [path for path, _, _ in seen.sites()]
     if ticks is None:
         return

@@ -153,6 +153,7 @@ def test_the_ring_holds_what_the_tensors_held_when_the_site_had_run(model: Trans
                 copies[site.path, name] = tensor.clone()
             watch.after(site, args, result)
 
+        step_begins = staticmethod(watch.step_begins)
         look = staticmethod(watch.look)
         step_done = staticmethod(watch.step_done)
 

@@ -154,6 +154,9 @@ class Peaks:
         self.values: list[Any] = []
         self.looks, self.paths = 0, list[str]()
 
+    def step_begins(self) -> None:
+        torch.zeros(1)
+
     def after(self, site: Site, args: tuple[Any, ...], result: Any) -> None:
         self.paths.append(site.path)
         self.values += [value.abs().max() for value in site.spec.name_outputs(result).values()]

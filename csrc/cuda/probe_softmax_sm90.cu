@@ -6,12 +6,12 @@
 namespace dsv4 {
 namespace {
 
-// Blocks that find room beside those of a layer's products.
+// Small blocks, which find room beside those of a layer's products, and many, which are soon gone again.
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kResident = 4;
-constexpr int kBlocks = 16;  // of a token: a share of its keys each
+constexpr int kBlocks = 40;  // of a token: a share of its keys each
 constexpr int kHeads = 16;   // of a tile, the rows of a matrix instruction; a warp has one at a time
 constexpr int kKeys = 8;     // of a group, its columns
-constexpr int kGroups = 5, kSteps = 2;  // that a warp has under way: groups, and 32 elements of rows
+constexpr int kGroups = 2, kSteps = 4;  // that a warp has under way: groups, and 32 elements of rows
 constexpr int kMostHeads = 128, kMostSamples = 8;
 constexpr int kFields = 8;  // of a result
 
@@ -205,7 +205,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // One block a token, a thread a head: all shares of the keys, then all heads.
 __global__ void __launch_bounds__(kMostHeads) conclude_kernel(const __grid_constant__ Job job) {
     constexpr int kSums = 4, kAll = 7;  // the first ones are summed, of the others the largest is taken
-    static_assert(kBlocks * kWarps <= kMostHeads);
     __shared__ double partial[kMostHeads / 32][kFields];
     const int head = threadIdx.x, lane = head % 32;
     const Share* shares = job.shares + blockIdx.x * kBlocks;
@@ -213,15 +212,17 @@ __global__ void __launch_bounds__(kMostHeads) conclude_kernel(const __grid_const
     let_next_start();
     wait_for_previous();
     double values[kAll] = {0, 0, 0, 0, -INFINITY, -INFINITY, -INFINITY};
-    if (head < kBlocks * kWarps) values[0] = shares[head / kWarps].sinks[head % kWarps];
+    for (int i = head; i < kBlocks * kWarps; i += kMostHeads)
+        values[0] += shares[i / kWarps].sinks[i % kWarps];
     if (head < job.heads) {
         const float sink = expf(job.sink[head] - job.lse[row]);
-        Masses found[kBlocks], all;
+        Masses all;
 #pragma unroll
-        for (int b = 0; b < kBlocks; b++)
-            *(float4*)&found[b] = *(const float4*)&shares[b].masses[head];
-#pragma unroll
-        for (int b = 0; b < kBlocks; b++) add(all, found[b]);
+        for (int b = 0; b < kBlocks; b++) {
+            Masses found;
+            *(float4*)&found = *(const float4*)&shares[b].masses[head];
+            add(all, found);
+        }
         float over = all.window + all.entries + sink - 1;
         values[1] = all.window, values[2] = all.entries, values[3] = all.entropy;
         values[4] = all.largest, values[5] = over, values[6] = -over;
@@ -253,7 +254,7 @@ using namespace dsv4;
 // of the sampled token the mass in the window and in the entries, the entropy; then over its heads
 // the largest weight, how far a row's sum lies above 1 at most, and below; 0. q [n, heads, dim] and
 // pools of keys bfloat16, heads up to 128, dim a multiple of 8; sample in host memory, up to 8 tokens;
-// scratch 16 * 2064 bytes a sample.
+// scratch 40 * 2064 bytes a sample.
 DSV4_EXPORT int dsv4_probe_softmax(const void* q, const float* lse, const float* sink,
                                    const int64_t* sample, int64_t samples, const void* window,
                                    const int32_t* window_index, int64_t window_width,

@@ -14,7 +14,7 @@ PROBE_SOFTMAX = Library(
     "probe_softmax", {"probe_softmax": (P, P, P, P, N, P, P, N, P, P, N, N, N, N, F, P, P)}
 )
 # As in probe_softmax_sm90.cu; _SHARES is what a token's blocks leave for the last launch, in bytes.
-_MOST_HEADS, MOST_SAMPLES, _WIDTH, _SHARES = 128, 8, 8, 16 * 2064
+_MOST_HEADS, MOST_SAMPLES, _WIDTH, _SHARES = 128, 8, 8, 40 * 2064
 
 # Of every sampled token, what `softmax_stats` returns: sums over the heads, the largest weight, and how
 # far the sum of a head's weights lies above 1 at most, and below. The sink's weight is summed over tokens

@@ -25,7 +25,7 @@ BINS = 256  # one for every exponent of float32: 0 zero and subnormal, 255 infin
 MOST_ITEMS = 96  # of a launch, as in probes_sm90.cu
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum dsv4_dtype
 
-_CHUNK = 4096  # elements that a block reads at least: what its threads have under way at once
+_CHUNK = 2048  # elements that a block reads at least
 _MOST_CHUNKS = 1024  # of a tensor
 _MOST_ELEMENTS = 1 << 32  # counts have 32 bits
 _PART = 6  # doubles of scratch a chunk
