@@ -38,6 +38,7 @@ constexpr int kChunk = 64 * 128;              // bytes: 64 rows of 64 elements, 
 constexpr int kTileBytes = kBlock * kDim * 2;  // 8 chunks
 constexpr int kScalesAt = EntryLayout{kDim, kPlain}.scales_at(), kEntryBytes = kScalesAt + kScaleBytes;
 constexpr int kAhead = 3;  // packed rows that a producer warp has under way
+constexpr int kSlotBytes = (kEntryBytes + 15) / 16 * 16;  // for one of them
 constexpr int kHalf = kDim / 2;
 
 struct Shared {
@@ -48,7 +49,7 @@ struct Shared {
     float sums[2][2][kHeads];  // of odd and even tokens: of each warpgroup's weights
     uint64_t exists[kStages][2];  // a bit a key; one word a half, which lives as long
     uint64_t full[kStages][2], empty[kStages][2], weighed[kStages][2], q_full, q_empty, summed;
-    alignas(8) char entries[kProducers<true> / 32][kAhead][kEntryBytes];
+    alignas(16) char entries[kProducers<true> / 32][kAhead][kSlotBytes];
 };
 
 struct Problem {

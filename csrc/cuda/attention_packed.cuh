@@ -34,7 +34,7 @@ struct EntryCodes {
 };
 
 // Of a warp's eight rows of a block, lane l knows that of row l % 8: where its entry lies, and in bit 0
-// whether there is one.
+// whether there is one. Every second entry lies half way between multiples of 16 bytes.
 struct EntryRows {
     uint64_t entry;
     // `index`: what the block's index says of the row; `block` counts those of the token.
@@ -43,15 +43,20 @@ struct EntryRows {
         entry = (uint64_t)pool.keys + (int64_t)max(checked(pool, index), 0) * kEntryBytes + (index >= 0);
     }
     __device__ bool mine_exists() const { return entry & 1; }
-    // Starts copying row i to `slot`, zeros where there is none.
+    // How far row i lies behind a multiple of 16 bytes.
+    __device__ uint32_t offset(int i) const { return __shfl_sync(~0u, (uint32_t)entry, i) & 8; }
+    // Starts copying row i to `slot` + offset(i), zeros where there is none; before it, up to the multiple of 16
+    // bytes, lands the end of the row before.
     __device__ void fetch(const char* slot, int i, int lane) const {
         const uint64_t from = __shfl_sync(~0u, entry, i);
         const bool exists = from & 1;
-        const char* values = (const char*)(from & ~1ull) + 8 * lane;
-        const uint32_t to = shared_address(slot) + 8 * lane;
-        copy8(to, values, exists);
-        copy8(to + 256, values + 256, exists);
-        if (8 * lane < kEntryBytes - 512) copy8(to + 512, values + 512, exists);
+        const char* values = (const char*)(from & ~15ull) + 16 * lane;
+        const uint32_t to = shared_address(slot) + 16 * lane;
+        copy16(to, values, exists);
+        if (16 * lane < kSlotBytes - 512) {
+            const bool ends_half_way = 16 * lane == kSlotBytes - 512 - 16 && !(from & 8);
+            copy16_part(to + 512, values + 512, exists ? ends_half_way ? 8 : 16 : 0);
+        }
     }
     // Brings all eight into the L2, a sector of 32 bytes a lane.
     __device__ void prefetch(int lane) const {
@@ -80,25 +85,26 @@ __device__ void gather_packed(const Problem& p, Shared& s) {
     ahead.advance();
     EntryRows next(p, ahead.block, look_up());
     int next_in = ahead.at;
-    char (&ring)[kAhead][kEntryBytes] = s.entries[warp];
+    char (&ring)[kAhead][kSlotBytes] = s.entries[warp];
     int slot = 0;
 #pragma unroll
     for (int r = 0; r < kAhead; r++) {
         now.fetch(ring[r], r, lane);
         copy_commit();
     }
-    // The next row's codes; its place in the ring goes to row i of `rows`.
-    auto take = [&](const EntryRows& rows, int i) {
+    // The codes of row i of `rows`; its place in the ring goes to row `later_i` of `later`.
+    auto take = [&](const EntryRows& rows, int i, const EntryRows& later, int later_i) {
+        const uint32_t offset = rows.offset(i);
         copy_wait<kAhead - 1>();
         __syncwarp();
-        const EntryCodes codes(ring[slot], lane);
+        const EntryCodes codes(ring[slot] + offset, lane);
         __syncwarp();
-        rows.fetch(ring[slot], i, lane);
+        later.fetch(ring[slot], later_i, lane);
         copy_commit();
         slot = slot == kAhead - 1 ? 0 : slot + 1;
         return codes;
     };
-    EntryCodes codes = take(now, kAhead);
+    EntryCodes codes = take(now, 0, now, kAhead);
     for (int g = 0, turn = 0; now_in < p.works; g++) {
         const int stage = g % kStages;
         if (now_in != work) next_q<true>(p, work = now_in, s, turn++);
@@ -111,10 +117,11 @@ __device__ void gather_packed(const Problem& p, Shared& s) {
         asm volatile("" : "+r"(to));  // so that the addresses of all rows are not kept in registers
 #pragma unroll
         for (int r = 0; r < kOwn; r++) {
-            const int refill = r + 1 + kAhead;  // row r + 1 leaves its place to that
-            const EntryCodes following = take(refill < kOwn ? now : next, refill % kOwn);
+            const int following = r + 1, later = following + kAhead;
+            const EntryCodes upcoming = take(following < kOwn ? now : next, following % kOwn,
+                                             later < kOwn ? now : next, later % kOwn);
             codes.store_at((to ^ r << 4) + r * 128, lane);
-            codes = following;
+            codes = upcoming;
         }
         for (int half = 0; half < 2; half++) barrier_arrive(&s.full[stage][half]);
         now = next;

@@ -107,10 +107,9 @@ __device__ __forceinline__ void copy16(uint32_t shared, const void* global, bool
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
-// The same with 8 bytes.
-__device__ __forceinline__ void copy8(uint32_t shared, const void* global, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global),
-                 "r"(valid ? 8 : 0)
+// The first `bytes` of 16, and zeros behind them.
+__device__ __forceinline__ void copy16_part(uint32_t shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
                  : "memory");
 }
 // An arrival at the barrier once all copies of this thread so far have landed.
