@@ -11,9 +11,10 @@ from dsv4_bench.engine.cuda.attention import attention_rope
 from dsv4_bench.engine.kv_entry import pack, packed_bytes
 
 # tokens, heads, width of the window, selected entries: 16 and 32 heads a CTA and a cluster a token; two
-# CTAs that join; a second kernel that combines; one CTA for several tokens.
+# CTAs that join; a second kernel that combines; one CTA for several tokens; clusters for the last tokens,
+# beside the others.
 FEW = ((1, 64, 128, 200), (3, 20, 65, 0), (12, 64, 128, 200))
-TILES = ((20, 64, 128, 320), (1, 64, 128, 2100), (170, 20, 65, 1))
+TILES = ((20, 64, 128, 320), (1, 64, 128, 2100), (170, 20, 65, 1), (136, 20, 65, 1))
 ROWS = 300  # of a pool
 
 
