@@ -70,12 +70,15 @@ def matrix_unit(kind: str) -> None:
     """1 to 8, 16 and more rows; one ring a warp, split over warps, over a cluster, ragged ends."""
     for n, k in ((33, 160), (80, 1056), (40, 1152), (33, 4096)):
         w = weight(kind, n, k)
-        for m in (1, 3, 6, 9, 65) if n == 80 else (1, 3, 9):
+        for m in (1, 3, 6, 9, 65) if n == 80 else (1, 2, 9):
             multiplied(w, m)
             if n in (40, 80):
                 multiplied(w, m, dtype=F32)
     for m in (1, 20):
         multiplied(weight(kind, 64, 96), m, groups=2)
+    if kind in ("fp8_e8m0", "fp8_f32", "bf16"):  # no room for rings of eight stages
+        for dtype in (BF16, F32):
+            multiplied(weight(kind, 16, 65536), 1, dtype=dtype)
 
 
 def some_rows(kind: str) -> None:

@@ -132,6 +132,15 @@ def test_linear_at_model_shapes(kind, n, k):
         close(got, truth("linear", x, weight=weight, out_dtype=torch.float64), f"{m} rows")
 
 
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+@pytest.mark.parametrize("n, k", [(140_000, 64), (16, 65536)])
+def test_one_row_of_many_blocks_and_of_many_columns(kind, n, k):
+    """More blocks than multiprocessors; activations that leave no room for rings of eight stages."""
+    weight, x = random_weight(kind, n, k), torch.randn(1, k, device=CUDA).to(BF16)
+    got = kernel("linear", x, weight=weight, out_dtype=torch.float32)
+    close(got, truth("linear", x, weight=weight, out_dtype=torch.float64))
+
+
 def test_fp8_rows_that_a_warp_walks_for_long():
     """Far more blocks of 128 columns than a warp holds scales of at once."""
     weight, x = random_weight("fp8", 16384, 16384), torch.randn(1, 16384, device=CUDA).to(BF16)
