@@ -102,9 +102,10 @@ template <class Policy, Product kProduct, int kAcross> struct Few {
         const Expert& all = m.table[expert];
         return kGated ? (row % 16 < 8 ? all.w1 : all.w3) : all.w2;
     }
+    // Instead of one behind the last, a row that has another four below it: copies take both.
     __device__ int64_t weight_row(int tile, int row) const {
         int r = tile * kOutputs + (kGated ? row / 16 * 8 + row % 8 : row);
-        return r < rows ? r : rows - 1;
+        return r < rows ? r : rows - 5;
     }
     // Rows of scales that do not start at a whole stage are read where they are needed.
     __device__ bool scales_staged() const { return kRowScales<Policy> && chunks % kUnits == 0; }
