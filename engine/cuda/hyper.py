@@ -6,7 +6,7 @@ GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ def hc_post_pre(
     if not _fuses(x):
         new = hc_post(y, x, post, comb)
         return new, *hc_pre(new, **pre)
-    return _post_pre(y, x, post, comb, **pre)[:4]
+    return _post_pre(_joined("hc_post_pre", y, x, post, comb, **pre))[:4]
 
 
 def joins_norm(x: Tensor) -> bool:
@@ -182,85 +182,50 @@ def hc_post_pre_norm(
     the list `behind`.
     """
     if joins_norm(x):
-        fused = _few if x.shape[0] <= _FEW_TOKENS else _post_pre
-        by: dict[str, Any] = {"parts": parts, "behind": behind} if fused is _few else {}
-        return fused(y, x, post, comb, (weight, weight_eps), outs, **by, **pre)
+        few = x.shape[0] <= _FEW_TOKENS
+        op, norm = "hc_few" if few else "hc_post_pre", (weight, weight_eps)
+        given = _joined(op, y, x, post, comb, norm, outs, **pre)
+        return _few(given, parts, behind) if few else _post_pre(given)
     made = hc_post_pre(y, x, post, comb, **pre)
-    given = outs or made
-    for out, value in zip(given, made, strict=True):
+    results = outs or made
+    for out, value in zip(results, made, strict=True):
         if out is not value:
             out.copy_(value)
-    return *given, rms_norm(given[1], weight=weight, eps=weight_eps)
-
-
-def _few(
-    y: Tensor,
-    x: Tensor,
-    post: Tensor,
-    comb: Tensor,
-    norm: tuple[Tensor, float],
-    outs: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    parts: tuple[Tensor, Tensor] | None,
-    behind: list[Behind] | None,
-    *,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    iters: int,
-    eps: float,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernels for few tokens, of width 4096."""
-    op = "hc_few"
-    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
-    x, y, post, comb = _sublayer(op, x, y, post, comb)
-    (weight, eps_of_weight), n = norm, len(x)
-    weight, kind = activation(op, weight)
-    if weight.shape != y.shape[1:]:
-        wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
-    new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
-    normed, sums = torch.empty_like(y), x.new_empty(n, *_SUMS, dtype=torch.float32)
-    summed = (None, None) if parts is None else tuple(part.data_ptr() for part in parts)
-    given = (y.data_ptr(), *summed, x.data_ptr(), post.data_ptr(), comb.data_ptr(), n)
-    weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr(), eps, norm_eps)
-    normed_by = (weight.data_ptr(), kind, eps_of_weight, normed.data_ptr())
-    HYPER.call(op, x, *given, *weights, new.data_ptr(), u.data_ptr(), *normed_by, sums.data_ptr())
-
-    def gates() -> None:
-        constants = (scale.data_ptr(), base.data_ptr(), iters, eps, norm_eps)
-        HYPER.call(
-            "hc_gates",
-            sums,
-            sums.data_ptr(),
-            n,
-            *constants,
-            new_post.data_ptr(),
-            new_comb.data_ptr(),
-        )
-
-    if behind is None:
-        gates()
-    else:
-        behind.append(Behind(gates, (sums,), (new_post, new_comb)))
-    return new, u, new_post, new_comb, normed
+    return *results, rms_norm(results[1], weight=weight, eps=weight_eps)
 
 
 def _fuses(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[-1] == _FUSED_WIDTH
 
 
-def _sublayer(
-    op: str, x: Tensor, y: Tensor, post: Tensor, comb: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What hc_post reads, dense, once their shapes fit x [n, 4, d]."""
-    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
-    n, hc, d = x.shape
-    if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
-        wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
-    return x, y, floats(op, post), floats(op, comb)
+_NormedBy = tuple[int | None, int, float, int | None]
+_WITHOUT_NORM: _NormedBy = (None, 0, 0.0, None)
 
 
-def _post_pre(
+class _Joined(NamedTuple):
+    """What a launch of hc_post, hc_pre and perhaps a norm is given: dense tensors of shapes that fit.
+
+    `normed_by`: the norm's weight, its dtype code, its eps and where its result goes; `keep` holds that weight.
+    """
+
+    x: Tensor
+    y: Tensor
+    gates: tuple[Tensor, Tensor]  # post, comb
+    weights: tuple[Tensor, Tensor, Tensor]  # fn, scale, base
+    iters: int
+    eps: tuple[float, float]  # hc_pre's, and that of its norm
+    outs: tuple[Tensor, Tensor, Tensor, Tensor]  # like x, y, post, comb
+    normed: Tensor  # empty without the norm
+    normed_by: _NormedBy
+    keep: Tensor | None
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return *self.outs, self.normed
+
+
+def _joined(
+    op: str,
     y: Tensor,
     x: Tensor,
     post: Tensor,
@@ -274,23 +239,61 @@ def _post_pre(
     iters: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fused kernel; the last output is empty without `norm`."""
-    op = "hc_post_pre"
-    fn, scale, base = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
-    x, y, post, comb = _sublayer(op, x, y, post, comb)
-    n, _, d = x.shape
-    new, u, new_post, new_comb = outs or tuple(torch.empty_like(t) for t in (x, y, post, comb))
-    normed = y.new_empty(0)
-    inputs = (y.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(), n, d)
-    weights = (fn.data_ptr(), scale.data_ptr(), base.data_ptr())
-    outputs = (new.data_ptr(), u.data_ptr(), new_post.data_ptr(), new_comb.data_ptr())
-    normed_by: tuple[Any, ...] = (None, 0, 0.0, None)
+) -> _Joined:
+    """DSV4Error in the name of `op` for what does not fit."""
+    weights = _parameters(op, x, fn, scale, base, mixes=24, scales=3)
+    (x, kind), (y, y_kind) = activation(op, x), activation(op, y)
+    n, hc, d = x.shape
+    if (y.shape, post.shape, comb.shape, kind) != ((n, d), (n, hc), (n, hc, hc), y_kind):
+        wrong(op, f"y {list(y.shape)} {y.dtype}, post {list(post.shape)}, comb {list(comb.shape)}")
+    gates = floats(op, post), floats(op, comb)
+    if outs is None:
+        new, u, new_post, new_comb = (torch.empty_like(t) for t in (x, y, *gates))
+        outs = new, u, new_post, new_comb
+    weight, normed, normed_by = None, y.new_empty(0), _WITHOUT_NORM
     if norm is not None:
         weight, weight_kind = activation(op, norm[0])
         if weight.shape != (d,):
             wrong(op, f"x {list(x.shape)}, the norm's weight {list(weight.shape)}")
         normed = torch.empty_like(y)
         normed_by = (weight.data_ptr(), weight_kind, norm[1], normed.data_ptr())
-    HYPER.call(op, x, *inputs, *weights, iters, eps, norm_eps, *outputs, *normed_by)
-    return new, u, new_post, new_comb, normed
+    return _Joined(x, y, gates, weights, iters, (eps, norm_eps), outs, normed, normed_by, weight)
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _few(
+    given: _Joined, parts: tuple[Tensor, Tensor] | None, behind: list[Behind] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernels for few tokens, of width 4096."""
+    x, n, (new, u, new_post, new_comb) = given.x, len(given.x), given.outs
+    (fn, scale, base), iters, eps = given.weights, given.iters, given.eps
+    sums = x.new_empty(n, *_SUMS, dtype=torch.float32)
+    summed = (None, None) if parts is None else _addresses(parts)
+    inputs = (given.y.data_ptr(), *summed, *_addresses((x, *given.gates)), n)
+    weights = (*_addresses((fn, scale, base)), *eps)
+    outputs = (*_addresses((new, u)), *given.normed_by, sums.data_ptr())
+    HYPER.call("hc_few", x, *inputs, *weights, *outputs)
+
+    def gates() -> None:
+        constants = (*_addresses((scale, base)), iters, *eps)
+        outputs = _addresses((new_post, new_comb))
+        HYPER.call("hc_gates", sums, sums.data_ptr(), n, *constants, *outputs)
+
+    if behind is None:
+        gates()
+    else:
+        behind.append(Behind(gates, (sums,), (new_post, new_comb)))
+    return given.results
+
+
+def _post_pre(given: _Joined) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fused kernel."""
+    n, _, d = given.x.shape
+    inputs = _addresses((given.y, given.x, *given.gates))
+    weights = (*_addresses(given.weights), given.iters, *given.eps)
+    outputs = (*_addresses(given.outs), *given.normed_by)
+    HYPER.call("hc_post_pre", given.x, *inputs, n, d, *weights, *outputs)
+    return given.results
