@@ -2,7 +2,7 @@
 # What a GPU machine runs: builds every kernel, then tests, sanitizer and benchmarks, each with a time limit.
 #   tests/gpu_run.sh OUT [build] [test] [sanitize] [mutate] [layer] [count] [bench [GLOB ...]]
 # Needs torch, pytest and nvcc, compute-sanitizer for its step; the repository must be importable as dsv4_bench.
-# On 16 cores and an H200 about 30, 90, 110, 160, 150, 60 and 200 s. Every result is in OUT as soon as it is there, and a
+# On 16 cores and an H200 about 30, 60, 85, at most 200 (not all mutants get their turn), 150, 60 and 170 s. Every result is in OUT as soon as it is there, and a
 # line for every step in OUT/steps.txt; status 1 if one failed. With DSV4_PEERS (docs/peers.md) benchmarks time the peers found there too.
 set -uo pipefail
 mkdir -p "$1"
